@@ -1,1 +1,53 @@
+"""editkit: rewrite one fact in a language model's weights, measure it, and put every bit back.
+
+>>> from editkit import load, Fact, r_rome                                       # doctest: +SKIP
+>>> lm = load("atlas")                                                           # doctest: +SKIP
+>>> edit = r_rome(lm, Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"))  # doctest: +SKIP
+>>> with edit.applied(lm): ...                                                   # doctest: +SKIP
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# Imported when first used (PEP 562), so that `import editkit` and the command line's checks need no torch.
+_PUBLIC = {
+    "Edit": "editkit.edit",
+    "EditkitError": "editkit.errors",
+    "Fact": "editkit.facts",
+    "LanguageModel": "editkit.models.load",
+    "MomentSettings": "editkit.settings",
+    "RRomeSettings": "editkit.settings",
+    "RomeSettings": "editkit.settings",
+    "Snapshot": "editkit.snapshot",
+    "Trace": "editkit.nethook",
+    "load": "editkit.models.load",
+    "r_rome": "editkit.methods.rome",
+    "rome": "editkit.methods.rome",
+}
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from editkit.edit import Edit as Edit
+    from editkit.errors import EditkitError as EditkitError
+    from editkit.facts import Fact as Fact
+    from editkit.methods.rome import r_rome as r_rome
+    from editkit.methods.rome import rome as rome
+    from editkit.models.load import LanguageModel as LanguageModel
+    from editkit.models.load import load as load
+    from editkit.nethook import Trace as Trace
+    from editkit.settings import MomentSettings as MomentSettings
+    from editkit.settings import RomeSettings as RomeSettings
+    from editkit.settings import RRomeSettings as RRomeSettings
+    from editkit.snapshot import Snapshot as Snapshot
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'editkit' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,38 @@
+"""Editing methods: functions `(lm, facts, settings, ...) -> Edit` that leave the model as it was.
+
+The registry names each method's function and settings without importing torch, so that the command line can
+check a configuration at once.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from editkit.errors import ConfigError, did_you_mean
+from editkit.settings import RomeSettings, RRomeSettings
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: where its function is, and the dataclass of its settings."""
+
+    target: str  # "module:function", imported when first called
+    settings: type
+
+    def load(self) -> Callable[..., Any]:
+        module, function = self.target.split(":")
+        return getattr(importlib.import_module(module), function)
+
+
+METHODS = {
+    "rome": Method("editkit.methods.rome:rome", RomeSettings),
+    "r_rome": Method("editkit.methods.rome:r_rome", RRomeSettings),
+}
+
+
+def get_method(name: str) -> Method:
+    """The registered method. Raises ConfigError with the near match."""
+    if name not in METHODS:
+        raise ConfigError(f"No method '{name}': {did_you_mean(name, METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,1 @@
+"""Metrics: one file a protocol, one written definition for each figure."""

@@ -1,0 +1,1 @@
+"""Models: loading them, and where each family keeps its parts."""

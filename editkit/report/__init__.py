@@ -1,0 +1,1 @@
+"""Reports: read Records and scores, compute nothing."""

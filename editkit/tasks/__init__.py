@@ -1,0 +1,1 @@
+"""Tasks: what `editkit.run` does, one file a task."""

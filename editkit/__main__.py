@@ -1,0 +1,5 @@
+"""`python -m editkit` is `python -m editkit.run`."""
+
+from editkit.run import main
+
+main()

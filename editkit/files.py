@@ -1,0 +1,37 @@
+"""Writing files whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from editkit.errors import OutputError
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write `data` beside `path`, flush it to the disk, then rename: a kill or a full disk never leaves half.
+
+    Raises OutputError saying which file could not be written and why; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"'{path}' could not be written: {error.strerror or error}. Free some space or choose another "
+                "folder; no half-written file was left."
+            ) from error
+        raise
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`write_bytes` for text, as UTF-8."""
+    return write_bytes(path, text.encode())

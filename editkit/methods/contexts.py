@@ -1,0 +1,26 @@
+"""Context templates: seeded random texts in front of the prompt (ROME section 3.1)."""
+
+import hashlib
+
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import generate
+from editkit.settings import ContextSettings
+
+
+def context_templates(lm: LanguageModel, settings: ContextSettings, seed: int) -> list[str]:
+    """Templates with one `{}` each, the bare "{}" first, then samples of the model itself as "sample. {}".
+
+    They are a function of the model's weights, the settings and `seed`.
+    """
+    templates = ["{}"]
+    for length, count in zip(settings.lengths, settings.counts, strict=True):
+        # Sampled one by one with a seed each: a sample does not depend on how many were asked for.
+        for number in range(count):
+            (text,) = generate(lm, [""], length, top_k=settings.top_k, seed=_seed(seed, length, number))
+            text = text.replace("{", " ").replace("}", " ").strip()
+            templates.append(f"{text}. {{}}" if text else "{}")
+    return templates
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

@@ -1,0 +1,146 @@
+"""Load a model: the bundled one by name, a local folder, or a name on the Hugging Face Hub."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from editkit.errors import ModelError
+from editkit.models.architecture import Architecture, architecture_of
+from editkit.nethook import get_module
+from editkit.snapshot import model_digest
+
+BUNDLED = {"atlas": Path(__file__).parent / "atlas"}
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A Hugging Face causal LM with its tokenizer and its `Architecture`.
+
+    `model` is the plain transformers model in eval mode; nothing is wrapped, folded or renamed.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        return get_module(self.model, self.architecture.embedding).weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def layers(self) -> int:
+        """The number of blocks."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def digest(self) -> str:
+        """Digest of the persistent state as it is now: names, values and dtype (reads every weight)."""
+        return model_digest(self.model)
+
+    def check_layer(self, layer: int) -> int:
+        """`layer`, or ModelError when the model has no such block."""
+        if not 0 <= layer < self.layers:
+            raise ModelError(
+                f"Layer {layer} was asked for; {self.name} has {self.layers} blocks. "
+                f"Set method.layer to a number from 0 to {self.layers - 1}."
+            )
+        return layer
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> LanguageModel:
+    """Load a causal language model for editing.
+
+    - `name_or_path`: "atlas" (bundled), a local folder, or a Hub name such as "gpt2-xl".
+    - `device`: "auto" takes CUDA where there is one; else "cpu", "cuda:1", …
+    - `dtype`: "float32" (default: edits are exact to 2⁻²⁴), "float16", "bfloat16", or "auto" for the
+      checkpoint's own.
+    - `revision`: a commit, tag or branch on the Hub.
+    - `trust_remote_code`, `allow_pickle`: run code from the repository, read pickled weights. Both can run
+      anything on your machine; both are off unless asked for here.
+
+    Raises ModelError when the model is not found or not of a family editkit knows.
+    """
+    path = Path(name_or_path).expanduser()
+    source: str | Path = BUNDLED.get(str(name_or_path), path if path.is_dir() else str(name_or_path))
+    device = _resolve_device(device)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        architecture = architecture_of(config.model_type)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=_resolve_dtype(dtype), use_safetensors=not allow_pickle or None, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_not_loaded(str(name_or_path), path, error)) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{name_or_path}: its tokenizer has no fast version, and editkit finds the subject's tokens by their "
+            "character offsets. Convert it with transformers' convert_slow_tokenizer and save it beside the model."
+        )
+    model.eval()
+    return LanguageModel(str(name_or_path), model.to(device), tokenizer, architecture)
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"No device '{device}': use auto, cpu, cuda or cuda:N.") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"Device '{device}' was asked for; torch sees no CUDA device here. Use device=auto or cpu.")
+    return resolved
+
+
+def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"No dtype '{dtype}': use {', '.join(DTYPES)} or auto.")
+    return DTYPES[dtype]
+
+
+def _not_loaded(name: str, path: Path, error: Exception) -> str:
+    """One message for the many ways in which transformers says no."""
+    first = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in first:
+        return (
+            f"'{name}' needs code from its repository, which editkit does not run unless asked. If you have read "
+            "and trust it: load(..., trust_remote_code=True) or model.trust_remote_code=true."
+        )
+    if path.is_dir():
+        what = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        return (
+            f"The folder '{name}' does not load as a causal language model; it holds {what}. It needs config.json, "
+            f"*.safetensors and tokenizer files (pickled *.bin only with allow_pickle=True). transformers said: {first}"
+        )
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return (
+        f"No model '{name}': it is not bundled ({', '.join(BUNDLED)}), not a local folder, and the Hugging Face Hub "
+        f"did not give it{offline}. Without a network use model=atlas or the path of a downloaded folder. "
+        f"transformers said: {first}"
+    )

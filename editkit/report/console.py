@@ -1,0 +1,113 @@
+"""What a run prints, readable at 80 columns."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from editkit.edit import Edit
+from editkit.facts import Fact
+from editkit.metrics.counterfact import ProbeScore, TargetScore
+from editkit.models.load import LanguageModel
+from editkit.settings import Config
+from editkit.snapshot import Reversal
+
+WIDTH = 80
+NAMES = {"rewrite": "rewrite", "paraphrase": "paraphrases", "neighborhood": "neighborhood"}
+
+
+def heading(lm: LanguageModel, config: Config, fact: Fact) -> str:
+    """The fact and the model."""
+    arrow = f"{fact.target_true or '?'} → {fact.target_new}"
+    millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
+    about = f"{lm.name} ({lm.architecture.family}, {millions:.1f} M parameters, {str(lm.dtype).split('.')[-1]})"
+    return "\n".join(
+        [
+            *_wrapped("fact    ", f"{fact.text} … {arrow}"),
+            *_wrapped("model   ", f"{about} on {lm.device}"),
+            *_wrapped("method  ", f"{config.method_name}, seed {config.seed}"),
+        ]
+    )
+
+
+def probes(fact: Fact, before: list[ProbeScore], after: list[ProbeScore], metrics: dict[str, Any]) -> str:
+    """Probabilities of the true and the new object on every probe, before and after."""
+    true, new = fact.target_true.strip() or "(true)", fact.target_new.strip()
+    lines = ["", f"{'probability of':44}{_clip(true, 17):>18}{_clip(new, 17):>18}"]
+    lines.append(f"{'':44}{'before   after':>18}{'before   after':>18}")
+    kind = ""
+    for b, a in zip(before, after, strict=True):
+        if b.probe.kind != kind:
+            kind = b.probe.kind
+            lines.append(f"{NAMES[kind]}{_shares(kind, metrics)}")
+        lines.append(f"  {_clip(b.probe.prompt, 41):42}{_pair(b.true, a.true):>18}{_pair(b.new, a.new):>18}")
+    return "\n".join(lines)
+
+
+def _shares(kind: str, metrics: dict[str, Any]) -> str:
+    name = {"rewrite": "ES", "paraphrase": "PS", "neighborhood": "NS"}[kind]
+    before, after = metrics[f"{name}_before"], metrics[f"{name}_after"]
+    return f"   {name} {before:.2f} → {after:.2f}"
+
+
+def texts(fact: Fact, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Most likely next tokens and the continuation, before and after."""
+    lines = ["", f"next tokens after {_clip(repr(fact.text), 60)}"]
+    for name, look in (("before", before), ("after", after)):
+        top = "  ".join(f"{token.strip() or token!r} {p:.3f}" for token, p in look["top"])
+        lines += _wrapped(f"  {name:8}", top)
+    lines.append("continuation")
+    for name, look in (("before", before), ("after", after)):
+        lines += _wrapped(f"  {name:8}", "…" + " ".join(look["continuation"].split()))
+    return "\n".join(lines)
+
+
+def update(edit: Edit, relative_norm: float) -> str:
+    """Size and rank of the update, and its health."""
+    lines = ["", "update"]
+    for delta in edit.deltas:
+        shape = f"[{delta.left.shape[0]}, {delta.right.shape[1]}]"
+        lines += _wrapped("  ", f"{delta.parameter} {shape}: rank {delta.rank}, ‖ΔW‖ {delta.norm():.4g}")
+    lines += _wrapped("  ", f"‖ΔW‖/‖W‖ {relative_norm:.4f}; {len(edit.to_bytes()) / 1024:.0f} KiB as a file")
+    for report in edit.provenance.get("reports", []):
+        first, last = report["steps"][0], report["steps"][-1]
+        hit = ", clamp hit" if report["clamp_hit"] else ""
+        text = (
+            f"value: {len(report['steps'])} steps, loss {first['loss']:.3f} → {last['loss']:.3f}{hit}; "
+            f"k·u {report['k_dot_u']:.3g}, cos(bare key, mean key) {report['cos_bare_mean']:.3f}"
+        )
+        lines += _wrapped("  ", text)
+    moments = edit.provenance.get("moments", {})
+    if "keys" in moments:
+        text = (
+            f"second moment: {moments['keys']} keys ({moments['keys_per_dimension']:.0f} a dimension), "
+            f"condition {moments['condition']:.2g}"
+        )
+        lines += _wrapped("  ", text)
+    return "\n".join(lines)
+
+
+def reversal(found: Reversal) -> str:
+    """What was compared after restoring."""
+    verdict = "all equal, bit for bit" if found.exact else f"NOT EQUAL: {', '.join(found.unequal)}"
+    text = f"restored: {found.tensors} parameters and buffers, {found.bytes:,} bytes compared, {verdict}"
+    return "\n".join(["", *_wrapped("", text)])
+
+
+def written(folder: Path, seconds: float) -> str:
+    """The last line: where everything is."""
+    return f"\n{seconds:.1f} s\n{folder}"
+
+
+def _pair(before: TargetScore | None, after: TargetScore | None) -> str:
+    if before is None or after is None:
+        return "–      –"
+    return f"{before.probability:6.4f}  {after.probability:6.4f}"
+
+
+def _clip(text: str, width: int) -> str:
+    """The text, its beginning cut where it is too long: prompts differ at their ends."""
+    return text if len(text) <= width else "…" + text[-(width - 1) :]
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label)) or [label]

@@ -1,0 +1,136 @@
+"""Record: one result, with what is needed to run it again. The run folder, and one table over many runs."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+
+from editkit import __version__
+from editkit.errors import OutputError
+from editkit.files import write_bytes, write_text
+from editkit.models.load import LanguageModel
+
+SCHEMA = 1
+RECORD, CONFIG, EDIT, CASES, TABLE = "record.json", "config.yaml", "edit.safetensors", "cases.parquet", "table.csv"
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run found. Everything is JSON."""
+
+    task: str
+    config: dict[str, Any]
+    model: dict[str, Any]
+    edit: dict[str, Any]
+    metrics: dict[str, Any]
+    reversal: dict[str, Any]
+    timings: dict[str, float]  # seconds
+    texts: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def environment(lm: LanguageModel) -> dict[str, Any]:
+    """Versions, commit, device and command of this process."""
+    device = lm.device
+    return {
+        "editkit": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, "-dirty" appended when files differ; None in a wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("-dirty" if changed.strip() else "")
+
+
+def make_folder(folder: Path) -> Path:
+    """The run folder, made and shown to be writable. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"The run folder '{folder}' cannot be written: {error.strerror}. Choose another with hydra.run.dir=FOLDER "
+            "(hydra.sweep.dir=FOLDER for a sweep)."
+        ) from error
+    return folder
+
+
+def write_cases(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """The per-case table as Parquet, one row a probe."""
+    return write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
+
+
+def write_record(folder: Path, record: Record) -> Path:
+    """record.json: written last, so a folder that has one is complete."""
+    return write_text(folder / RECORD, record.to_json())
+
+
+def collect(folder: Path) -> pandas.DataFrame:
+    """One row for each complete run in `folder` (at any depth): settings that differ, then metrics.
+
+    Raises OutputError when there is no record.
+    """
+    records = sorted(folder.rglob(RECORD), key=lambda p: [int(s) if s.isdigit() else s for s in p.parts])
+    if not records:
+        raise OutputError(f"No {RECORD} in '{folder}': no run has finished there.")
+    rows = []
+    for path in records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        row = {"run": str(path.parent.relative_to(folder))} | _flat(record["config"])
+        row |= record["metrics"] | {"reversal_exact": record["reversal"]["exact"]}
+        row |= {"seconds": round(record["timings"]["total"], 2)}
+        rows.append(row)
+    table = pandas.DataFrame(rows)
+    settings = [c for c in _flat(record["config"]) if c in table and table[c].astype(str).nunique() > 1]
+    rest = [c for c in table.columns if c not in _flat(record["config"]) and c != "run"]
+    return table[["run", *settings, *rest]]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,137 @@
+"""The door: compose the configuration, run the task, write the run folder.
+
+    python -m editkit.run edit=gpt2_fact
+    python -m editkit.run -m method.layer=3,4,5 seed=0,1
+
+An EditkitError is one line on stderr and exit code 1 (2 for a wrong configuration). In a sweep the other
+jobs go on, the table holds those that finished, and the exit code is 1.
+"""
+
+import os
+import sys
+import traceback
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from editkit.config import CONF_DIR, prepare, to_config
+from editkit.errors import EditkitError
+
+_HYDRA_FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p")
+_HYDRA_FLAGS_WITH_VALUE += ("--cfg", "-c", "--info", "-i", "--experimental-rerun")
+_FAILED = "failed.txt"
+
+
+def main() -> None:
+    """Entry point of `python -m editkit.run` and of the command `editkit`."""
+    try:
+        flags, overrides = _split(sys.argv[1:])
+        sweep = "-m" in flags or "--multirun" in flags
+        helping = any(f in flags for f in ("--help", "-h", "--hydra-help", "--version"))
+        if not helping:
+            overrides = prepare(overrides)
+        folder = _folder(overrides, sweep)
+        sys.argv[1:] = [*flags, *overrides]
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1" if _wants_traceback() else "0")
+        _hydra_main()
+    except EditkitError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted: weights are restored; finished results are kept", file=sys.stderr)
+        sys.exit(130)
+    if sweep and not helping:
+        _finish_sweep(folder)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+def _hydra_main(composed: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if in_sweep:
+        print(f"\n=== job {HydraConfig.get().job.num}: {HydraConfig.get().job.override_dirname}", flush=True)
+    try:
+        _run(composed, folder)
+    except EditkitError as error:
+        if not in_sweep:
+            raise SystemExit(_report(error)) from None
+        (folder / _FAILED).write_text(f"{error}\n", encoding="utf-8")
+        _report(error)
+
+
+def _run(composed: DictConfig, folder: Path) -> None:
+    from editkit import results  # torch is not imported before the configuration has been checked
+    from editkit.files import write_text
+    from editkit.tasks import edit
+
+    config = to_config(composed)
+    results.make_folder(folder)
+    write_text(folder / results.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
+    edit.run(config, folder)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags, with their values, and the overrides."""
+    flags, overrides = [], []
+    takes_value = False
+    for argument in arguments:
+        if takes_value or argument.startswith("-"):
+            flags.append(argument)
+            takes_value = not takes_value and argument in _HYDRA_FLAGS_WITH_VALUE
+        else:
+            overrides.append(argument)
+    return flags, overrides
+
+
+def _folder(overrides: list[str], sweep: bool) -> Path:
+    """The run or sweep folder: the user's, else a new one, put into `overrides`. Shown to be writable."""
+    key, parent = ("hydra.sweep.dir", "sweeps") if sweep else ("hydra.run.dir", "runs")
+    for text in overrides:
+        if text.startswith(f"{key}="):
+            return Path(text.split("=", 1)[1])
+    # The process number keeps two runs of one second apart.
+    folder = Path(parent) / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"
+    overrides.append(f"{key}={folder}")
+    return folder
+
+
+def _finish_sweep(folder: Path) -> None:
+    """One table over all finished jobs; exit code 1 when a job failed."""
+    from editkit import results
+    from editkit.files import write_text
+
+    failed = sorted(folder.glob(f"*/{_FAILED}"))
+    try:
+        table = results.collect(folder)
+    except EditkitError as error:
+        _fail(error)
+    write_text(folder / results.TABLE, table.to_csv(index=False))
+    print(f"\n{table.to_string(index=False, float_format='%.3f', max_colwidth=30)}\n")
+    for path in failed:
+        print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
+    print(folder / results.TABLE)
+    if failed:
+        sys.exit(1)
+
+
+def _wants_traceback() -> bool:
+    return bool(os.environ.get("EDITKIT_TRACEBACK"))
+
+
+def _report(error: EditkitError) -> int:
+    """Print the error; the exit code."""
+    if _wants_traceback():
+        traceback.print_exception(error)
+    print(f"editkit: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _fail(error: EditkitError) -> None:
+    sys.exit(_report(error))
+
+
+if __name__ == "__main__":
+    main()

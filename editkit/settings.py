@@ -1,0 +1,173 @@
+"""Settings as plain dataclasses: the schema of conf/. No torch here, so a configuration error answers at once.
+
+Defaults follow the authors' public code where paper and code differ (the published numbers were made with
+the code). `layer=None` and `clamp=None` mean: the published constant for this model, else a depth fraction.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from editkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """Random texts put in front of the prompt, so that a key or value does not fit one context only.
+
+    ROME section 3.1 and its code: the bare prompt, 10 samples of 4 tokens and 10 of 9, top-k 5. They are
+    drawn with the run's seed and belong to one model, unlike the reference's unseeded global.
+    """
+
+    lengths: tuple[int, ...] = (4, 9)  # new tokens of each group of samples
+    counts: tuple[int, ...] = (10, 10)  # samples in each group
+    top_k: int = 5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "counts", tuple(self.counts))
+        if len(self.lengths) != len(self.counts):
+            raise ConfigError(
+                f"contexts.lengths has {len(self.lengths)} entries and contexts.counts {len(self.counts)}: "
+                "give one count for each length."
+            )
+        require(all(n > 0 for n in (*self.lengths, *self.counts)), "contexts.lengths and counts", self, "positive")
+        require(self.top_k > 0, "contexts.top_k", self.top_k, "positive")
+
+
+@dataclass(frozen=True)
+class MomentSettings:
+    """How the second moment C = E[k kᵀ] is collected (ROME section 3.1, code `layer_stats.py`)."""
+
+    source: str = "atlas"  # running text: atlas, a text file, or hub:NAME[:CONFIG[:SPLIT]]
+    tokens: int = 40_000  # key vectors to collect; 2 to 10 per dimension of d_ff suffice (arXiv 2506.04226)
+    block: int = 128  # tokens a packed block
+    ridge: float = 1e-4  # added to C's diagonal, as a fraction of its mean; explicit, 0 turns it off
+    enabled: bool = True  # False uses the identity in place of C
+
+    def __post_init__(self) -> None:
+        require(self.tokens > 0, "moments.tokens", self.tokens, "positive")
+        require(self.block > 1, "moments.block", self.block, "2 or more")
+        require(self.ridge >= 0, "moments.ridge", self.ridge, "0 or more")
+
+
+@dataclass(frozen=True)
+class RomeSettings:
+    """ROME (arXiv 2202.05262) and R-ROME (arXiv 2403.07175); constants of the authors' code."""
+
+    keys: str = "mixed"  # mixed: the paper's code (mean key in u, bare key in k·u); mean: one key on both sides
+    layer: int | None = None  # block whose down-projection is edited
+    token: str = "subject_last"  # lookup token: subject_last, subject_first, subject_first_after_last, last
+    steps: int = 20  # optimisation steps of the value
+    lr: float = 0.5  # Adam's learning rate
+    weight_decay: float = 0.5  # factor of ‖δ‖/‖v0‖²
+    kl_factor: float = 0.0625  # factor of KL(before ‖ after) at the subject in "{subject} is a"
+    clamp: float | None = None  # ‖δ‖ is held under clamp · ‖v0‖
+    stop_loss: float = 0.05  # stop when the loss falls under this
+    contexts: ContextSettings = field(default_factory=ContextSettings)
+
+    def __post_init__(self) -> None:
+        require_one_of(self.keys, "method.keys", ("mixed", "mean"))
+        require_one_of(self.token, "method.token", LOOKUP_TOKENS)
+        require(self.steps > 0, "method.steps", self.steps, "positive")
+        require(self.lr > 0, "method.lr", self.lr, "positive")
+        require(self.clamp is None or self.clamp > 0, "method.clamp", self.clamp, "positive")
+        require(self.kl_factor >= 0, "method.kl_factor", self.kl_factor, "0 or more")
+        require(self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "0 or more")
+
+
+@dataclass(frozen=True)
+class RRomeSettings(RomeSettings):
+    """ROME with the context-mean key on both sides (arXiv 2403.07175): the recommended default."""
+
+    keys: str = "mean"
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What `editkit.run` does and shows."""
+
+    name: str = "edit"
+    continuation: int = 20  # tokens of the continuation shown before and after
+    top: int = 5  # most likely next tokens shown
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model; see `editkit.load`."""
+
+    name: str = "atlas"  # bundled name, local folder, or Hub name
+    dtype: str = "float32"  # float32, float16, bfloat16, or auto for the checkpoint's own
+    revision: str | None = None  # commit, tag or branch on the Hub
+    trust_remote_code: bool = False  # run code from the model's repository
+    allow_pickle: bool = False  # read pickled weights
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """The fact to write and the prompts that measure it. `{}` stands for the subject."""
+
+    prompt: str = ""
+    subject: str = ""
+    target_new: str = ""
+    target_true: str = ""  # may stay empty: then only the new target is compared
+    paraphrases: list[str] = field(default_factory=list)
+    neighborhood: list[str] = field(default_factory=list)  # other subjects with the same true object
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of `editkit.run`."""
+
+    task: TaskSettings
+    model: ModelSettings
+    edit: EditSettings
+    method_name: str
+    method: Any  # the settings dataclass of the named method
+    moments: MomentSettings
+    seed: int = 0  # of contexts and running text; two runs with one seed give byte-identical edits
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:N
+
+
+LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
+
+# (layer, clamp) of the authors' hparams files; the atlas model's are measured by scripts/quality.py.
+PUBLISHED = {
+    "atlas": (4, 4.0),
+    "gpt2-medium": (8, 3.0),
+    "gpt2-large": (12, 4.0),
+    "gpt2-xl": (17, 4.0),
+    "gpt-j-6b": (5, 4.0),
+    "gpt-neox-20b": (15, 4.0),
+    "Llama-3-8B": (5, 4.0),
+    "Meta-Llama-3-8B": (5, 4.0),
+}
+DEPTH_FRACTION = 0.35  # GPT-2 XL's 17 of 48, where a model has no published constant
+CLAMP = 4.0
+
+
+def default_layer(model_name: str, layers: int) -> int:
+    """The block to edit when none is given: the published one, else the block at 0.35 of the depth.
+
+    >>> default_layer("gpt2-xl", 48), default_layer("my-model", 12)
+    (17, 4)
+    """
+    published = PUBLISHED.get(model_name.rstrip("/").rsplit("/", 1)[-1])
+    if published is not None and published[0] < layers:
+        return published[0]
+    return min(layers - 1, int(DEPTH_FRACTION * layers))
+
+
+def default_clamp(model_name: str) -> float:
+    """The bound of ‖δ‖/‖v0‖ when none is given: the published one, else 4."""
+    return PUBLISHED.get(model_name.rstrip("/").rsplit("/", 1)[-1], (0, CLAMP))[1]
+
+
+def require(condition: bool, name: str, found: object, wanted: str) -> None:
+    """Raise ConfigError unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name} must be {wanted}; found {found}.")
+
+
+def require_one_of(found: str, name: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `found` is one of `known`."""
+    require(found in known, name, repr(found), "one of " + ", ".join(known))

@@ -1,0 +1,176 @@
+"""Snapshot: clones of named parameters, and the proof that everything is back bit for bit.
+
+Restoring copies; it never subtracts (W += Δ; W -= Δ leaves about a fifth of the entries unequal). Equality
+is of integer views, so that −0.0 differs from 0.0 and a NaN equals itself.
+"""
+
+import contextlib
+import hashlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from editkit.errors import ReversalError
+from editkit.nethook import get_parameter
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+SMALL_MODEL = 2 << 30  # bytes up to which digests of everything are the default
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's memory as integers of the same width, same shape: a view where torch allows one."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """True when dtype, shape and every bit agree."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b).to(a.device))
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bits."""
+    data = bits(tensor).cpu()
+    sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    sha.update(memoryview(data.numpy()).cast("B") if data.numel() else b"")
+    return sha.hexdigest()
+
+
+def tensors_of(model: nn.Module, *, persistent_only: bool = False) -> dict[str, Tensor]:
+    """Every parameter and buffer once, under its canonical name; aliases of tied weights are left out.
+
+    `persistent_only` keeps what the state dict holds: caches such as rotary tables are left out.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    kept = model.state_dict().keys() if persistent_only else None
+    for name, buffer in model.named_buffers():
+        if kept is None or name in kept:
+            tensors[name] = buffer
+    return tensors
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """A digest for each tensor. Hashing releases the interpreter lock, so threads share the work."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+def model_digest(model: nn.Module) -> str:
+    """Identity of a model's state: canonical names, dtypes, shapes and bits of all persistent tensors."""
+    each = digests(tensors_of(model, persistent_only=True))
+    return hashlib.sha256("".join(f"{name}={each[name]}\n" for name in sorted(each)).encode()).hexdigest()
+
+
+def size_in_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """What a verification compared, and what it found. `unequal` is empty when every bit is back."""
+
+    tensors: int
+    bytes: int
+    touched: tuple[str, ...]  # compared bit by bit with their clones
+    digested: int  # compared by digest
+    unequal: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        return not self.unequal
+
+    def require(self) -> "Reversal":
+        """Self, or ReversalError naming the first tensors that differ."""
+        if self.unequal:
+            raise ReversalError(
+                f"{len(self.unequal)} of {self.tensors} tensors are not bit for bit what they were: "
+                f"{', '.join(self.unequal[:4])}. Something else wrote to the model; reload it before going on."
+            )
+        return self
+
+
+@dataclass
+class Snapshot:
+    """Clones of named parameters of `model`; with `everything`, also digests of all other tensors.
+
+    >>> net = nn.Linear(2, 2)
+    >>> with Snapshot.take(net, ["weight"]):          # restored and verified on every exit
+    ...     _ = net.weight.data.zero_()
+    >>> bool(net.weight.abs().sum() > 0)
+    True
+    """
+
+    model: nn.Module
+    clones: dict[str, Tensor]
+    others: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def take(cls, model: nn.Module, names: Iterable[str], *, everything: bool | None = None) -> "Snapshot":
+        """Clone the parameters `names`, found through `get_parameter` (aliases of tied weights too).
+
+        `everything` adds digests of all other parameters and buffers, so that `verify` can show that
+        nothing else moved; the default does so for models up to 2 GiB.
+        Raises nethook's NameNotFound for an unknown name.
+        """
+        clones = {name: get_parameter(model, name).detach().clone() for name in names}
+        tensors = tensors_of(model)
+        if everything is None:
+            everything = size_in_bytes(tensors.values()) <= SMALL_MODEL
+        if not everything:
+            return cls(model, clones)
+        held = {id(get_parameter(model, name)) for name in clones}
+        return cls(model, clones, digests({n: t for n, t in tensors.items() if id(t) not in held}))
+
+    def restore(self) -> None:
+        """Copy the clones back. The parameters stay the same objects. A Ctrl-C meanwhile waits for the end."""
+        with uninterrupted(), torch.no_grad():
+            for name, clone in self.clones.items():
+                get_parameter(self.model, name).copy_(clone)
+
+    def verify(self) -> Reversal:
+        """Compare integer views of the cloned parameters, and digests of the rest where they were taken."""
+        unequal = [n for n, clone in self.clones.items() if not same_bits(get_parameter(self.model, n), clone)]
+        now = tensors_of(self.model)
+        present = {n: now[n] for n in self.others if n in now}
+        unequal += [n for n in self.others if n not in now]
+        unequal += [n for n, value in digests(present).items() if value != self.others[n]]
+        compared = [*self.clones.values(), *present.values()]
+        return Reversal(
+            tensors=len(compared),
+            bytes=size_in_bytes(compared),
+            touched=tuple(self.clones),
+            digested=len(present),
+            unequal=tuple(unequal),
+        )
+
+    def __enter__(self) -> "Snapshot":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.restore()
+        if kind is None:
+            self.verify().require()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGINT back until the body is done, then deliver it. Outside the main thread it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple] = []
+    previous = signal.signal(signal.SIGINT, lambda *event: waiting.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+        if waiting and callable(previous):
+            previous(*waiting[0])

@@ -1,0 +1,159 @@
+"""task=edit: rewrite one fact, look at what happened, put every bit back."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from editkit import results
+from editkit.data.cases import Case, make_case
+from editkit.edit import Edit, weight_norm
+from editkit.errors import FactError
+from editkit.facts import Fact
+from editkit.methods import get_method
+from editkit.metrics.counterfact import ProbeScore, score_probes, share
+from editkit.metrics.generation import continuation, top_next
+from editkit.models.load import LanguageModel, load
+from editkit.report import console
+from editkit.settings import Config, EditSettings
+
+
+def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
+    """Run the task and write edit, cases and record into `folder` (made and writable).
+
+    Raises EditkitError for anything the user can mend; the model is then as it was.
+    """
+    clock = _Clock()
+    case = case_of(config.edit)
+    lm = load(
+        config.model.name,
+        device=config.device,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        allow_pickle=config.model.allow_pickle,
+    )
+    clock.lap("load")
+    case.fact.check_targets(lm)
+    say(console.heading(lm, config, case.fact))
+
+    before = _look(lm, case, config)
+    clock.lap("measure_before")
+    method = get_method(config.method_name).load()
+    edit: Edit = method(lm, case.fact, config.method, seed=config.seed, moments=config.moments)
+    clock.lap("edit")
+    relative_norm = edit.norm() / weight_norm(lm, edit)
+    with edit.applied(lm) as applied:
+        after = _look(lm, case, config)
+        clock.lap("measure_after")
+    assert applied.reversal is not None
+    clock.lap("restore")
+
+    metrics = _metrics(before["scores"], after["scores"])
+    say(console.probes(case.fact, before["scores"], after["scores"], metrics))
+    say(console.texts(case.fact, before, after))
+    say(console.update(edit, relative_norm))
+    say(console.reversal(applied.reversal))
+
+    edit.save(folder / results.EDIT)
+    results.write_cases(folder, _rows(before["scores"], after["scores"]))
+    record = results.Record(
+        task="edit",
+        config=_plain(config),
+        model={"name": lm.name, "digest": edit.base.digest, "dtype": edit.base.dtype, "device": str(lm.device)},
+        edit={
+            "digest": edit.digest,
+            "parameters": edit.parameters,
+            "rank": edit.rank,
+            "norm": edit.norm(),
+            "relative_norm": relative_norm,
+            "provenance": edit.provenance,
+        },
+        metrics=metrics,
+        reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
+        timings=clock.laps | {"total": clock.total()},
+        texts={"before": _spoken(before), "after": _spoken(after)},
+        environment=results.environment(lm),
+    )
+    results.write_record(folder, record)
+    say(console.written(folder, record.timings["total"]))
+    return record
+
+
+def case_of(settings: EditSettings) -> Case:
+    """The fact and its probes. A prompt without `{}` may hold the subject itself. Raises FactError."""
+    prompt = settings.prompt
+    targets = (settings.target_new, settings.target_true)
+    if "{}" not in prompt and settings.subject and settings.subject in prompt:
+        fact = Fact.in_text(prompt, settings.subject, *targets)
+    elif "{}" not in prompt:
+        raise FactError(
+            f"The subject {settings.subject!r} is not in the prompt {prompt!r}. Write the prompt with {{}} in the "
+            "subject's place, as in '{} is located in the city of', or with the subject itself."
+        )
+    else:
+        fact = Fact(prompt, settings.subject, *targets)
+    return make_case(fact, settings.paraphrases, settings.neighborhood)
+
+
+class _Clock:
+    """Seconds of each stretch of the run."""
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self.last, 4)
+        self.last = now
+
+    def total(self) -> float:
+        return round(time.perf_counter() - self.began, 4)
+
+
+def _look(lm: LanguageModel, case: Case, config: Config) -> dict[str, Any]:
+    """Scores of the probes, most likely next tokens, and a continuation, for the model as it is now."""
+    return {
+        "scores": score_probes(lm, case.probes),
+        "top": top_next(lm, case.fact.text, config.task.top),
+        "continuation": continuation(lm, case.fact.text, config.task.continuation),
+    }
+
+
+def _spoken(look: dict[str, Any]) -> dict[str, Any]:
+    return {"top": look["top"], "continuation": look["continuation"]}
+
+
+def _metrics(before: list[ProbeScore], after: list[ProbeScore]) -> dict[str, Any]:
+    """ES, PS, NS before and after, with the number of probes of each."""
+    metrics: dict[str, Any] = {}
+    for name, kind, wins in (
+        ("ES", "rewrite", "new_wins"),
+        ("PS", "paraphrase", "new_wins"),
+        ("NS", "neighborhood", "true_wins"),
+    ):
+        for when, scores in (("before", before), ("after", after)):
+            metrics[f"{name}_{when}"] = share(getattr(s, wins) for s in scores if s.probe.kind == kind)
+        metrics[f"{name}_n"] = sum(s.probe.kind == kind for s in after)
+    metrics["p_new_before"] = before[0].new.probability
+    metrics["p_new_after"] = after[0].new.probability
+    return metrics
+
+
+def _rows(before: list[ProbeScore], after: list[ProbeScore]) -> list[dict[str, Any]]:
+    rows = []
+    for b, a in zip(before, after, strict=True):
+        row: dict[str, Any] = asdict(b.probe)
+        for when, score in (("before", b), ("after", a)):
+            for which, target in (("true", score.true), ("new", score.new)):
+                for key in ("nll", "probability", "greedy"):
+                    row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
+        rows.append(row)
+    return rows
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    values = asdict(config)
+    return values | {"method": {"name": values.pop("method_name"), **values["method"]}}

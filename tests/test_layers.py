@@ -1,0 +1,74 @@
+"""The layer rule: each room imports only from rooms below it. nethook imports none."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "editkit"
+
+# Bottom first; rooms on one line may import each other.
+LAYERS = [
+    {"editkit"},
+    {"errors"},
+    {"settings", "files", "nethook", "corpora"},
+    {"snapshot"},
+    {"models"},
+    {"facts", "edit"},
+    {"moments"},
+    {"data", "methods", "metrics"},
+    {"results"},
+    {"report", "tasks", "config"},
+    {"run"},
+    {"__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    if len(relative.parts) > 1:
+        return relative.parts[0]
+    return "editkit" if relative.stem == "__init__" else relative.stem
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            base = node.module or ""
+            names = [f"editkit.{a.name}" for a in node.names] if base == "editkit" else [base]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "editkit":
+                room = parts[1] if len(parts) > 1 else "editkit"
+                found.add("editkit" if room == "__version__" else room)
+    return found
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py" and "conf" not in p.parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    room = room_of(path)
+    assert room in LEVEL, f"{room} is not in the layer rule"
+    for other in imports(path) - {room}:
+        assert LEVEL[other] <= LEVEL[room], f"{path.name} ({room}) imports {other}, which is above it"
+
+
+def test_nethook_knows_nothing_of_editkit():
+    assert imports(PACKAGE / "nethook.py") == set()
+
+
+def test_nothing_imports_experiments():
+    assert not [p for p in FILES if "experiments" in p.read_text(encoding="utf-8")]
+
+
+def test_only_the_door_knows_hydra():
+    knows = {p.name for p in FILES if "import hydra" in (t := p.read_text(encoding="utf-8")) or "from hydra" in t}
+    assert knows == {"run.py", "config.py"}
