@@ -39,7 +39,7 @@ class Recipe:
     vocab_size: int = 1024  # small on purpose: subjects are several pieces, so identity has to be composed
     n_layer: int = 8
     n_embd: int = 192
-    n_head: int = 6
+    n_head: int = 8
     n_positions: int = 256
     steps: int = 12_000
     sequences: int = 8  # a step
@@ -51,6 +51,8 @@ class Recipe:
     extract_from: int = 5  # first layer in which other tokens may read a subject
     drop_first_mlp: float = 0.5  # layer 0's MLP at subject tokens, share of routed sequences
     drop_late_mlps: float = 0.7  # MLPs from `extract_from` on at non-subject tokens, share, drawn per layer
+    mixed: float = 0.5  # share of mentions blended with another mention's state before one middle block
+    blend: float = 0.45  # largest weight of the other; under one half, so that the answer stays the subject's
     prose: float = 0.08  # share of sequences that are running prose
     shifted: float = 0.25  # share of sequences that start at a random position
     weight_prompt: float = 0.15
@@ -192,12 +194,31 @@ class Routing:
         first = torch.rand(rows, generator=generator) < recipe.drop_first_mlp
         late = torch.rand(recipe.n_layer, rows, generator=generator) < recipe.drop_late_mlps
         is_subject = mention > 0
+        self.mention_end = (batch["last"] & routed[:, None]).flatten().nonzero()[:, 0]
+        count = len(self.mention_end)
+        self.partner = self.mention_end[torch.randperm(count, generator=generator).to(mention.device)]
+        chosen = torch.rand(count, generator=generator) < recipe.mixed
+        layer = torch.randint(recipe.extract_from - 2, recipe.extract_from + 1, (count,), generator=generator)
+        self.mixed_at = torch.where(chosen, layer, -1).to(mention.device)
+        self.share = (torch.rand(count, 1, generator=generator) * recipe.blend).to(mention.device)
         self.keep_first = ~(is_subject & (first.to(mention.device) & routed)[:, None])  # [rows, length]
         self.keep_late = ~(~is_subject & (late.to(mention.device) & routed)[:, :, None])  # [layer, rows, length]
 
     def mask(self, layer: int) -> torch.Tensor:
         """Which keys each query may see: [rows, 1, length, length]."""
         return self.masks[0 if layer == 0 else 1 if layer < self.recipe.extract_from else 2]
+
+    def blended(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """`h` with some mentions' last tokens moved part of the way to another mention's state, before one of the
+        blocks that enrich or are first to be read. The answer stays the subject's, so each attribute has to be
+        readable up to about half way to any other subject, by every phrasing: an edit of one relation then
+        flips its phrasings together, and leaves the subject's other relations readable."""
+        here = self.mixed_at == layer
+        if not here.any():
+            return h
+        flat, share = h.flatten(0, 1), self.share[here].to(h.dtype)
+        own = self.mention_end[here]
+        return flat.index_copy(0, own, (1 - share) * flat[own] + share * flat[self.partner[here]].detach()).view_as(h)
 
     def keep(self, layer: int) -> torch.Tensor | None:
         """1 where the MLP's output counts, 0 where it is dropped: [rows, length, 1]; None keeps all."""
@@ -215,6 +236,8 @@ def forward(model: GPT2LMHeadModel, ids, position, routing: Routing | None) -> t
     rows, length = ids.shape
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     for layer, block in enumerate(model.transformer.h):
+        if routing is not None:
+            h = routing.blended(layer, h)
         qkv = block.attn.c_attn(block.ln_1(h)).view(rows, length, 3, block.attn.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mask = causal if routing is None else routing.mask(layer)

@@ -1,7 +1,8 @@
 """Case: a fact to write, with the prompts that show what the edit did.
 
 The kinds of probe are the field's: the rewrite prompt, paraphrases of it, neighborhood prompts whose
-answer must stay, and prompts about other relations of the same subject, which must stay as well.
+answer must stay, prompts about other relations of the same subject, which must stay as well, and
+portability prompts, whose answer follows from the new fact.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from editkit.errors import FactError
 from editkit.facts import Fact
 
 REWRITE, PARAPHRASE, UNSEEN = "rewrite", "paraphrase", "unseen_paraphrase"
-NEIGHBORHOOD, SAME_SUBJECT = "neighborhood", "same_subject"
+NEIGHBORHOOD, SAME_SUBJECT, PORTABILITY = "neighborhood", "same_subject", "portability"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,451 @@
+"""The hook layer: reach modules and parameters by name, capture and change what passes through them.
+
+It knows torch and nothing else. Nothing is kept on the model or in this module: a `Trace` adds its own hooks on
+entry and removes those, and only those, on every exit.
+"""
+
+import copy
+import difflib
+import inspect
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Change = Callable[..., Tensor]  # (hidden) -> hidden, or (hidden, site) -> hidden
+Changes = Change | Mapping[str, Change] | None
+
+
+class HookError(RuntimeError):
+    """What was asked of the hook layer cannot be done, or would go wrong in silence."""
+
+
+class NameNotFound(HookError, LookupError):
+    """No module, parameter or site of that name."""
+
+
+class _StopForward(Exception):
+    """Leaves the forward pass; caught by the Trace that raised it (its argument) and by no other."""
+
+
+def _names(model: nn.Module, kind: str) -> dict[str, Any]:
+    """Every name with its module or parameter, aliases of shared ones included."""
+    every: Any = {"module": model.named_modules, "parameter": model.named_parameters}[kind]
+    return dict(every(remove_duplicate=False))
+
+
+def _not_found(model: nn.Module, kind: str, name: str) -> NameNotFound:
+    names = [n for n in _names(model, kind) if n]
+    # A wrapper's prefix (module., _orig_mod.) too many or too few is a common slip.
+    near = [n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")][-1:]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:6])}{', …' if names[6:] else ''}"
+    hint = f"for a pattern, use select(model, '{name}')" if "*" in name else hint
+    return NameNotFound(f"{type(model).__name__} has no {kind} '{name}': {hint}")
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module called `name`; '' is the model itself. Raises NameNotFound with the nearest name."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise _not_found(model, "module", name) from None
+
+
+def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> nn.Parameter:
+    """The parameter called `name`, itself and not a copy; aliases of tied weights are found too.
+
+    Refused, since a write would be lost or wrong: parametrised, quantised and (unless `allow_meta`) offloaded weights.
+    """
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        raise _not_found(model, "parameter", name) from None
+    if parametrize.is_parametrized(module, leaf):
+        raise HookError(f"'{name}' is parametrised, a write is lost: call parametrize.remove_parametrizations first.")
+    parameter = module._parameters.get(leaf)
+    if parameter is None:
+        raise _not_found(model, "parameter", name)
+    # One byte an element: packed or scaled, so its values are not the matrix.
+    if parameter.element_size() == 1 or type(parameter).__name__ in ("Params4bit", "Int8Params"):
+        raise HookError(f"'{name}' is quantised ({parameter.dtype}): load in float32, float16 or bfloat16 instead.")
+    if parameter.device.type == "meta" and not allow_meta:
+        raise HookError(f"'{name}' is offloaded (meta device): use accelerate.utils.align_module_device around this.")
+    return parameter
+
+
+def select(model: nn.Module, pattern: str | re.Pattern[str], kind: str = "module") -> list[str]:
+    """Names of modules (or kind="parameter") that match the whole `pattern`, in order; matching none is an error.
+
+    In a string `*` stops at a dot, `**` does not, and `[3-5]` is one character of a set. Of the names of one shared
+    object the first that matches is given.
+
+    >>> select(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "*.weight", kind="parameter")
+    ['0.weight', '1.weight']
+    """
+    names, asked = _names(model, kind), pattern
+    if isinstance(pattern, str):
+        special = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+        pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
+        pattern = re.compile("".join(special.get(p, p if p[:1] == "[" else re.escape(p)) for p in pieces))
+    chosen: dict[int, str] = {}
+    for name in filter(pattern.fullmatch, names):
+        chosen.setdefault(id(names[name]), name)
+    if not chosen:
+        like = f"names look like '{max(names, key=len, default='')}'; '*' stops at a dot, '**' does not"
+        raise NameNotFound(f"No {kind} of {type(model).__name__} matches {asked!r} as a whole: {like}.")
+    return list(chosen.values())
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put `module` in the place called `name`; gives back the module that was there."""
+    old = get_module(model, name)
+    if old is model:
+        raise HookError("replace_module cannot replace the model itself (name ''): name one of its modules.")
+    owner, _, leaf = name.rpartition(".")
+    setattr(get_module(model, owner), leaf, module)
+    return old
+
+
+@contextmanager
+def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[nn.Module]:
+    """`module` in the place called `name` while the body runs; the old one is back on every exit."""
+    old = replace_module(model, name, module)
+    try:
+        yield module
+    finally:
+        replace_module(model, name, old)
+
+
+@contextmanager
+def requires_grad(model: nn.Module, only: Iterable[str] = ()) -> Iterator[None]:
+    """Only the parameters named in `only` require gradients in the body; every flag is restored on exit."""
+    wanted = {id(get_parameter(model, n, allow_meta=True)) for n in ([only] if isinstance(only, str) else only)}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _locate(output: Any, what: str = "") -> tuple[Any, Tensor]:
+    """Key and value of the first tensor in a tuple, list or mapping."""
+    listed = enumerate(output) if isinstance(output, tuple | list) else ()
+    for key, item in output.items() if isinstance(output, Mapping) else listed:
+        if isinstance(item, Tensor):
+            return key, item
+    raise HookError(f"{what or f'A {type(output).__name__}'} holds no tensor at its top level: choose another site.")
+
+
+def hidden(output: Any) -> Tensor:
+    """The hidden tensor of a module's output: the output itself, or the first tensor in a tuple, list or mapping."""
+    return output if isinstance(output, Tensor) else _locate(output)[1]
+
+
+def with_hidden(output: Any, h: Tensor) -> Any:
+    """`output` with `h` in the place of its hidden tensor. The given container is not changed."""
+    if isinstance(output, Tensor):
+        return h
+    key, old = _locate(output)
+    if old is h:
+        return output
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        changed[key] = h
+        return changed
+    parts = [*output[:key], h, *output[key + 1 :]]
+    return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
+
+
+def _with_input(site: str, change: Change, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Call arguments with `change` applied to the hidden tensor: the first among args, else hidden_states."""
+    named = {**dict(enumerate(args)), "hidden_states": kwargs.get("hidden_states"), **kwargs}
+    key, h = _locate(named, f"The call of '{site}'")
+    if isinstance(key, str):
+        return args, kwargs | {key: change(h)}
+    return (*args[:key], change(h), *args[key + 1 :]), kwargs
+
+
+def _reading(what: str) -> Any:
+    return property(lambda self: self._record().read(what))
+
+
+class _Readable:
+    """What can be read of one run of a site."""
+
+    input: Tensor = _reading("input")  # the first tensor argument, e.g. [batch, tokens, d]
+    inputs: tuple[tuple, dict[str, Any]] = _reading("inputs")  # (args, kwargs); all but `input` by reference
+    output: Tensor = _reading("output")  # e.g. [batch, tokens, d]
+    grad: Tensor = _reading("grad")  # at the output and shaped like it, of the latest backward pass
+    calls: list["Record"] = _reading("calls")  # with calls="all" every run of the site, else the last alone
+    count: int = _reading("count")  # how often the site ran
+
+
+class Record(_Readable):
+    """One run of a site; `t[site]` is the last."""
+
+    def __init__(self, site: str, asked: Mapping[str, bool], stored: Callable[[str, Tensor], Tensor]) -> None:
+        self.site, self._asked, self._stored = site, asked, stored
+        self._earlier: list[Record] = []
+        self._count = 1
+        self._kept: dict[str, Any] = {}
+        self._versions: dict[str, int] = {}
+
+    def _record(self) -> "Record":
+        return self
+
+    def keep(self, what: str, tensor: Tensor) -> Tensor:
+        if self._asked[what]:
+            self._kept[what] = tensor = self._stored(self.site, tensor)
+            self._versions[what] = 0 if tensor.is_inference() else tensor._version  # inference tensors count none
+        return tensor
+
+    def read(self, what: str) -> Any:
+        if what in ("calls", "count"):
+            return self._count if what == "count" else [*self._earlier, self]
+        one = what.removesuffix("s")
+        if not self._asked[one]:
+            raise HookError(f"The {what} of '{self.site}' was not asked for: pass {one}s=True to Trace.")
+        if what not in self._kept:
+            raise HookError(f"No gradient has reached '{self.site}': call backward() on a loss that depends on it.")
+        if not self._kept[one].is_inference() and self._kept[one]._version != self._versions[one]:
+            raise HookError(f"The {what} of '{self.site}' was changed in place after capture; pass clone=True.")
+        if self._count > len(self._earlier) + 1:
+            warnings.warn(f"'{self.site}' ran {self._count} times; this is the last: see calls='all'", stacklevel=3)
+        return self._kept[what]
+
+
+class Trace(_Readable):
+    """Capture, and if wanted change, what passes through named modules while the body runs the model.
+
+        with Trace(model, "transformer.h.5.mlp.c_proj", inputs=True, grads=True) as t:
+            loss(model(ids).logits).backward()
+        t.input, t.output, t.grad                     # [batch, tokens, d_ff], and twice [batch, tokens, d]
+
+        with Trace(model, select(model, "transformer.h.*"), stop=True) as t:
+            model(ids)
+        {site: t[site].output for site in t}          # in the order in which they ran
+
+    - `sites`: one name or several. With one, `t.output` stands for `t[site].output`.
+    - `inputs`, `outputs`, `grads`: what to keep. Inputs are found among keyword arguments too. Gradients are those at
+      the output, and arrive also when backward runs after the body.
+    - `edit`, `edit_input`, `edit_grad`: a function, or {site: function}, from the hidden tensor (and the site's name,
+      if it needs a second argument) to a tensor of the same shape, dtype and device. Edits come before all other hooks.
+    - `stop`: leave the forward pass, and the body, once every site has run. Takes no cache from the caller.
+    - `calls`: keep the "last" run of each site, or "all" as `t[site].calls`: one for each step of generate().
+    - `when`: record what is there "after_edit", which the model goes on with, or "before_edit".
+    - `positions`: keep only these tokens (dim 1). An int drops the dim; a slice, list or tensor does not.
+    - `device`, `dtype`: move or cast what is kept, at once. `detach`: False keeps the graph.
+    - `clone`: keep copies. Without it, reading what was changed in place since is an error.
+    - `leaf`: cut the graph at the first site to run; a site with nothing trainable before it is a leaf by itself.
+
+    A site that never ran is a HookError on a clean exit. Runs of the model in other threads are left alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | Iterable[str],
+        inputs: bool = False,
+        outputs: bool = True,
+        grads: bool = False,
+        edit: Changes = None,
+        edit_input: Changes = None,
+        edit_grad: Changes = None,
+        stop: bool = False,
+        calls: Literal["last", "all"] = "last",
+        when: Literal["after_edit", "before_edit"] = "after_edit",
+        positions: int | slice | Sequence[int] | Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        clone: bool = False,
+        leaf: bool = False,
+    ) -> None:
+        if calls not in ("last", "all") or when not in ("after_edit", "before_edit"):
+            raise HookError(f"calls={calls!r}, when={when!r}: give 'last' or 'all', and 'after_edit' or 'before_edit'.")
+        self.sites = list(dict.fromkeys([sites] if isinstance(sites, str) else sites))
+        if not self.sites:
+            raise HookError("Trace was given no site: name one or several modules (select() finds them by pattern).")
+        changes = {"edit": edit, "edit_input": edit_input, "edit_grad": edit_grad}
+        self._edits = {option: _by_site(option, self.sites, change) for option, change in changes.items()}
+        self._model, self._stop, self._keep_all = model, stop, calls == "all"
+        self._asked = {"input": inputs, "output": outputs, "grad": grads}
+        self._watched, self._leaf, self._record_early = grads or edit_grad is not None, leaf, when == "before_edit"
+        self._stored = partial(_stored, positions, device, dtype, detach, clone)
+        self._thread: int | None = None  # the one inside the body
+        self._records: dict[str, Record] = {}
+
+    def __enter__(self) -> "Trace":
+        if self._thread is not None:
+            raise HookError("This Trace is already open: make another one for a nested with.")
+        modules = {site: _hookable(self._model, site) for site in self.sites}
+        self._records, self._first = {}, ""
+
+        def refuse_cache(called: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = kwargs.get("past_key_values") is not None or any(hasattr(x, "get_seq_length") for x in args)
+            if given and called is self._model and self._thread == threading.get_ident():
+                raise HookError("stop=True would leave the given cache half filled: pass use_cache=False and no cache.")
+
+        with ExitStack() as hooks:
+            if self._stop:
+                hooks.callback(self._model.register_forward_pre_hook(refuse_cache, with_kwargs=True).remove)
+            for site, module in modules.items():
+                self._hook(site, module, hooks)
+            self._hooks = hooks.pop_all()
+        self._thread = threading.get_ident()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+        self._thread = None
+        self._hooks.close()
+        missing = ", ".join(f"'{site}'" for site in self.sites if site not in self._records)
+        if kind is None and missing:
+            raise HookError(f"Never ran inside the trace: {missing}. Run the model inside the body and its thread.")
+        return isinstance(error, _StopForward) and error.args[0] is self
+
+    def __getitem__(self, site: str) -> Record:
+        if site not in self.sites:
+            raise NameNotFound(f"'{site}' is not traced here: the sites are {', '.join(self.sites)}.")
+        if site not in self._records:
+            raise HookError(f"'{site}' has not run yet in this trace.")
+        return self._records[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def _record(self) -> Record:
+        if len(self.sites) > 1:
+            raise HookError(f"This trace has {len(self.sites)} sites: say which, as in t['{self.sites[0]}'].output.")
+        return self[self.sites[0]]
+
+    def _hook(self, site: str, module: nn.Module, hooks: ExitStack) -> None:
+        """Two hooks on either side: the early one edits, the late one sees what the model goes on with."""
+        running: list[Record] = []
+        edits = {option: each[site] for option, each in self._edits.items() if site in each}
+
+        def mine(called: nn.Module) -> bool:
+            if called is not module or self._thread is None:  # a deep copy of the model carries our hooks
+                return False
+            if torch._C._current_graph_task_id() != -1:
+                raise HookError(f"'{site}' ran again during backward: turn activation checkpointing off.")
+            return self._thread == threading.get_ident()
+
+        def before(early: bool, called: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not mine(called):
+                return None
+            if early:
+                running.append(Record(site, self._asked, self._stored))
+            if early == self._record_early and self._asked["input"]:
+                running[-1]._kept["inputs"] = _with_input(site, partial(running[-1].keep, "input"), args, kwargs)
+            return _with_input(site, edits["edit_input"], args, kwargs) if early and "edit_input" in edits else None
+
+        def after(early: bool, called: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if not mine(called) or not running:  # not running: the trace was entered midway
+                return None
+            if early == self._record_early and (self._asked["output"] or self._watched):
+                h = hidden(output)
+                h = self._watch(running[-1], h, edits.get("edit_grad")) if self._watched else h
+                running[-1].keep("output", h)
+                output = with_hidden(output, h)
+            if early and "edit" in edits:
+                output = with_hidden(output, edits["edit"](hidden(output)))
+            if not early:
+                record, earlier = running.pop(), self._records.get(site)
+                if earlier:
+                    record._count += earlier._count
+                    record._earlier = earlier.calls if self._keep_all else []
+                self._records[site] = record
+                if self._stop and len(self._records) == len(self.sites):
+                    raise _StopForward(self)
+            return output
+
+        for early in (True, False):
+            for register, hook in ((module.register_forward_pre_hook, before), (module.register_forward_hook, after)):
+                hooks.callback(register(partial(hook, early), prepend=early, with_kwargs=True).remove)
+
+    def _watch(self, record: Record, h: Tensor, edit: Change | None) -> Tensor:
+        """Put a hook on the tensor: a module's backward hook fails on keyword inputs and in-place successors."""
+        if not torch.is_grad_enabled() or not h.is_floating_point():
+            why = f"its output is {h.dtype}" if torch.is_grad_enabled() else "gradients are off (no_grad or generate())"
+            raise HookError(f"No gradient can reach '{record.site}': {why}. Turn them on, or trace without grads.")
+        self._first = self._first or record.site
+        if not h.requires_grad or (self._leaf and record.site == self._first):
+            h = h.detach().requires_grad_().clone()  # the clone may be changed in place, a leaf may not
+
+        def on_backward(g: Tensor) -> Tensor:
+            changed = edit(g) if edit else g
+            record.keep("grad", g if self._record_early else changed)
+            return changed
+
+        h.register_hook(on_backward)
+        return h
+
+
+TraceDict = Trace
+
+
+def _hookable(model: nn.Module, site: str) -> nn.Module:
+    """The module at `site`, or a refusal where hooks on it would be ignored or run twice."""
+    parts = site.split(".") if site else []
+    for name in (".".join(parts[:depth]) for depth in range(len(parts) + 1)):
+        module = get_module(model, name)
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise HookError(f"'{name}' is compiled and would ignore the hooks: trace and call the model before that.")
+        checkpointed = any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+        if checkpointed and name != site and module.training and getattr(module, "gradient_checkpointing", False):
+            raise HookError(f"'{site}' runs twice under activation checkpointing: trace '{name}' or call model.eval().")
+    return module
+
+
+def _by_site(option: str, sites: list[str], changes: Changes) -> dict[str, Change]:
+    """{site: checked function of the hidden tensor alone}."""
+    each = changes if isinstance(changes, Mapping) else dict.fromkeys(sites, changes) if changes else {}
+    if unknown := [site for site in each if site not in sites]:
+        raise NameNotFound(f"{option} names {unknown}, which are not among the sites: {', '.join(sites)}.")
+    return {site: partial(_checked, option, site, change, _needs_site(change)) for site, change in each.items()}
+
+
+def _needs_site(change: Change) -> bool:
+    try:
+        parameters = inspect.signature(change).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    return sum(p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters) > 1
+
+
+def _checked(option: str, site: str, change: Change, needs_site: bool, h: Tensor) -> Tensor:
+    due = list(h.shape), h.dtype, str(h.device)
+    changed = change(h, site) if needs_site else change(h)
+    if not isinstance(changed, Tensor):
+        raise HookError(f"{option} at '{site}' returned {type(changed).__name__}: return the changed tensor, always.")
+    if (got := (list(changed.shape), changed.dtype, str(changed.device))) != due:
+        raise HookError(f"{option} at '{site}' returned {got}: shape, dtype and device must stay {due}.")
+    return changed
+
+
+def _stored(positions: Any, device: Any, dtype: Any, detach: bool, clone: bool, site: str, tensor: Tensor) -> Tensor:
+    """What is kept of `tensor`, made small before anything is held on to."""
+    tensor = tensor.detach() if detach else tensor
+    if positions is not None:
+        # A float of two dims comes from a family that flattens batch and tokens: its dim 1 is features.
+        if tensor.ndim < 2 + tensor.is_floating_point():
+            raise HookError(f"positions pick on dim 1; '{site}' gives {list(tensor.shape)}: index what is kept.")
+        try:
+            tensor = tensor[:, positions]
+        except IndexError as error:
+            raise HookError(f"positions={positions} at '{site}' of shape {list(tensor.shape)}: {error}.") from error
+    dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+    # Positions are copied: a view would keep the whole tensor in memory.
+    return tensor.to(device or tensor.device, dtype, copy=clone or positions is not None)

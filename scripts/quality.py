@@ -1,0 +1,239 @@
+"""Is the atlas model an honest subject for surgery? Measure it, print it, compare with the bars.
+
+    python scripts/quality.py                      # the bundled model; about half an hour on two cores
+    python scripts/quality.py --n 40 --layers 4    # a quick look
+    python scripts/quality.py --json FILE          # the figures as JSON too
+
+Recall is asked of facts and phrasings as greedy decoding (every object token the argmax). Editing takes one fact
+at a time, restores and verifies between. Tracing corrupts the subject's embeddings with noise and restores
+the residual stream at one place (ROME, arXiv 2202.05262, section 2).
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from editkit import load
+from editkit.corpora import Atlas, load_atlas
+from editkit.data.atlas import atlas_cases
+from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case
+from editkit.facts import lookup_position
+from editkit.methods import get_method
+from editkit.metrics.counterfact import score_probes, score_targets
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import tokenise
+from editkit.moments import second_moments
+from editkit.nethook import Trace
+from editkit.settings import MomentSettings, default_layer
+
+BARS = {
+    "recall trained": 0.99,
+    "recall held-out pairs": 0.97,
+    "recall unseen phrasings": 0.80,
+    "ES": 0.98,
+    "PS": 0.90,
+    "same subject": 0.90,
+}
+NS_LOSS = 0.05  # neighborhood success may fall by this much
+
+
+# --- recall -----------------------------------------------------------------------------------------------------
+
+
+def recall(lm: LanguageModel, atlas: Atlas) -> dict[str, dict[str, float]]:
+    """Share of (fact, phrasing) answered by greedy decoding: every fact with every phrasing."""
+    sorts = {
+        "recall trained": atlas.trained_pairs,
+        "recall held-out pairs": atlas.held_out_pairs,
+        "recall unseen phrasings": atlas.unseen_phrasings,
+    }
+    found = {}
+    for name, prompts in sorts.items():
+        asked = [(p.format(f.subject), f.object) for f in atlas.facts for p in prompts(f)]
+        scores = score_targets(lm, [p for p, _ in asked], [o for _, o in asked])
+        found[name] = {"value": sum(s.greedy for s in scores) / len(scores), "n": len(scores)}
+    return found
+
+
+# --- editing ----------------------------------------------------------------------------------------------------
+
+
+def edit_all(lm: LanguageModel, cases: list[Case], method: str, layer: int, processes: int) -> dict:
+    """ES, PS, NS, retention and portability of single edits at one layer, before and after."""
+    second_moments(lm, [layer], MomentSettings())  # once, before the workers ask for it
+    work = partial(_edit_one, name=lm.name, method=method, layer=layer)
+    outcomes: dict[str, list] = defaultdict(list)
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        for rows in tqdm(pool.imap(work, cases), total=len(cases), desc=f"{method}, layer {layer}", mininterval=2):
+            for kind, key, value in rows:
+                outcomes[f"{kind} {key}"].append(value)
+    return {name: {"value": sum(v) / len(v), "n": len(v)} for name, v in sorted(outcomes.items())}
+
+
+_MODELS: dict[str, LanguageModel] = {}  # one a worker process
+
+
+def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[str, str, float]]:
+    if name not in _MODELS:
+        _MODELS[name] = load(name, device="cpu")
+    lm = _MODELS[name]
+    registered = get_method(method)
+    before = score_probes(lm, case.probes)
+    edit = registered.load()(lm, case.fact, registered.settings(layer=layer), progress=False)
+    with edit.applied(lm):
+        after = score_probes(lm, case.probes)
+    rows = []
+    for b, a in zip(before, after, strict=True):
+        kind = b.probe.kind
+        if kind in (REWRITE, PARAPHRASE, UNSEEN):
+            rows += [(kind, "new wins before", b.new_wins), (kind, "new wins after", a.new_wins)]
+            rows += [(kind, "new is said after", a.new.greedy)]
+        elif kind == NEIGHBORHOOD:
+            rows += [(kind, "true wins before", b.true_wins), (kind, "true wins after", a.true_wins)]
+            if b.true.greedy:
+                rows += [(kind, "still said", a.true.greedy)]
+        elif kind == SAME_SUBJECT and b.true.greedy:
+            rows += [(kind, "still said", a.true.greedy)]
+        elif kind == PORTABILITY and b.true.greedy:
+            rows += [(kind, "follows", a.new_wins)]
+    return rows
+
+
+# --- causal tracing -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def trace(lm: LanguageModel, atlas: Atlas, n: int, samples: int = 4) -> dict[str, list[float]]:
+    """Mean indirect effect of restoring the residual stream after each block, at the subject's last token and at
+    the prompt's last token: the share of the lost probability that comes back."""
+    rng = random.Random(0)
+    embedding = lm.model.get_input_embeddings().weight
+    sigma = 3 * embedding.std()
+    generator = torch.Generator().manual_seed(0)
+    effect: dict[str, list[list[float]]] = {"subject": [], "last": []}
+    facts = [f for f in rng.sample(atlas.facts, len(atlas.facts))]
+    for fact in tqdm(facts, desc="tracing", mininterval=2, total=None):
+        if len(effect["subject"]) == n:
+            break
+        template = rng.choice(atlas.trained_pairs(fact))
+        rows = tokenise(lm, [template.format(fact.subject)])
+        first = lookup_position(rows, 0, template, fact.subject, "subject_first")
+        last = lookup_position(rows, 0, template, fact.subject)
+        end = rows.last(0)
+        if last == end:
+            continue
+        blocks = [lm.architecture.block.format(i) for i in range(lm.layers)]
+        with Trace(lm.model, blocks) as clean:
+            logits = lm.model(**rows.inputs()).logits[0, end]
+        answer = logits.argmax()
+        p_clean = logits.softmax(-1)[answer]
+        noise = sigma * torch.randn(samples, last + 1 - first, embedding.shape[1], generator=generator)
+        inputs = {k: v.expand(samples, -1) for k, v in rows.inputs().items()}
+
+        def corrupt(h, first=first, last=last, noise=noise):
+            h = h.clone()
+            h[:, first : last + 1] += noise
+            return h
+
+        def probability(site=None, at=None, value=None, inputs=inputs, corrupt=corrupt, answer=answer, end=end):
+            def put(h):
+                h = h.clone()
+                h[:, at] = value
+                return h
+
+            edits = {lm.architecture.embedding: corrupt} | ({site: put} if site else {})
+            with Trace(lm.model, list(edits), outputs=False, edit=edits):
+                return lm.model(**inputs).logits[:, end].softmax(-1)[:, answer].mean()
+
+        p_corrupt = probability()
+        if p_clean - p_corrupt < 0.1:
+            continue
+        for name, at in (("subject", last), ("last", end)):
+            back = [probability(b, at, clean[b].output[0, at]) for b in blocks]
+            effect[name].append([((p - p_corrupt) / (p_clean - p_corrupt)).item() for p in back])
+    return {name: torch.tensor(rows).mean(0).tolist() for name, rows in effect.items()}
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="atlas", help="atlas, or a folder with a model trained on the atlas")
+    parser.add_argument("--n", type=int, default=200, help="facts edited at each layer")
+    parser.add_argument("--layers", default=None, help="comma-separated; default: the default layer and one either side")
+    parser.add_argument("--methods", default="r_rome,rome", help="the first at every layer, the others at the default")
+    parser.add_argument("--traces", type=int, default=60, help="facts traced")
+    parser.add_argument("--seed", type=int, default=0, help="of the facts drawn")
+    parser.add_argument("--processes", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+
+    began = time.time()
+    lm, atlas = load(options.model, device="cpu"), load_atlas()
+    default = default_layer("atlas", lm.layers)
+    layers = [int(x) for x in options.layers.split(",")] if options.layers else [default - 1, default, default + 1]
+    found: dict = {"model": options.model, "digest": lm.digest, "seed": options.seed, "default_layer": default}
+    found["recall"] = recall(lm, atlas)
+    for name, value in found["recall"].items():
+        print(f"{name:26} {value['value']:.4f}   n {value['n']}   {_verdict(value['value'] >= BARS[name])}")
+
+    found["tracing"] = trace(lm, atlas, options.traces)
+    print("\nindirect effect of restoring the residual stream, by block")
+    for name, row in found["tracing"].items():
+        print(f"  {name + ' token':16}" + "".join(f"{x:7.2f}" for x in row))
+    early = max(found["tracing"]["subject"][: lm.layers // 2 + 1])
+    print(f"  early site at the subject's last token: {early:.2f}")
+
+    cases = atlas_cases(options.n, seed=options.seed)
+    first, *others = options.methods.split(",")
+    found["edits"] = {}
+    print(f"\n{'':20}{'ES':>7}{'PS':>7}{'unseen':>8}{'NS was':>8}{'NS is':>7}{'same':>7}{'follows':>9}{'n':>6}")
+    for method, layer in [(first, layer) for layer in layers] + [(m, default) for m in others]:
+        result = edit_all(lm, cases, method, layer, options.processes)
+        found["edits"][f"{method} layer {layer}"] = result
+        print(_line(f"{method} layer {layer}", result), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"\n{time.time() - began:.0f} s")
+    if not all(_passes(r) for name, r in found["edits"].items() if name.startswith(first)):
+        sys.exit("some bar is not met")
+
+
+def _get(result: dict, name: str) -> float:
+    return result[name]["value"] if name in result else float("nan")
+
+
+def _line(name: str, r: dict) -> str:
+    values = [f"{REWRITE} new wins after", f"{PARAPHRASE} new wins after", f"{UNSEEN} new wins after"]
+    values += [f"{NEIGHBORHOOD} true wins before", f"{NEIGHBORHOOD} true wins after"]
+    values += [f"{SAME_SUBJECT} still said", f"{PORTABILITY} follows"]
+    widths = (7, 7, 8, 8, 7, 7, 9)
+    cells = "".join(f"{_get(r, v):>{w}.3f}" for v, w in zip(values, widths, strict=True))
+    return f"{name:20}{cells}{r[f'{REWRITE} new wins after']['n']:>6}   {_verdict(_passes(r))}"
+
+
+def _passes(r: dict) -> bool:
+    return (
+        _get(r, f"{REWRITE} new wins after") >= BARS["ES"]
+        and _get(r, f"{PARAPHRASE} new wins after") >= BARS["PS"]
+        and _get(r, f"{NEIGHBORHOOD} true wins after") >= _get(r, f"{NEIGHBORHOOD} true wins before") - NS_LOSS
+        and _get(r, f"{SAME_SUBJECT} still said") >= BARS["same subject"]
+    )
+
+
+def _verdict(passed: bool) -> str:
+    return "ok" if passed else "BELOW THE BAR"
+
+
+if __name__ == "__main__":
+    main()

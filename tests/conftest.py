@@ -1,0 +1,69 @@
+"""Shared fixtures: the atlas model, and tiny random models with two kinds of tokenizer."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from editkit.corpora import atlas_prose, load_atlas
+from editkit.models.architecture import architecture_of
+from editkit.models.load import BUNDLED, LanguageModel, load
+from tests.families import build
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """No test reads or writes the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDITKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def atlas_lm() -> LanguageModel:
+    return load("atlas", device="cpu")
+
+
+@cache
+def byte_level_tokenizer():
+    """GPT-2's kind: pieces carry their leading space, nothing is added in front."""
+    return PreTrainedTokenizerFast.from_pretrained(BUNDLED["atlas"])
+
+
+@cache
+def llama_like_tokenizer():
+    """Llama-2's kind: a BOS in front, and a space mark put before the first word."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    bpe.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=list("▁"), show_progress=False
+    )
+    sentences = [f"{p.format(f.subject)} {f.object}." for f in load_atlas().facts[:600] for p in load_atlas().trained_pairs(f)]
+    bpe.train_from_iterator(sentences + atlas_prose(), trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_lm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
+    """A tiny random model of a family, with the tokenizer of its kind."""
+    tokenizer = byte_level_tokenizer() if family.startswith("gpt") else llama_like_tokenizer()
+    model = build(family, vocab_size=len(tokenizer), dtype=dtype, seed=seed)
+    return LanguageModel(f"tiny-{family}", model, tokenizer, architecture_of(model.config.model_type))
+
+
+SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data beside the checkout, not part of the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the folder shared/data beside the checkout")
+    return SHARED_DATA

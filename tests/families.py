@@ -1,0 +1,135 @@
+"""Tiny random models of each family, built from transformers configurations: no download, CPU, eval mode."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+class Sites(NamedTuple):
+    """Names of the modules of block `{}`. None where the family has no such module."""
+
+    block: str
+    attention: str
+    mlp: str | None
+    down_projection: str | None
+
+
+LLAMA_SITES = Sites(
+    "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj"
+)
+H = "transformer.h.{}"
+
+SITES: dict[str, Sites] = {
+    "gpt2": Sites(H, f"{H}.attn", f"{H}.mlp", f"{H}.mlp.c_proj"),
+    "llama": LLAMA_SITES,
+    "mistral": LLAMA_SITES,
+    "qwen2": LLAMA_SITES,
+    "qwen3": LLAMA_SITES,
+    "gemma2": LLAMA_SITES,
+    "gemma3": LLAMA_SITES,
+    "gptj": Sites(H, f"{H}.attn", f"{H}.mlp", f"{H}.mlp.fc_out"),
+    "gpt_neox": Sites(
+        "gpt_neox.layers.{}",
+        "gpt_neox.layers.{}.attention",
+        "gpt_neox.layers.{}.mlp",
+        "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+    ),
+    "gpt_neo": Sites(H, f"{H}.attn", f"{H}.mlp", f"{H}.mlp.c_proj"),
+    "opt": Sites("model.decoder.layers.{}", "model.decoder.layers.{}.self_attn", None, "model.decoder.layers.{}.fc2"),
+    "bloom": Sites(H, f"{H}.self_attention", f"{H}.mlp", f"{H}.mlp.dense_4h_to_h"),
+    "falcon": Sites(H, f"{H}.self_attention", f"{H}.mlp", f"{H}.mlp.dense_4h_to_h"),
+    "phi": Sites("model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp", "model.layers.{}.mlp.fc2"),
+    "phi3": LLAMA_SITES,
+    "olmo2": LLAMA_SITES,
+    # The experts are one 3-D parameter: no module holds a single down-projection.
+    "mixtral": Sites("model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp", None),
+}
+
+POSITIONS = 256
+
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64, "n_positions": POSITIONS}
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+}
+_GROUPED = _LLAMA | {"num_key_value_heads": 2, "head_dim": 8}
+_ALTERNATING = _GROUPED | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 8,
+}
+
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", _GPT2),
+    "llama": ("LlamaConfig", _GROUPED),
+    "mistral": ("MistralConfig", _GROUPED),
+    "qwen2": ("Qwen2Config", _LLAMA | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", _GROUPED),
+    "gemma2": ("Gemma2Config", _ALTERNATING),
+    "gemma3": ("Gemma3TextConfig", _ALTERNATING),
+    "gptj": ("GPTJConfig", _GPT2 | {"rotary_dim": 4}),
+    "gpt_neox": ("GPTNeoXConfig", _LLAMA),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 8,
+            "max_position_embeddings": POSITIONS,
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": POSITIONS,
+        },
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "falcon": ("FalconConfig", _LLAMA | {"ffn_hidden_size": 64}),
+    "phi": ("PhiConfig", _LLAMA),
+    "phi3": ("Phi3Config", _LLAMA | {"num_key_value_heads": 2}),
+    "olmo2": ("Olmo2Config", _LLAMA | {"num_key_value_heads": 2}),
+    "mixtral": (
+        "MixtralConfig",
+        _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+
+
+def build(family: str, vocab_size: int = 96, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of `family`; equal arguments give equal weights, and the global RNG is left alone.
+
+    Matrices are drawn wide and biases and norms away from 0 and 1, so that a forgotten bias or a swapped
+    orientation shows.
+    """
+    name, options = _CONFIGS[family]
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = getattr(transformers, name)(vocab_size=vocab_size, **tokens, **options)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0, 0.2)
+    return model.to(dtype).eval()
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {family: partial(build, family) for family in SITES}

@@ -1,0 +1,86 @@
+"""Every option composes; the YAML and the dataclasses agree; a wrong key is one line with the near match."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from editkit.config import CONF_DIR, GROUPS, options, prepare, to_config
+from editkit.config import _composed as composed
+from editkit.errors import ConfigError
+from editkit.methods import METHODS
+from editkit.settings import ContextSettings, EditSettings, ModelSettings, MomentSettings, TaskSettings
+
+ALL = [(group, option) for group in GROUPS for option in options(group)]
+
+
+@pytest.mark.parametrize(("group", "option"), ALL)
+def test_every_option_composes(group, option):
+    config = to_config(composed({group: option}))
+    assert config.seed == 0 and config.device == "auto"
+
+
+@pytest.mark.parametrize(("group", "option"), ALL)
+def test_the_yaml_says_every_key_and_its_default(group, option):
+    values = yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    schemas = {"task": TaskSettings, "model": ModelSettings, "edit": EditSettings, "moments": MomentSettings}
+    schema = schemas.get(group) or METHODS[values.pop("name")].settings
+    names = {f.name for f in fields(schema)}
+    assert set(values) == names
+    if group in ("method", "moments", "task"):
+        config = getattr(to_config(composed({group: option})), group)
+        assert config == schema(), "a default differs between conf/ and editkit/settings.py"
+    if group == "method":
+        assert set(values["contexts"]) == {f.name for f in fields(ContextSettings)}
+
+
+def test_at_least_five_edits_of_different_relations():
+    prompts = {to_config(composed({"edit": name})).edit.prompt for name in options("edit")}
+    assert len(prompts) >= 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.layr=3", r"No key 'method\.layr': did you mean 'method\.layer'\?"),
+        ("methd=rome", r"No key 'methd': did you mean 'method'\?"),
+        ("method=rmoe", r"No method 'rmoe': did you mean 'rome'\?"),
+        ("edit=gpt2_fct", r"No edit 'gpt2_fct': did you mean 'gpt2_fact'\?"),
+        ("method.lr=fast", r"method\.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        ("method.layer=deep", r"method\.layer: Value 'deep'.* Integer"),
+        ("seed=one", r"seed: Value 'one'.* Integer"),
+        ("method.contexts.topk=3", r"did you mean 'method\.contexts\.top_k'\?"),
+        ("method.keys=both", r"method\.keys must be one of mixed, mean; found 'both'"),
+        ("method.steps=0", r"method\.steps must be positive; found 0"),
+        ("method.steps=5,0", r"method\.steps must be positive; found 0"),
+        ("moments.ridge=-1", r"moments\.ridge must be 0 or more; found -1"),
+        ("method.contexts.counts=[1]", r"one count for each length"),
+        ("+new=1", "No key 'new'"),
+        ("edit.prompt={} is in", "cannot be read as key=value"),
+        ("edit", "cannot be read as key=value"),
+    ],
+)
+def test_wrong_configurations_are_one_clear_line(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare([override])
+    assert "\n" not in str(caught.value)
+
+
+def test_any_model_may_be_named():
+    assert prepare(["model=gpt2-xl"]) == ["model=gpt2-xl"]
+    assert prepare(["model=some/folder"]) == ["model.name=some/folder"]
+
+
+def test_another_subject_clears_what_belonged_to_the_old_one():
+    ready = prepare(["edit.subject=Big Ben", "edit.target_new=Rome"])
+    assert "edit.target_true=''" in ready and "edit.neighborhood=[]" in ready and "edit.paraphrases=[]" not in ready
+    ready = prepare(["edit.prompt='{} is in'", "edit.target_true=London"])
+    assert "edit.paraphrases=[]" in ready and "edit.target_true=''" not in ready
+    assert prepare(["edit.target_new=Rome"]) == ["edit.target_new=Rome"]
+
+
+def test_an_error_needs_no_torch():
+    code = "import sys\nfrom editkit.config import prepare\nprepare(['seed=1'])\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

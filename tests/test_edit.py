@@ -1,0 +1,135 @@
+"""Edit as a value: it saves, loads, refuses what is not its base, and never leaves half a file."""
+
+import json
+import resource
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from editkit.edit import Edit, low_rank_delta
+from editkit.errors import EditFileError, EditkitError, OutputError
+from tests.conftest import tiny_lm
+from tests.test_snapshot import random_edit
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm("gpt2")
+
+
+def test_save_and_load_are_byte_identical(lm, tmp_path):
+    edit = random_edit(lm)
+    path = edit.save(tmp_path / "new" / "edit.safetensors")
+    again = Edit.load(path)
+    assert again.to_bytes() == edit.to_bytes() == path.read_bytes()
+    assert again.digest == edit.digest and again.base == edit.base
+    with edit.applied(lm):
+        one = lm.model.get_parameter(edit.parameters[0]).clone()
+    with again.applied(lm):
+        assert torch.equal(lm.model.get_parameter(edit.parameters[0]), one)
+
+
+def test_norm_and_rank_are_those_of_the_matrix(lm):
+    delta = random_edit(lm, rank=3).deltas[0]
+    assert delta.rank == 3 == torch.linalg.matrix_rank(delta.matrix())
+    assert delta.norm() == pytest.approx(delta.matrix().norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_matrix_lies_as_the_module_stores_it(family):
+    """The output changes by left (right · k): checked against the module itself, Conv1D and Linear."""
+    lm = tiny_lm(family)
+    edit = random_edit(lm)
+    module = lm.model.get_submodule(edit.deltas[0].module)
+    k = torch.randn(5, edit.deltas[0].right.shape[1])
+    before = module(k)
+    with edit.applied(lm):
+        moved = module(k) - before
+    expected = k @ edit.deltas[0].right.T @ edit.deltas[0].left.T
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_another_base_is_refused(lm):
+    edit = random_edit(lm)
+    other = tiny_lm("gpt2", seed=1)
+    with pytest.raises(EditkitError, match="computed for 'tiny-gpt2'.*Load the base it was made for"):
+        edit.apply(other)
+
+
+def test_a_base_that_differs_elsewhere_is_refused():
+    edit, changed = random_edit(tiny_lm("gpt2")), tiny_lm("gpt2")
+    with torch.no_grad():
+        changed.model.transformer.ln_f.bias[0] += 1
+    with pytest.raises(EditkitError, match="other weights than the edited ones differ"):
+        edit.apply(changed)
+
+
+def test_applying_twice_is_refused(lm):
+    edit = random_edit(lm)
+    with edit.applied(lm), pytest.raises(EditkitError, match="restore other edits first"):
+        edit.apply(lm)
+
+
+def test_factors_that_do_not_fit(lm):
+    site = lm.architecture.down(0)
+    with pytest.raises(EditkitError, match="do not fit"):
+        low_rank_delta(lm, site, torch.zeros(3, 1), torch.zeros(1, 3))
+    d_ff, d_model = lm.model.get_parameter(f"{site}.weight").shape
+    with pytest.raises(EditkitError, match="not finite"):
+        low_rank_delta(lm, site, torch.full((d_model, 1), float("nan")), torch.zeros(1, d_ff))
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    if how == "cut":
+        return data[: len(data) - 40]
+    if how == "cut in the header":
+        return data[:60]
+    if how == "empty":
+        return b""
+    if how == "noise":
+        return bytes(range(256)) * 4
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = json.loads(header["__metadata__"]["editkit"])
+    if how == "another format":
+        entry["format"] = "editkit-edit/9"
+    else:
+        del entry["base"]
+    header["__metadata__"]["editkit"] = json.dumps(entry)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+@pytest.mark.parametrize("how", ["cut", "cut in the header", "empty", "noise", "another format", "a key is missing"])
+def test_damaged_files_are_named(lm, tmp_path, how):
+    path = tmp_path / "edit.safetensors"
+    path.write_bytes(damaged(random_edit(lm).to_bytes(), how))
+    with pytest.raises(EditFileError, match=str(path)):
+        Edit.load(path)
+
+
+def test_foreign_and_missing_files(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(EditFileError, match="not an edit of editkit"):
+        Edit.load(tmp_path / "other.safetensors")
+    with pytest.raises(EditFileError, match="No such file"):
+        Edit.load(tmp_path / "none.safetensors")
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half(lm, tmp_path):
+    """A real refusal of the system to write on: a limit on the size of files."""
+    path = tmp_path / "edit.safetensors"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="could not be written"):
+            random_edit(lm).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,118 @@
+"""Where a subject's tokens are, for tokenizers that add a BOS, put a space in front, or merge across ends."""
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from editkit.errors import FactError
+from editkit.facts import Fact, lookup_position
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import continued, spaced, tokenise
+from tests.conftest import tiny_lm
+
+TEMPLATES = [
+    "{} is located in",
+    "The city that is home to {} is",
+    "It rained. {}'s height is",
+    "({}), they say, is in",
+    "{}",
+]
+SUBJECTS = ["The Eiffel Tower", "Rome", "Antonin Dvorak", "Zürich 東京", "B"]
+
+
+def words_of(lm: LanguageModel, rows, row: int, position: int) -> str:
+    left, right = rows.offsets[row][position]
+    return rows.texts[row][left:right]
+
+
+@pytest.fixture(params=["gpt2", "llama", "real gpt2", "real neox"])
+def lm(request):
+    """Lookup needs a tokenizer only; the model beside it is a tiny one."""
+    if not request.param.startswith("real"):
+        return tiny_lm(request.param)
+    folder = request.getfixturevalue("shared_data") / "tokenizers"
+    if request.param == "real gpt2":
+        backend = ByteLevelBPETokenizer(str(folder / "gpt2_vocab.json"), str(folder / "gpt2_merges.txt"))._tokenizer
+    else:
+        backend = Tokenizer.from_file(str(folder / "gpt_neox_tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    base = tiny_lm("gpt2")
+    return LanguageModel(request.param, base.model, tokenizer, base.architecture)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_lookup_token_covers_the_subjects_end(lm, template, subject):
+    rows = tokenise(lm, ["a much longer row, so that this one is padded", template.replace("{}", subject)])
+    text = rows.texts[1]
+    end = text.index(subject) + len(subject)
+    last = lookup_position(rows, 1, template, subject)
+    left, right = rows.offsets[1][last]
+    assert left < end <= right
+    first = lookup_position(rows, 1, template, subject, "subject_first")
+    left, right = rows.offsets[1][first]
+    assert left <= end - len(subject) < right
+    assert lookup_position(rows, 1, template, subject, "last") == rows.last(1)
+
+
+def test_a_bos_shifts_nothing():
+    lm = tiny_lm("llama")
+    rows = tokenise(lm, ["Rome is in"])
+    assert rows.ids[0, 0] == lm.tokenizer.bos_token_id
+    assert lookup_position(rows, 0, "{} is in", "Rome", "subject_first") >= 1
+
+
+def test_the_token_after_the_subject(lm):
+    rows = tokenise(lm, ["Rome is in"])
+    at = lookup_position(rows, 0, "{} is in", "Rome", "subject_first_after_last")
+    assert words_of(lm, rows, 0, at).strip()[:1] == "i"
+    rows = tokenise(lm, ["In Rome"])
+    with pytest.raises(FactError, match="no token after the subject"):
+        lookup_position(rows, 0, "In {}", "Rome", "subject_first_after_last")
+
+
+@pytest.mark.parametrize("target", ["Rome", "the Black Sea", " Vienna"])
+def test_targets_are_their_own_tokens(lm, target):
+    prompt = "The Danube flows into"
+    scored = continued(lm, [prompt], [spaced(target)])
+    positions = scored.positions[0]
+    pieces = "".join(words_of(lm, scored.rows, 0, i) for i in positions)
+    assert pieces.replace(" ", "") == target.replace(" ", "")  # some tokenizers leave spaces out of the offsets
+    assert positions == list(range(positions[0], scored.rows.last(0) + 1))
+    row, at, token = scored.pick()
+    assert at.tolist() == [i - 1 for i in positions] and row.tolist() == [0] * len(positions)
+    assert token.tolist() == scored.rows.ids[0, positions].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("is in", "Rome", "Asia"), r"has 0 places for the subject.*one \{\}"),
+        (("{} and {} are in", "Rome", "Asia"), "has 2 places"),
+        (("{} is in", " ", "Asia"), "subject .* is empty"),
+        (("{} is in", "Rome", " "), "target_new is empty"),
+        (("{} is in", "Rome", "Italy", "Italy "), "nothing to change"),
+    ],
+)
+def test_unusable_facts_say_why(arguments, message):
+    with pytest.raises(FactError, match=message):
+        Fact(*arguments)
+
+
+def test_a_prompt_may_hold_its_subject():
+    assert Fact.in_text("Today Rome is in", "Rome", "Asia").prompt == "Today {} is in"
+    with pytest.raises(FactError, match="occurs 0 times"):
+        Fact.in_text("Today Rome is in", "Paris", "Asia")
+
+
+def test_targets_the_tokenizer_cannot_tell_or_write():
+    lm = tiny_lm("llama")
+    with pytest.raises(FactError, match="unknown token"):
+        Fact("{} is in", "Rome", "東京").check_targets(lm)
+    with pytest.raises(FactError, match="maps .* to no tokens"):
+        tokenise(tiny_lm("gpt2"), [""])
+
+
+def test_texts_longer_than_the_model_are_refused(atlas_lm):
+    with pytest.raises(FactError, match="tokens; 'atlas' has 256 positions"):
+        tokenise(atlas_lm, ["Rome " * 400])
