@@ -83,7 +83,7 @@ def _unfreeze(node: DictConfig) -> None:
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Dotted paths of all keys."""
-    for key in node:
+    for key in map(str, node):
         yield f"{prefix}{key}"
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():

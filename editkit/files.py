@@ -35,3 +35,18 @@ def write_bytes(path: Path, data: bytes) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """`write_bytes` for text, as UTF-8."""
     return write_bytes(path, text.encode())
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made and shown to be writable. Raises OutputError."""
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"The run folder '{folder}' cannot be written: {error.strerror}. Choose another with hydra.run.dir=FOLDER "
+            "(hydra.sweep.dir=FOLDER for a sweep)."
+        ) from error
+    return folder

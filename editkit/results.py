@@ -80,21 +80,6 @@ def _commit() -> str | None:
     return head + ("-dirty" if changed.strip() else "")
 
 
-def make_folder(folder: Path) -> Path:
-    """The run folder, made and shown to be writable. Raises OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"The run folder '{folder}' cannot be written: {error.strerror}. Choose another with hydra.run.dir=FOLDER "
-            "(hydra.sweep.dir=FOLDER for a sweep)."
-        ) from error
-    return folder
-
-
 def write_cases(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """The per-case table as Parquet, one row a probe."""
     return write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))

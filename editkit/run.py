@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
+from editkit.files import make_folder, write_text
 
-_HYDRA_FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p")
-_HYDRA_FLAGS_WITH_VALUE += ("--cfg", "-c", "--info", "-i", "--experimental-rerun")
+_HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
+_HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
 _FAILED = "failed.txt"
 
 
@@ -35,6 +36,8 @@ def main() -> None:
         if not helping:
             overrides = prepare(overrides)
         folder = _folder(overrides, sweep)
+        if not helping and not any(f in flags for f in ("--cfg", "-c", "--info", "-i")):
+            make_folder(folder)
         sys.argv[1:] = [*flags, *overrides]
         os.environ.setdefault("HYDRA_FULL_ERROR", "1" if _wants_traceback() else "0")
         _hydra_main()
@@ -58,17 +61,15 @@ def _hydra_main(composed: DictConfig) -> None:
     except EditkitError as error:
         if not in_sweep:
             raise SystemExit(_report(error)) from None
-        (folder / _FAILED).write_text(f"{error}\n", encoding="utf-8")
+        write_text(folder / _FAILED, f"{error}\n")
         _report(error)
 
 
 def _run(composed: DictConfig, folder: Path) -> None:
     from editkit import results  # torch is not imported before the configuration has been checked
-    from editkit.files import write_text
     from editkit.tasks import edit
 
     config = to_config(composed)
-    results.make_folder(folder)
     write_text(folder / results.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
     edit.run(config, folder)
 
@@ -101,7 +102,6 @@ def _folder(overrides: list[str], sweep: bool) -> Path:
 def _finish_sweep(folder: Path) -> None:
     """One table over all finished jobs; exit code 1 when a job failed."""
     from editkit import results
-    from editkit.files import write_text
 
     failed = sorted(folder.glob(f"*/{_FAILED}"))
     try:

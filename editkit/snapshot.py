@@ -40,7 +40,8 @@ def digest(tensor: Tensor) -> str:
     """sha256 of a tensor's dtype, shape and bits."""
     data = bits(tensor).cpu()
     sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    sha.update(memoryview(data.numpy()).cast("B") if data.numel() else b"")
+    if data.numel():
+        sha.update(data.flatten().view(torch.uint8).numpy().data)  # the buffer itself; nothing is copied
     return sha.hexdigest()
 
 

@@ -32,7 +32,7 @@ from editkit.metrics.counterfact import score_probes, score_targets
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
-from editkit.nethook import Trace
+from editkit.nethook import Trace, get_parameter
 from editkit.settings import MomentSettings, default_layer
 
 BARS = {
@@ -91,9 +91,10 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     edit = registered.load()(lm, case.fact, registered.settings(layer=layer), progress=False)
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
-    rows = []
+    rows: list[tuple[str, str, float]] = []
     for b, a in zip(before, after, strict=True):
         kind = b.probe.kind
+        assert b.true is not None and a.true is not None  # the atlas knows every true answer
         if kind in (REWRITE, PARAPHRASE, UNSEEN):
             rows += [(kind, "new wins before", b.new_wins), (kind, "new wins after", a.new_wins)]
             rows += [(kind, "new is said after", a.new.greedy)]
@@ -116,11 +117,11 @@ def trace(lm: LanguageModel, atlas: Atlas, n: int, samples: int = 4) -> dict[str
     """Mean indirect effect of restoring the residual stream after each block, at the subject's last token and at
     the prompt's last token: the share of the lost probability that comes back."""
     rng = random.Random(0)
-    embedding = lm.model.get_input_embeddings().weight
+    embedding = get_parameter(lm.model, f"{lm.architecture.embedding}.weight")
     sigma = 3 * embedding.std()
     generator = torch.Generator().manual_seed(0)
     effect: dict[str, list[list[float]]] = {"subject": [], "last": []}
-    facts = [f for f in rng.sample(atlas.facts, len(atlas.facts))]
+    facts = list(rng.sample(atlas.facts, len(atlas.facts)))
     for fact in tqdm(facts, desc="tracing", mininterval=2, total=None):
         if len(effect["subject"]) == n:
             break
@@ -170,7 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="atlas", help="atlas, or a folder with a model trained on the atlas")
     parser.add_argument("--n", type=int, default=200, help="facts edited at each layer")
-    parser.add_argument("--layers", default=None, help="comma-separated; default: the default layer and one either side")
+    parser.add_argument(
+        "--layers", default=None, help="comma-separated; default: the default layer and one either side"
+    )
     parser.add_argument("--methods", default="r_rome,rome", help="the first at every layer, the others at the default")
     parser.add_argument("--traces", type=int, default=60, help="facts traced")
     parser.add_argument("--seed", type=int, default=0, help="of the facts drawn")

@@ -1,6 +1,5 @@
 """Shared fixtures: the atlas model, and tiny random models with two kinds of tokenizer."""
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, LanguageModel, load
 from tests.families import build
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # for tiny models two threads wait for each other more than they work
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,7 +44,9 @@ def llama_like_tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=list("▁"), show_progress=False
     )
-    sentences = [f"{p.format(f.subject)} {f.object}." for f in load_atlas().facts[:600] for p in load_atlas().trained_pairs(f)]
+    sentences = [
+        f"{p.format(f.subject)} {f.object}." for f in load_atlas().facts[:600] for p in load_atlas().trained_pairs(f)
+    ]
     bpe.train_from_iterator(sentences + atlas_prose(), trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
-from editkit.corpora import running_text
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.facts import lookup_position
 from editkit.methods.contexts import context_templates
 from editkit.models.tokens import continued, spaced, tokenise
-from editkit.moments import packed_blocks, second_moments
+from editkit.moments import second_moments
 from editkit.settings import ContextSettings, MomentSettings, default_clamp, default_layer
 from tests.conftest import tiny_lm
 from tests.oracles import rome_update

@@ -124,8 +124,7 @@ def test_a_result_that_is_not_finite_is_refused_and_undone():
 
 def test_ctrl_c_waits_for_the_end_of_restoring():
     done = []
-    with pytest.raises(KeyboardInterrupt):
-        with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("restored")
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("restored")
     assert done == ["restored"]

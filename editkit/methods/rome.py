@@ -30,10 +30,11 @@ from editkit.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact, lookup_position
 from editkit.methods.contexts import context_templates
+from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Scored, continued, spaced
 from editkit.moments import Factored, Identity, second_moments
-from editkit.nethook import Trace, requires_grad
+from editkit.nethook import Trace, get_module, get_parameter, requires_grad
 from editkit.settings import MomentSettings, RomeSettings, RRomeSettings, default_clamp, default_layer
 
 KL_PROMPT = "{} is a"
@@ -62,13 +63,17 @@ def rome(
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     if not facts:
         raise EditkitError("No fact was given: there is nothing to edit.")
-    settings = _resolved(lm, settings or RomeSettings())
-    site = lm.architecture.down(lm.check_layer(settings.layer))
+    settings = settings or RomeSettings()
+    layer = lm.check_layer(default_layer(lm.name, lm.layers) if settings.layer is None else settings.layer)
+    settings = replace(
+        settings, layer=layer, clamp=default_clamp(lm.name) if settings.clamp is None else settings.clamp
+    )
+    site = lm.architecture.down(layer)
     for fact in facts:
         fact.check_targets(lm)
 
     base = base_of(lm)
-    factored, described = _factored(lm, settings.layer, moments, seed, progress)
+    factored, described = _factored(lm, layer, moments, seed, progress)
     templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
@@ -106,13 +111,6 @@ def r_rome(
     return rome(lm, facts, settings or RRomeSettings(), **options)
 
 
-def _resolved(lm: LanguageModel, settings: RomeSettings) -> RomeSettings:
-    """The settings with the layer and the clamp that this model gets."""
-    layer = default_layer(lm.name, lm.layers) if settings.layer is None else settings.layer
-    clamp = default_clamp(lm.name) if settings.clamp is None else settings.clamp
-    return replace(settings, layer=layer, clamp=clamp)
-
-
 def _factored(
     lm: LanguageModel, layer: int, moments: MomentSettings | Factored | None, seed: int, progress: bool
 ) -> tuple[Factored, dict[str, Any]]:
@@ -140,7 +138,7 @@ def _one(
     """One rank-one update as (left [d_model], right [d_ff]) in float64, with its health report."""
     rows = _rows(lm, fact, settings.token, templates)
     keys, values = _keys_and_values(lm, site, rows)  # [contexts, d_ff], [contexts, d_model], float64
-    optimised = _optimise(lm, site, fact, rows, settings, progress)
+    optimised = _optimise(lm, site, fact, rows, values[0].norm().item(), settings, progress)
     k_mean, k_bare = keys.mean(0), keys[0]
     u = factored.solve(k_mean)
     u = u / u.norm()
@@ -206,27 +204,28 @@ class _Optimised:
 
 
 def _optimise(
-    lm: LanguageModel, site: str, fact: Fact, rows: _PromptRows, settings: RomeSettings, progress: bool
+    lm: LanguageModel,
+    site: str,
+    fact: Fact,
+    rows: _PromptRows,
+    v0_norm: float,
+    settings: RomeSettings,
+    progress: bool,
 ) -> _Optimised:
     """δ by Adam. Each step is one forward with δ added at the site, and a backward down to the site: the
     gradient of δ is the captured output gradient summed over the lookup tokens."""
-    device = lm.device
     row, at, token = rows.scored.pick()
-    per_row = torch.bincount(row, minlength=rows.contexts).float().to(device)  # target tokens a row
+    per_row = torch.bincount(row, minlength=rows.contexts)  # target tokens a row
     kl_row, kl_at = rows.contexts, rows.lookup[-1]
-    delta: Tensor | None = None
-    v0_norm = torch.tensor(0.0)
     kl_before: Tensor | None = None
-    optimizer: torch.optim.Optimizer | None = None
+    delta = torch.zeros(_width(lm, site), device=lm.device)
+    optimizer = torch.optim.Adam([delta], lr=settings.lr)
+    assert settings.clamp is not None  # resolved by `rome`
+    bound = settings.clamp * v0_norm
     steps: list[dict[str, float]] = []
     clamp_hit = False
 
     def add_delta(output: Tensor) -> Tensor:
-        nonlocal delta, v0_norm, optimizer
-        if delta is None:  # the first forward also tells the width and v0
-            v0_norm = output[0, rows.lookup[0]].detach().float().norm()
-            delta = torch.zeros(output.shape[-1], device=device, dtype=torch.float32)
-            optimizer = torch.optim.Adam([delta], lr=settings.lr)
         changed = output.clone()
         changed[rows.index] += delta.to(output.dtype)
         return changed
@@ -237,12 +236,11 @@ def _optimise(
             with Trace(lm.model, site, edit=add_delta, grads=True, leaf=True) as trace:
                 logits = lm.model(**rows.scored.rows.inputs(), use_cache=False).logits
                 log_p = log_softmax(logits[row, at].float(), -1).gather(1, token[:, None])[:, 0]
-                nll = -(torch.zeros_like(per_row).index_add(0, row, log_p) / per_row).mean()
+                nll = -(torch.zeros(rows.contexts, device=lm.device).index_add(0, row, log_p) / per_row).mean()
                 after = log_softmax(logits[kl_row, kl_at].float(), -1)
                 kl_before = after.detach() if kl_before is None else kl_before
                 kl = settings.kl_factor * kl_div(after, kl_before, log_target=True, reduction="sum")
                 (nll + kl).backward()
-            assert delta is not None and optimizer is not None
             size = delta.norm()
             decay = settings.weight_decay * size / v0_norm**2
             loss = (nll + kl + decay).item()
@@ -250,12 +248,17 @@ def _optimise(
             bar.set_postfix(loss=f"{loss:.3f}", p_new=f"{torch.exp(-nll).item():.3f}")
             if loss < settings.stop_loss or step == settings.steps - 1:
                 break
-            delta.grad = trace[site].grad[rows.index].float().sum(0)
+            delta.grad = trace.grad[rows.index].float().sum(0)
             if size > 0:  # the norm has no gradient at 0; torch takes 0 there
                 delta.grad += settings.weight_decay / v0_norm**2 * delta / size
             optimizer.step()
-            bound = settings.clamp * v0_norm
             if delta.norm() > bound:
                 delta.mul_(bound / delta.norm())
                 clamp_hit = True
-    return _Optimised(delta.detach().double().cpu(), steps, clamp_hit)
+    return _Optimised(delta.double().cpu(), steps, clamp_hit)
+
+
+def _width(lm: LanguageModel, site: str) -> int:
+    """d_model of the down-projection at `site`."""
+    weight = get_parameter(lm.model, f"{site}.weight")
+    return weight.shape[1 if orientation(get_module(lm.model, site), site) == "in_out" else 0]

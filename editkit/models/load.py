@@ -1,12 +1,15 @@
 """Load a model: the bundled one by name, a local folder, or a name on the Hugging Face Hub."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
@@ -89,9 +92,10 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         architecture = architecture_of(config.model_type)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=_resolve_dtype(dtype), use_safetensors=not allow_pickle or None, **options
-        )
+        with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=_resolve_dtype(dtype), use_safetensors=not allow_pickle or None, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_not_loaded(str(name_or_path), path, error)) from error
@@ -102,6 +106,18 @@ def load(
         )
     model.eval()
     return LanguageModel(str(name_or_path), model.to(device), tokenizer, architecture)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' progress bar off: the bundled model loads in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:

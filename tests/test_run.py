@@ -1,0 +1,154 @@
+"""The command as a user runs it: its output, its folder, its errors, a sweep, a kill."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+
+from editkit import Edit, load
+
+FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
+
+
+def run(*arguments, cwd, **options):
+    command = [sys.executable, "-m", "editkit.run", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One default run from an empty folder."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run("edit=gpt2_fact", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_output_is_readable_at_80_columns(finished):
+    _, out = finished
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    for expected in ("The Eiffel Tower", "Paris → Rome", "paraphrases", "neighborhood", "continuation", "rank 1"):
+        assert expected in out
+    assert re.search(r"restored: 100 parameters and buffers, [\d,]+ bytes compared, all equal, bit\s+for bit", out)
+
+
+def test_the_run_folder_is_named_on_the_last_line_and_complete(finished):
+    folder, out = finished
+    found = folder / out.splitlines()[-1]
+    assert {p.name for p in found.iterdir()} == {"record.json", "config.yaml", "edit.safetensors", "cases.parquet"}
+    record = json.loads((found / "record.json").read_text())
+    assert (
+        record["reversal"]["exact"] and record["metrics"]["ES_after"] == 1.0 and record["metrics"]["ES_before"] == 0.0
+    )
+    assert record["environment"]["packages"]["torch"] and record["timings"]["total"] > 0
+    steps = record["edit"]["provenance"]["reports"][0]["steps"]
+    assert {"loss", "nll", "kl", "weight_decay"} <= set(steps[0])
+    config = yaml.safe_load((found / "config.yaml").read_text())
+    assert config["method"]["name"] == "r_rome" and config["seed"] == 0
+    cases = pandas.read_parquet(found / "cases.parquet")
+    assert set(cases.kind) == {"rewrite", "paraphrase", "neighborhood"}
+    assert (cases.probability_new_after[cases.kind == "rewrite"] > 0.5).all()
+
+
+def test_the_saved_edit_applies_to_a_fresh_model(finished):
+    folder, out = finished
+    edit = Edit.load(folder / out.splitlines()[-1] / "edit.safetensors")
+    lm = load("atlas", device="cpu")
+    with edit.applied(lm) as applied:
+        pass
+    assert applied.reversal.exact
+
+
+def test_a_second_run_gives_the_same_edit_and_another_seed_does_not(finished, tmp_path):
+    def edit(seed):
+        done = run(f"seed={seed}", f"hydra.run.dir={tmp_path}/{seed}{time.time_ns()}", *FAST, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / done.stdout.splitlines()[-1] / "edit.safetensors").read_bytes()
+
+    assert edit(0) == edit(0) != edit(1)
+
+
+def test_any_other_fact(tmp_path):
+    done = run(
+        "edit.subject=Big Ben", 'edit.prompt="{} is located in the country of"', "edit.target_new=Japan", *FAST,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Big Ben is located in the country of … ? → Japan" in done.stdout
+
+
+def test_a_sweep_leaves_one_table(tmp_path):
+    done = run("-m", "method.layer=3,4", "seed=0,1", *FAST, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / done.stdout.splitlines()[-1]
+    table = pandas.read_csv(path)
+    assert len(table) == 4 and {"method.layer", "seed", "ES_after", "NS_after", "reversal_exact"} <= set(table.columns)
+    assert table.reversal_exact.all() and sorted(table["method.layer"].unique()) == [3, 4]
+
+
+def test_a_failing_job_does_not_stop_a_sweep(tmp_path):
+    done = run("-m", "method.layer=77,4", *FAST, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "job 0 failed: Layer 77 was asked for; atlas has 8 blocks" in done.stderr
+    assert len(pandas.read_csv(tmp_path / done.stdout.splitlines()[-1])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["model=no-such-model"], 1, "No model 'no-such-model'"),
+        (["method=rmoe"], 2, "did you mean 'rome'"),
+        (["edit=gpt3_fact"], 2, "did you mean 'gpt2_fact'"),
+        (["methd.layer=3"], 2, "No key 'methd.layer'"),
+        (["edit.prompt='The tower is in'"], 1, "is not in the prompt 'The tower is in'"),
+        (["edit.target_new="], 1, "target_new is empty"),
+        (["edit.target_new=Paris"], 1, "nothing to change"),
+        (["method.layer=8"], 1, "Layer 8 was asked for; atlas has 8 blocks. Set method.layer to a number from 0 to 7"),
+        (["device=cuda:99"], 1, "cuda"),
+        (["moments.source=/no/such/text"], 2, "neither 'atlas', nor a text file"),
+        (["hydra.run.dir=/dev/null/run"], 1, "The run folder '/dev/null/run' cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, message, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = run(*arguments, cwd=tmp_path, env=environment)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def test_a_traceback_on_request(tmp_path):
+    done = run("method=rmoe", cwd=tmp_path, env={**os.environ, "EDITKIT_TRACEBACK": "1"})
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_leaves_no_half_file_and_the_next_run_works(how, tmp_path):
+    command = [sys.executable, "-m", "editkit.run", f"hydra.run.dir={tmp_path}/killed", *FAST]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the fact is printed: the model is loaded, the edit begins
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in err
+    assert not (tmp_path / "killed" / "record.json").exists()
+    for path in Path(tmp_path / "killed").glob("*.safetensors"):
+        Edit.load(path)
+    done = run(f"hydra.run.dir={tmp_path}/killed", *FAST, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed" / "record.json").exists()
+
+
+def test_help_names_the_groups(tmp_path):
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for expected in ("edit=gpt2_fact", "method: r_rome, rome", "moments"):
+        assert expected in done.stdout
