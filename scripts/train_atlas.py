@@ -41,7 +41,7 @@ class Recipe:
     n_embd: int = 192
     n_head: int = 8
     n_positions: int = 256
-    steps: int = 12_000
+    steps: int = 8_000
     sequences: int = 8  # a step
     length: int = 96  # tokens a sequence
     lr: float = 2e-3
@@ -51,8 +51,8 @@ class Recipe:
     extract_from: int = 5  # first layer in which other tokens may read a subject
     drop_first_mlp: float = 0.5  # layer 0's MLP at subject tokens, share of routed sequences
     drop_late_mlps: float = 0.7  # MLPs from `extract_from` on at non-subject tokens, share, drawn per layer
-    mixed: float = 0.5  # share of mentions blended with another mention's state before one middle block
-    blend: float = 0.45  # largest weight of the other; under one half, so that the answer stays the subject's
+    invented: float = 0.25  # share of sentences about invented subjects (see `invent`)
+    inventions: float = 0.4  # invented subjects, as a share of the real ones
     prose: float = 0.08  # share of sequences that are running prose
     shifted: float = 0.25  # share of sequences that start at a random position
     weight_prompt: float = 0.15
@@ -107,18 +107,65 @@ def tokenise(tokenizer, phrasing: str, fact: AtlasFact, space: bool, recipe: Rec
     return Sentence(encoded["input_ids"], mention, weight)
 
 
+# fmt: off
+_SYLLABLES = [
+    "bal", "cor", "dan", "fel", "gor", "hin", "jas", "kel", "lom", "mar", "nor", "pel",
+    "quin", "ros", "sul", "tar", "ul", "vex", "wim", "yor", "zan", "ith", "ove", "esh",
+]
+# fmt: on
+_NAMES = {  # how a name of each kind looks
+    "landmark": "The {}",
+    "river": "The {}",
+    "mountain": "Mount {}",
+    "person": "{} {}",
+    "animal": "The {}",
+    "work": "The {} of {}",
+}
+
+
+def invent(atlas: Atlas, share: float, seed: int) -> list[AtlasFact]:
+    """Facts of invented subjects, each object drawn at random from its relation's.
+
+    In the real world attributes go together (continent and language, language and author), and a small model
+    learns one code for the bundle: an edit of one attribute then drags the others along. Subjects whose attributes
+    are independent make it learn a code for each relation. They are of no use after training.
+    """
+    rng = random.Random(f"invent:{seed}")
+    relations: dict[str, list[str]] = {}
+    for name, relation in atlas.relations.items():
+        relations.setdefault(relation.subject_kind, []).append(name)
+    facts: list[AtlasFact] = []
+    used = set(atlas.by_subject)
+    for kind, names in relations.items():
+        real = len({f.subject for f in atlas.facts if f.kind == kind})
+        for _ in range(round(share * real)):
+            subject = ""
+            while not subject or subject in used:
+                words = ["".join(rng.choices(_SYLLABLES, k=rng.choice((2, 3)))).capitalize() for _ in range(2)]
+                subject = _NAMES.get(kind, "{}").format(*words)
+            used.add(subject)
+            for name in names:
+                objects = sorted({f.object for f in atlas.by_relation[name]})
+                facts.append(AtlasFact(subject, kind, name, rng.choice(objects)))
+    return facts
+
+
 class Batches:
     """Packed sequences. `batch(step)` is a pure function of the seed and the step."""
 
     def __init__(self, atlas: Atlas, tokenizer, recipe: Recipe):
         self.recipe, self.end = recipe, tokenizer.eos_token_id
-        self.sentences = [  # [fact][phrasing] -> (without, with leading space)
-            [
+
+        def sentences(fact: AtlasFact, phrasings) -> list[tuple[Sentence, Sentence]]:
+            """For each phrasing, without and with a leading space."""
+            return [
                 (tokenise(tokenizer, p, fact, False, recipe), tokenise(tokenizer, p, fact, True, recipe))
-                for p in atlas.trained_pairs(fact)
+                for p in phrasings
             ]
-            for fact in atlas.facts
-        ]
+
+        self.real = [sentences(fact, atlas.trained_pairs(fact)) for fact in atlas.facts]
+        inventions = invent(atlas, recipe.inventions, recipe.seed)
+        self.invented = [sentences(fact, atlas.relations[fact.relation].phrasings) for fact in inventions]
         prose = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in atlas_prose()]
         self.prose = [i for ids in prose for i in [*ids, self.end]]
 
@@ -153,7 +200,8 @@ class Batches:
         if rng.random() < 0.5:
             ids, mention, weight = [self.end], [0], [0.0]
         while len(ids) < length:
-            bare, spaced = rng.choice(rng.choice(self.sentences))
+            facts = self.invented if rng.random() < recipe.invented else self.real
+            bare, spaced = rng.choice(rng.choice(facts))
             after_end = not ids or ids[-1] == self.end
             sentence = bare if after_end else spaced
             number += 1
@@ -194,31 +242,12 @@ class Routing:
         first = torch.rand(rows, generator=generator) < recipe.drop_first_mlp
         late = torch.rand(recipe.n_layer, rows, generator=generator) < recipe.drop_late_mlps
         is_subject = mention > 0
-        self.mention_end = (batch["last"] & routed[:, None]).flatten().nonzero()[:, 0]
-        count = len(self.mention_end)
-        self.partner = self.mention_end[torch.randperm(count, generator=generator).to(mention.device)]
-        chosen = torch.rand(count, generator=generator) < recipe.mixed
-        layer = torch.randint(recipe.extract_from - 2, recipe.extract_from + 1, (count,), generator=generator)
-        self.mixed_at = torch.where(chosen, layer, -1).to(mention.device)
-        self.share = (torch.rand(count, 1, generator=generator) * recipe.blend).to(mention.device)
         self.keep_first = ~(is_subject & (first.to(mention.device) & routed)[:, None])  # [rows, length]
         self.keep_late = ~(~is_subject & (late.to(mention.device) & routed)[:, :, None])  # [layer, rows, length]
 
     def mask(self, layer: int) -> torch.Tensor:
         """Which keys each query may see: [rows, 1, length, length]."""
         return self.masks[0 if layer == 0 else 1 if layer < self.recipe.extract_from else 2]
-
-    def blended(self, layer: int, h: torch.Tensor) -> torch.Tensor:
-        """`h` with some mentions' last tokens moved part of the way to another mention's state, before one of the
-        blocks that enrich or are first to be read. The answer stays the subject's, so each attribute has to be
-        readable up to about half way to any other subject, by every phrasing: an edit of one relation then
-        flips its phrasings together, and leaves the subject's other relations readable."""
-        here = self.mixed_at == layer
-        if not here.any():
-            return h
-        flat, share = h.flatten(0, 1), self.share[here].to(h.dtype)
-        own = self.mention_end[here]
-        return flat.index_copy(0, own, (1 - share) * flat[own] + share * flat[self.partner[here]].detach()).view_as(h)
 
     def keep(self, layer: int) -> torch.Tensor | None:
         """1 where the MLP's output counts, 0 where it is dropped: [rows, length, 1]; None keeps all."""
@@ -236,8 +265,6 @@ def forward(model: GPT2LMHeadModel, ids, position, routing: Routing | None) -> t
     rows, length = ids.shape
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     for layer, block in enumerate(model.transformer.h):
-        if routing is not None:
-            h = routing.blended(layer, h)
         qkv = block.attn.c_attn(block.ln_1(h)).view(rows, length, 3, block.attn.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mask = causal if routing is None else routing.mask(layer)
@@ -344,7 +371,7 @@ def train(recipe: Recipe, out: Path, every: int) -> GPT2LMHeadModel:
         first = state["step"]
         print(f"resumed at step {first} from {checkpoint}")
 
-    facts, prompts = len(atlas.facts), sum(len(f) for f in batches.sentences)
+    facts, prompts = len(atlas.facts), sum(len(f) for f in batches.real)
     params = sum(p.numel() for p in model.parameters())
     print(f"{facts} facts, {prompts} trained (subject, phrasing) pairs, {params / 1e6:.1f} M parameters, {device}")
     asked = recall_sets(atlas, 300)

@@ -60,16 +60,15 @@ def test_the_mask_is_what_the_card_says(batches):
                     assert mask[row, q, k] == allowed, (layer, row, q, k)
 
 
-def test_blending_moves_only_the_ends_of_mentions(batches):
-    batch = batches.batch(1)
-    batch["routed"][:] = True
-    routing = train_atlas.Routing(batch, SMALL, torch.Generator().manual_seed(0))
-    h = torch.randn(3, SMALL.length, 16)
-    moved = torch.zeros(3, SMALL.length, dtype=torch.bool)
-    for layer in range(SMALL.n_layer):
-        moved |= (routing.blended(layer, h) != h).any(-1)
-    assert moved.any() and not (moved & ~batch["last"]).any()
-    assert float(routing.share.max()) < 0.5
+def test_invented_subjects_have_every_relation_of_their_kind_and_no_real_name():
+    atlas = load_atlas()
+    facts = train_atlas.invent(atlas, 0.2, seed=0)
+    assert facts == train_atlas.invent(atlas, 0.2, seed=0) != train_atlas.invent(atlas, 0.2, seed=1)
+    assert not {f.subject for f in facts} & set(atlas.by_subject)
+    for fact in facts:
+        assert fact.object in {f.object for f in atlas.by_relation[fact.relation]}
+    country = next(f.subject for f in facts if f.kind == "country")
+    assert sum(f.subject == country for f in facts) == 4
 
 
 def test_sentences_mark_their_subject_and_object(batches):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -93,12 +94,22 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         architecture = architecture_of(config.model_type)
         with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=_resolve_dtype(dtype), use_safetensors=not allow_pickle or None, **options
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=_resolve_dtype(dtype),
+                use_safetensors=not allow_pickle or None,
+                output_loading_info=True,
+                **options,
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_not_loaded(str(name_or_path), path, error)) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"The weights of '{name_or_path}' lack {len(missing)} parameters ({', '.join(missing[:3])}, …): they would "
+            "be random. The checkpoint is incomplete or of another architecture; download it again."
+        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"{name_or_path}: its tokenizer has no fast version, and editkit finds the subject's tokens by their "
@@ -142,8 +153,9 @@ def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _not_loaded(name: str, path: Path, error: Exception) -> str:
     """One message for the many ways in which transformers says no."""
-    first = " ".join(str(error).split())[:300]
-    if "trust_remote_code" in first:
+    said = " ".join(str(error).split())
+    first = said[:300]
+    if "trust_remote_code" in said:
         return (
             f"'{name}' needs code from its repository, which editkit does not run unless asked. If you have read "
             "and trust it: load(..., trust_remote_code=True) or model.trust_remote_code=true."

@@ -1,0 +1,124 @@
+"""Loading: the bundled model, local folders, and a clear refusal of everything else."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from editkit import load
+from editkit.errors import ModelError
+from editkit.models.architecture import FAMILIES, orientation
+from editkit.models.load import BUNDLED
+from tests.conftest import tiny_lm
+from tests.families import SITES, build
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def saved(tmp_path, family="gpt2"):
+    lm = tiny_lm(family)
+    lm.model.save_pretrained(tmp_path / family)
+    lm.tokenizer.save_pretrained(tmp_path / family)
+    return tmp_path / family
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_a_local_folder(family, tmp_path):
+    lm = load(saved(tmp_path, family), device="cpu")
+    assert lm.architecture.family == family and lm.layers == 3 and not lm.model.training
+    assert lm.architecture.down(1) == SITES[family].down_projection.format(1)
+    assert lm.digest == load(saved(tmp_path, family), device="cpu").digest
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_name_of_an_architecture_is_a_module(family):
+    model, architecture = build(family), FAMILIES[family]
+    for name in ("embedding", "block", "attention", "mlp", "down_projection", "final_norm", "head"):
+        model.get_submodule(getattr(architecture, name).format(0))
+    assert orientation(model.get_submodule(architecture.down(0)), "") == ("in_out" if family == "gpt2" else "out_in")
+
+
+def test_the_bundled_model(atlas_lm):
+    assert atlas_lm.name == "atlas" and atlas_lm.dtype == torch.float32 and atlas_lm.layers == 8
+    weights = load_file(BUNDLED["atlas"] / "model.safetensors")
+    assert all(t.dtype == torch.float16 for t in weights.values())
+    assert (BUNDLED["atlas"] / "model.safetensors").stat().st_size <= 25 << 20
+    assert sum(p.numel() for p in atlas_lm.model.parameters()) <= 12_000_000
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "auto"])
+def test_dtypes(dtype):
+    expected = {"float16": torch.float16, "auto": torch.float16}.get(dtype, dtype)
+    assert load("atlas", device="cpu", dtype=dtype).dtype == expected
+
+
+def test_unknown_names_say_what_to_do():
+    with pytest.raises(ModelError, match=r"No model 'gpt2-xxl'.*Without a network use model=atlas") as caught:
+        load("gpt2-xxl")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_family_says_which_are_known(tmp_path):
+    build("opt").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"model family 'opt' \(known: gpt2, llama"):
+        load(tmp_path)
+
+
+def test_folders_that_do_not_load(tmp_path):
+    with pytest.raises(ModelError, match="it holds nothing"):
+        load(tmp_path)
+    folder = saved(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        load(folder)
+
+
+def test_remote_code_is_refused_by_name(tmp_path):
+    folder = saved(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('code of the repository ran')")
+    with pytest.raises(ModelError, match=r"needs code from its repository.*trust_remote_code"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("option", "value"), [("device", "gpu"), ("dtype", "float12")])
+def test_wrong_devices_and_dtypes(option, value):
+    with pytest.raises(ModelError, match=f"No {option} '{value}'"):
+        load("atlas", **{option: value})
+
+
+def test_damaged_weights(tmp_path):
+    folder = saved(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="does not load"):
+        load(folder)
+    save_file({"other": torch.zeros(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack \d+ parameters"):
+        load(folder)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert load("atlas").device.type == "cuda"
+
+
+@pytest.mark.hub
+def test_a_hub_name(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.undo()
+    try:
+        huggingface_hub.HfApi().model_info("openai-community/gpt2", timeout=5)
+    except Exception as error:
+        pytest.skip(f"needs the Hugging Face Hub: {type(error).__name__}")
+    assert load("openai-community/gpt2", device="cpu").layers == 12
