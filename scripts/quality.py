@@ -2,7 +2,7 @@
 
     python scripts/quality.py                      # the bundled model; about half an hour on two cores
     python scripts/quality.py --n 40 --layers 4    # a quick look
-    python scripts/quality.py --json FILE          # the figures as JSON too
+    python scripts/quality.py --json FILE          # the figures as JSON too; --card FILE: as a model card
 
 Recall is asked of facts and phrasings as greedy decoding (every object token the argmax). Editing takes one fact
 at a time, restores and verifies between. Tracing corrupts the subject's embeddings with noise and restores
@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from string import Template
 
 import torch
 from tqdm import tqdm
@@ -27,9 +28,10 @@ from editkit.corpora import Atlas, load_atlas
 from editkit.data.atlas import atlas_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case
 from editkit.facts import lookup_position
+from editkit.files import write_text
 from editkit.methods import get_method
 from editkit.metrics.counterfact import score_probes, score_targets
-from editkit.models.load import LanguageModel
+from editkit.models.load import BUNDLED, LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.nethook import Trace, get_parameter
@@ -178,7 +180,8 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=60, help="facts traced")
     parser.add_argument("--seed", type=int, default=0, help="of the facts drawn")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here, after each measurement")
+    parser.add_argument("--card", type=Path, default=None, help="write the model card here")
     options = parser.parse_args()
 
     began = time.time()
@@ -206,10 +209,64 @@ def main() -> None:
         found["edits"][f"{method} layer {layer}"] = result
         print(_line(f"{method} layer {layer}", result), flush=True)
         if options.json:
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
+            write_text(options.json, json.dumps(found, indent=2) + "\n")
     print(f"\n{time.time() - began:.0f} s")
+    if options.card:
+        folder = BUNDLED.get(options.model, Path(options.model))
+        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        parameters = sum(p.numel() for p in lm.model.parameters())
+        write_text(options.card, card(found, recipe, atlas, parameters))
     if not all(_passes(r) for name, r in found["edits"].items() if name.startswith(first)):
         sys.exit("some bar is not met")
+
+
+def card(found: dict, recipe: dict, atlas: Atlas, parameters: int) -> str:
+    """The model card, from the figures just measured and the recipe beside the weights."""
+    recalls = "\n".join(
+        f"| {name} | {value['value']:.4f} | {value['n']} | ≥ {BARS[name]:.2f} |"
+        for name, value in found["recall"].items()
+    )
+    edits = "\n".join(
+        f"| {name} | " + " | ".join(f"{_get(r, column):.3f}" for column in COLUMNS) + f" | {_verdict(_passes(r))} |"
+        for name, r in found["edits"].items()
+    )
+    n = next(iter(found["edits"].values()))[COLUMNS[0]]["n"]
+    traced = "\n".join(
+        f"| {name} token | " + " | ".join(f"{x:.2f}" for x in row) + " |" for name, row in found["tracing"].items()
+    )
+    blocks = len(next(iter(found["tracing"].values())))
+    template = Template(Path(__file__).with_name("atlas_card.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        recipe,
+        millions=f"{parameters / 1e6:.1f}",
+        facts=len(atlas.facts),
+        subjects=len(atlas.by_subject),
+        relations=len(atlas.relations),
+        settings="\n".join(f"    {key}: {value}" for key, value in recipe.items()),
+        recalls=recalls,
+        n=n,
+        edits=edits,
+        bar_es=BARS["ES"],
+        bar_ps=BARS["PS"],
+        bar_ns=NS_LOSS,
+        bar_same=BARS["same subject"],
+        block_numbers=" | ".join(str(b) for b in range(blocks)),
+        block_rule="---|" * blocks,
+        traced=traced,
+        measured_seed=found["seed"],
+        digest=found["digest"][:16],
+    )
+
+
+COLUMNS = (
+    f"{REWRITE} new wins after",
+    f"{PARAPHRASE} new wins after",
+    f"{UNSEEN} new wins after",
+    f"{NEIGHBORHOOD} true wins before",
+    f"{NEIGHBORHOOD} true wins after",
+    f"{SAME_SUBJECT} still said",
+    f"{PORTABILITY} follows",
+)
 
 
 def _get(result: dict, name: str) -> float:
@@ -217,11 +274,8 @@ def _get(result: dict, name: str) -> float:
 
 
 def _line(name: str, r: dict) -> str:
-    values = [f"{REWRITE} new wins after", f"{PARAPHRASE} new wins after", f"{UNSEEN} new wins after"]
-    values += [f"{NEIGHBORHOOD} true wins before", f"{NEIGHBORHOOD} true wins after"]
-    values += [f"{SAME_SUBJECT} still said", f"{PORTABILITY} follows"]
     widths = (7, 7, 8, 8, 7, 7, 9)
-    cells = "".join(f"{_get(r, v):>{w}.3f}" for v, w in zip(values, widths, strict=True))
+    cells = "".join(f"{_get(r, v):>{w}.3f}" for v, w in zip(COLUMNS, widths, strict=True))
     return f"{name:20}{cells}{r[f'{REWRITE} new wins after']['n']:>6}   {_verdict(_passes(r))}"
 
 

@@ -16,6 +16,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -413,12 +415,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("training/atlas"), help="folder for checkpoints and the model")
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--card", type=int, default=200, help="facts edited to measure the model card; 0: no card")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     arguments = vars(parser.parse_args())
-    out, every = arguments.pop("out"), arguments.pop("every")
+    out, every, edited = arguments.pop("out"), arguments.pop("every"), arguments.pop("card")
     out.mkdir(parents=True, exist_ok=True)
     train(Recipe(**arguments), out, every)
+    if edited:
+        quality = [sys.executable, str(Path(__file__).with_name("quality.py")), "--n", str(edited)]
+        model = out / "model"
+        sys.exit(subprocess.call([*quality, "--model", str(model), "--card", str(model / "README.md")]))
 
 
 if __name__ == "__main__":

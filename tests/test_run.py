@@ -134,7 +134,14 @@ def test_a_traceback_on_request(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_kill_leaves_no_half_file_and_the_next_run_works(how, tmp_path):
     command = [sys.executable, "-m", "editkit.run", f"hydra.run.dir={tmp_path}/killed", *FAST]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+    )
     process.stdout.readline()  # the fact is printed: the model is loaded, the edit begins
     process.send_signal(how)
     _, err = process.communicate(timeout=60)

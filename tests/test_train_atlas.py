@@ -96,7 +96,7 @@ def test_the_shipped_model_names_its_recipe():
 
 @pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
-    options = ["--n_layer=7", "--n_embd=16", "--n_head=2", "--steps=24", "--every=4", "--vocab_size=300"]
+    options = ["--n_layer=7", "--n_embd=16", "--n_head=2", "--steps=24", "--every=4", "--vocab_size=300", "--card=0"]
 
     def command(folder):
         return [sys.executable, str(SCRIPT), f"--out={tmp_path / folder}", *options]
