@@ -11,7 +11,9 @@ from editkit.config import CONF_DIR, GROUPS, options, prepare, to_config
 from editkit.config import _composed as composed
 from editkit.errors import ConfigError
 from editkit.methods import METHODS
+from editkit.metrics.counterfact import score_probes
 from editkit.settings import ContextSettings, EditSettings, ModelSettings, MomentSettings, TaskSettings
+from editkit.tasks.edit import case_of
 
 ALL = [(group, option) for group in GROUPS for option in options(group)]
 
@@ -84,3 +86,14 @@ def test_another_subject_clears_what_belonged_to_the_old_one():
 def test_an_error_needs_no_torch():
     code = "import sys\nfrom editkit.config import prepare\nprepare(['seed=1'])\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", options("edit"))
+def test_the_shipped_edits_are_of_facts_the_model_knows(name, atlas_lm):
+    edit = to_config(composed({"edit": name})).edit
+    case = case_of(edit)
+    before = score_probes(atlas_lm, case.probes)
+    assert all(score.true is not None and score.true.greedy for score in before), [
+        score.probe.prompt for score in before if not score.true.greedy
+    ]
+    assert not any(score.new_wins for score in before)

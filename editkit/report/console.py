@@ -53,7 +53,7 @@ def texts(fact: Fact, before: dict[str, Any], after: dict[str, Any]) -> str:
     """Most likely next tokens and the continuation, before and after."""
     lines = ["", f"next tokens after {_clip(repr(fact.text), 60)}"]
     for name, look in (("before", before), ("after", after)):
-        top = "  ".join(f"{token.strip() or token!r} {p:.3f}" for token, p in look["top"])
+        top = "  ".join(f"{token.strip() or repr(token)} {p:.3f}" for token, p in look["top"])
         lines += _wrapped(f"  {name:8}", top)
     lines.append("continuation")
     for name, look in (("before", before), ("after", after)):
