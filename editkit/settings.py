@@ -1,10 +1,10 @@
 """Settings as plain dataclasses: the schema of conf/. No torch here, so a configuration error answers at once.
 
 Defaults follow the authors' public code where paper and code differ (the published numbers were made with
-the code). `layer=None` and `clamp=None` mean: the published constant for this model, else a depth fraction.
+the code). None for `layer`, `clamp` and `lr` means: the published constant of this model (`constants_of`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from editkit.errors import ConfigError
@@ -58,7 +58,7 @@ class RomeSettings:
     layer: int | None = None  # block whose down-projection is edited
     token: str = "subject_last"  # lookup token: subject_last, subject_first, subject_first_after_last, last
     steps: int = 20  # optimisation steps of the value
-    lr: float = 0.5  # Adam's learning rate
+    lr: float | None = None  # Adam's learning rate
     weight_decay: float = 0.5  # factor of ‖δ‖/‖v0‖²
     kl_factor: float = 0.0625  # factor of KL(before ‖ after) at the subject in "{subject} is a"
     clamp: float | None = None  # ‖δ‖ is held under clamp · ‖v0‖
@@ -69,10 +69,15 @@ class RomeSettings:
         require_one_of(self.keys, "method.keys", ("mixed", "mean"))
         require_one_of(self.token, "method.token", LOOKUP_TOKENS)
         require(self.steps > 0, "method.steps", self.steps, "positive")
-        require(self.lr > 0, "method.lr", self.lr, "positive")
+        require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
         require(self.clamp is None or self.clamp > 0, "method.clamp", self.clamp, "positive")
         require(self.kl_factor >= 0, "method.kl_factor", self.kl_factor, "0 or more")
         require(self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "0 or more")
+
+    def resolved(self, model_name: str, layers: int) -> "RomeSettings":
+        """These settings with the constants of the model where they say None."""
+        constants = asdict(constants_of(model_name, layers))
+        return replace(self, **{k: v for k, v in constants.items() if getattr(self, k) is None})
 
 
 @dataclass(frozen=True)
@@ -130,36 +135,42 @@ class Config:
 
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 
-# (layer, clamp) of the authors' hparams files; the atlas model's are measured by scripts/quality.py.
+
+@dataclass(frozen=True)
+class Constants:
+    """What a method takes for a model where the settings say null."""
+
+    layer: int
+    clamp: float = 4.0
+    lr: float = 0.5
+
+
+# The authors' hparams files; the atlas model's were chosen on its own facts (experiments/LOG.md).
 PUBLISHED = {
-    "atlas": (4, 4.0),
-    "gpt2-medium": (8, 3.0),
-    "gpt2-large": (12, 4.0),
-    "gpt2-xl": (17, 4.0),
-    "gpt-j-6b": (5, 4.0),
-    "gpt-neox-20b": (15, 4.0),
-    "Llama-3-8B": (5, 4.0),
-    "Meta-Llama-3-8B": (5, 4.0),
+    "atlas": Constants(4, lr=0.2),
+    "gpt2-medium": Constants(8, clamp=3.0),
+    "gpt2-large": Constants(12),
+    "gpt2-xl": Constants(17),
+    "gpt-j-6b": Constants(5),
+    "gpt-neox-20b": Constants(15),
+    "Llama-3-8B": Constants(5),
+    "Meta-Llama-3-8B": Constants(5),
 }
 DEPTH_FRACTION = 0.35  # GPT-2 XL's 17 of 48, where a model has no published constant
-CLAMP = 4.0
 
 
-def default_layer(model_name: str, layers: int) -> int:
-    """The block to edit when none is given: the published one, else the block at 0.35 of the depth.
+def constants_of(model_name: str, layers: int) -> Constants:
+    """The published constants of the model with this name, else the block at 0.35 of its depth.
 
-    >>> default_layer("gpt2-xl", 48), default_layer("my-model", 12)
-    (17, 4)
+    >>> constants_of("openai-community/gpt2-medium", 24)
+    Constants(layer=8, clamp=3.0, lr=0.5)
+    >>> constants_of("my-model", 12)
+    Constants(layer=4, clamp=4.0, lr=0.5)
     """
     published = PUBLISHED.get(model_name.rstrip("/").rsplit("/", 1)[-1])
-    if published is not None and published[0] < layers:
-        return published[0]
-    return min(layers - 1, int(DEPTH_FRACTION * layers))
-
-
-def default_clamp(model_name: str) -> float:
-    """The bound of ‖δ‖/‖v0‖ when none is given: the published one, else 4."""
-    return PUBLISHED.get(model_name.rstrip("/").rsplit("/", 1)[-1], (0, CLAMP))[1]
+    if published is not None and published.layer < layers:
+        return published
+    return Constants(min(layers - 1, int(DEPTH_FRACTION * layers)))
 
 
 def require(condition: bool, name: str, found: object, wanted: str) -> None:

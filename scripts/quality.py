@@ -35,7 +35,7 @@ from editkit.models.load import BUNDLED, LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.nethook import Trace, get_parameter
-from editkit.settings import MomentSettings, default_layer
+from editkit.settings import MomentSettings, constants_of
 
 BARS = {
     "recall trained": 0.99,
@@ -90,7 +90,9 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     lm = _MODELS[name]
     registered = get_method(method)
     before = score_probes(lm, case.probes)
-    edit = registered.load()(lm, case.fact, registered.settings(layer=layer), progress=False)
+    edit = registered.load()(
+        lm, case.fact, registered.settings(layer=layer, lr=constants_of("atlas", lm.layers).lr), progress=False
+    )
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
     rows: list[tuple[str, str, float]] = []
@@ -180,14 +182,14 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=60, help="facts traced")
     parser.add_argument("--seed", type=int, default=0, help="of the facts drawn")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here, after each measurement")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     parser.add_argument("--card", type=Path, default=None, help="write the model card here")
     options = parser.parse_args()
 
     began = time.time()
     lm, atlas = load(options.model, device="cpu"), load_atlas()
-    default = default_layer("atlas", lm.layers)
-    layers = [int(x) for x in options.layers.split(",")] if options.layers else [default - 1, default, default + 1]
+    default = constants_of("atlas", lm.layers).layer
+    layers = [int(x) for x in options.layers.split(",")] if options.layers else [default, default - 1, default + 1]
     found: dict = {"model": options.model, "digest": lm.digest, "seed": options.seed, "default_layer": default}
     found["recall"] = recall(lm, atlas)
     for name, value in found["recall"].items():
@@ -210,18 +212,17 @@ def main() -> None:
         print(_line(f"{method} layer {layer}", result), flush=True)
         if options.json:
             write_text(options.json, json.dumps(found, indent=2) + "\n")
+        if options.card:
+            write_text(options.card, card(found, lm, atlas))
     print(f"\n{time.time() - began:.0f} s")
-    if options.card:
-        folder = BUNDLED.get(options.model, Path(options.model))
-        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-        parameters = sum(p.numel() for p in lm.model.parameters())
-        write_text(options.card, card(found, recipe, atlas, parameters))
     if not all(_passes(r) for name, r in found["edits"].items() if name.startswith(first)):
         sys.exit("some bar is not met")
 
 
-def card(found: dict, recipe: dict, atlas: Atlas, parameters: int) -> str:
-    """The model card, from the figures just measured and the recipe beside the weights."""
+def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
+    """The model card, from the figures measured so far and the recipe beside the weights."""
+    recipe = json.loads((BUNDLED.get(lm.name, Path(lm.name)) / "recipe.json").read_text(encoding="utf-8"))
+    parameters = sum(p.numel() for p in lm.model.parameters())
     recalls = "\n".join(
         f"| {name} | {value['value']:.4f} | {value['n']} | ≥ {BARS[name]:.2f} |"
         for name, value in found["recall"].items()

@@ -11,7 +11,7 @@ from editkit.facts import lookup_position
 from editkit.methods.contexts import context_templates
 from editkit.models.tokens import continued, spaced, tokenise
 from editkit.moments import second_moments
-from editkit.settings import ContextSettings, MomentSettings, default_clamp, default_layer
+from editkit.settings import Constants, ContextSettings, MomentSettings, constants_of
 from tests.conftest import tiny_lm
 from tests.oracles import rome_update
 from tests.test_snapshot import everything
@@ -48,7 +48,7 @@ def test_equal_to_the_oracle(name, keys, request):
     layer = 4 if name == "atlas" else 1
     # A tiny random model has v0 near nothing: its decay would dwarf the rest, and rounding the update.
     settings = RomeSettings(
-        keys=keys, layer=layer, clamp=4.0, steps=8, contexts=FEW, weight_decay=0.5 if name == "atlas" else 1e-4
+        keys=keys, layer=layer, clamp=4.0, lr=0.5, steps=8, contexts=FEW, weight_decay=0.5 if name == "atlas" else 1e-4
     )
     if name != "atlas":
         settings = replace(settings, lr=0.02, stop_loss=0.0)
@@ -89,7 +89,7 @@ def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm, method):
     assert answer() == "Paris"[: len(answer())]
     with edit.applied(atlas_lm):
         assert answer() == "Rome"[: len(answer())]
-    assert edit.rank == 1 and edit.parameters == [f"transformer.h.{default_layer('atlas', 8)}.mlp.c_proj.weight"]
+    assert edit.rank == 1 and edit.parameters == [f"transformer.h.{constants_of('atlas', 8).layer}.mlp.c_proj.weight"]
 
 
 def test_a_seed_decides_every_byte(atlas_lm):
@@ -124,8 +124,10 @@ def test_contexts_are_seeded_and_clean(atlas_lm):
 
 
 def test_defaults_follow_the_published_constants():
-    assert default_layer("openai-community/gpt2-xl", 48) == 17 and default_clamp("gpt2-medium") == 3.0
-    assert default_layer("unknown", 3) == 1 and default_layer("gpt2-xl", 3) == 1
+    assert constants_of("openai-community/gpt2-xl", 48) == Constants(17, clamp=4.0, lr=0.5)
+    assert constants_of("unknown", 3).layer == 1 == constants_of("gpt2-xl", 3).layer
+    settings = RomeSettings(clamp=2.0).resolved("gpt2-medium", 24)
+    assert (settings.layer, settings.clamp, settings.lr) == (8, 2.0, 0.5)
 
 
 def test_bad_input(atlas_lm):

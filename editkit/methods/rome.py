@@ -17,7 +17,7 @@ with Adam, ‖δ‖ held under clamp · ‖v0‖ after each step. δ is added at
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import Scored, continued, spaced
 from editkit.moments import Factored, Identity, second_moments
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
-from editkit.settings import MomentSettings, RomeSettings, RRomeSettings, default_clamp, default_layer
+from editkit.settings import MomentSettings, RomeSettings, RRomeSettings
 
 KL_PROMPT = "{} is a"
 
@@ -52,7 +52,7 @@ def rome(
 ) -> Edit:
     """The ROME edit for one fact, or for several written one after the other.
 
-    - `settings`: see RomeSettings; `layer=None` and `clamp=None` take the model's published constants.
+    - `settings`: see RomeSettings; None for layer, clamp or lr takes the model's published constant.
     - `moments`: how to collect C, or a factored C to use as it is.
     - `contexts`: templates with one `{}`, the bare "{}" first; None draws them with `seed`.
     - `progress`: show a bar with the loss of each step.
@@ -63,11 +63,9 @@ def rome(
     facts = [facts] if isinstance(facts, Fact) else list(facts)
     if not facts:
         raise EditkitError("No fact was given: there is nothing to edit.")
-    settings = settings or RomeSettings()
-    layer = lm.check_layer(default_layer(lm.name, lm.layers) if settings.layer is None else settings.layer)
-    settings = replace(
-        settings, layer=layer, clamp=default_clamp(lm.name) if settings.clamp is None else settings.clamp
-    )
+    settings = (settings or RomeSettings()).resolved(lm.name, lm.layers)
+    assert settings.layer is not None
+    layer = lm.check_layer(settings.layer)
     site = lm.architecture.down(layer)
     for fact in facts:
         fact.check_targets(lm)
@@ -219,8 +217,8 @@ def _optimise(
     kl_row, kl_at = rows.contexts, rows.lookup[-1]
     kl_before: Tensor | None = None
     delta = torch.zeros(_width(lm, site), device=lm.device)
+    assert settings.clamp is not None and settings.lr is not None  # resolved by `rome`
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
-    assert settings.clamp is not None  # resolved by `rome`
     bound = settings.clamp * v0_norm
     steps: list[dict[str, float]] = []
     clamp_hit = False
