@@ -147,7 +147,7 @@ class Constants:
 
 # The authors' hparams files; the atlas model's were chosen on its own facts (experiments/LOG.md).
 PUBLISHED = {
-    "atlas": Constants(4, lr=0.2),
+    "atlas": Constants(4, lr=0.1),
     "gpt2-medium": Constants(8, clamp=3.0),
     "gpt2-large": Constants(12),
     "gpt2-xl": Constants(17),
