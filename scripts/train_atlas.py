@@ -29,6 +29,9 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from editkit.corpora import Atlas, AtlasFact, atlas_prose, load_atlas
+from editkit.metrics.counterfact import score_targets
+from editkit.models.architecture import architecture_of
+from editkit.models.load import LanguageModel
 
 END = "<|endoftext|>"
 
@@ -293,22 +296,10 @@ def weighted_loss(logits, batch) -> tuple[torch.Tensor, float]:
 # --- training ---------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def recall(model, tokenizer, asked: list[tuple[str, str]], device: torch.device) -> float:
-    """Share of (prompt, object) whose every object token is the argmax, i.e. greedy decoding says it."""
-    right = 0
-    for start in range(0, len(asked), 64):
-        chunk = asked[start : start + 64]
-        prompts = [tokenizer(p)["input_ids"] for p, _ in chunk]
-        objects = [tokenizer(" " + o)["input_ids"] for _, o in chunk]
-        width = max(len(p) + len(o) for p, o in zip(prompts, objects, strict=True))
-        ids = torch.zeros(len(chunk), width, dtype=torch.long)
-        for row, (p, o) in enumerate(zip(prompts, objects, strict=True)):
-            ids[row, : len(p) + len(o)] = torch.tensor(p + o)
-        best = model(ids.to(device)).logits.argmax(-1).cpu()
-        for row, (p, o) in enumerate(zip(prompts, objects, strict=True)):
-            right += best[row, len(p) - 1 : len(p) + len(o) - 1].tolist() == o
-    return right / len(asked)
+def recall(lm: LanguageModel, asked: list[tuple[str, str]]) -> float:
+    """Share of (prompt, object) that greedy decoding says."""
+    prompts, objects = zip(*asked, strict=True)
+    return sum(score.greedy for score in score_targets(lm, prompts, objects)) / len(asked)
 
 
 def recall_sets(atlas: Atlas, n: int, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
@@ -354,6 +345,7 @@ def train(recipe: Recipe, out: Path, every: int) -> GPT2LMHeadModel:
         )
     ).to(device)
     model.eval()  # there is no dropout but Routing's
+    lm = LanguageModel("atlas in training", model, tokenizer, architecture_of("gpt2"))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -399,7 +391,7 @@ def train(recipe: Recipe, out: Path, every: int) -> GPT2LMHeadModel:
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(checkpoint, state)
             line = {"step": step + 1, "object_loss": sum(shown) / len(shown), "seconds": time.time() - began}
-            line |= {name: recall(model, tokenizer, pairs, device) for name, pairs in asked.items()}
+            line |= {name: recall(lm, pairs) for name, pairs in asked.items()}
             print(json.dumps(line), file=log, flush=True)
             tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
             shown = []
