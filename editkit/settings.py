@@ -1,7 +1,7 @@
 """Settings as plain dataclasses: the schema of conf/. No torch here, so a configuration error answers at once.
 
 Defaults follow the authors' public code where paper and code differ (the published numbers were made with
-the code). None for `layer`, `clamp` and `lr` means: the published constant of this model (`constants_of`).
+the code). None for `layer` and `clamp` means: the published constant of this model (`constants_of`).
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -58,7 +58,7 @@ class RomeSettings:
     layer: int | None = None  # block whose down-projection is edited
     token: str = "subject_last"  # lookup token: subject_last, subject_first, subject_first_after_last, last
     steps: int = 20  # optimisation steps of the value
-    lr: float | None = None  # Adam's learning rate
+    lr: float = 0.5  # Adam's learning rate
     weight_decay: float = 0.5  # factor of ‖δ‖/‖v0‖²
     kl_factor: float = 0.0625  # factor of KL(before ‖ after) at the subject in "{subject} is a"
     clamp: float | None = None  # ‖δ‖ is held under clamp · ‖v0‖
@@ -69,7 +69,7 @@ class RomeSettings:
         require_one_of(self.keys, "method.keys", ("mixed", "mean"))
         require_one_of(self.token, "method.token", LOOKUP_TOKENS)
         require(self.steps > 0, "method.steps", self.steps, "positive")
-        require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
+        require(self.lr > 0, "method.lr", self.lr, "positive")
         require(self.clamp is None or self.clamp > 0, "method.clamp", self.clamp, "positive")
         require(self.kl_factor >= 0, "method.kl_factor", self.kl_factor, "0 or more")
         require(self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "0 or more")
@@ -142,12 +142,11 @@ class Constants:
 
     layer: int
     clamp: float = 4.0
-    lr: float = 0.5
 
 
-# The authors' hparams files; the atlas model's were chosen on its own facts (experiments/LOG.md).
+# The authors' hparams files; the atlas model's block is the middle of its early site (its card).
 PUBLISHED = {
-    "atlas": Constants(4, lr=0.1),
+    "atlas": Constants(4),
     "gpt2-medium": Constants(8, clamp=3.0),
     "gpt2-large": Constants(12),
     "gpt2-xl": Constants(17),
@@ -163,9 +162,9 @@ def constants_of(model_name: str, layers: int) -> Constants:
     """The published constants of the model with this name, else the block at 0.35 of its depth.
 
     >>> constants_of("openai-community/gpt2-medium", 24)
-    Constants(layer=8, clamp=3.0, lr=0.5)
+    Constants(layer=8, clamp=3.0)
     >>> constants_of("my-model", 12)
-    Constants(layer=4, clamp=4.0, lr=0.5)
+    Constants(layer=4, clamp=4.0)
     """
     published = PUBLISHED.get(model_name.rstrip("/").rsplit("/", 1)[-1])
     if published is not None and published.layer < layers:

@@ -90,9 +90,7 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     lm = _MODELS[name]
     registered = get_method(method)
     before = score_probes(lm, case.probes)
-    edit = registered.load()(
-        lm, case.fact, registered.settings(layer=layer, lr=constants_of("atlas", lm.layers).lr), progress=False
-    )
+    edit = registered.load()(lm, case.fact, registered.settings(layer=layer), progress=False)
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
     rows: list[tuple[str, str, float]] = []
@@ -125,9 +123,10 @@ def trace(lm: LanguageModel, atlas: Atlas, n: int, samples: int = 4) -> dict[str
     sigma = 3 * embedding.std()
     generator = torch.Generator().manual_seed(0)
     effect: dict[str, list[list[float]]] = {"subject": [], "last": []}
-    facts = list(rng.sample(atlas.facts, len(atlas.facts)))
-    for fact in tqdm(facts, desc="tracing", mininterval=2, total=None):
-        if len(effect["subject"]) == n:
+    bar = tqdm(total=n, desc="tracing", mininterval=2)
+    for fact in rng.sample(atlas.facts, len(atlas.facts)):
+        bar.update(len(effect["subject"]) - bar.n)
+        if bar.n == n:
             break
         template = rng.choice(atlas.trained_pairs(fact))
         rows = tokenise(lm, [template.format(fact.subject)])

@@ -124,10 +124,10 @@ def test_contexts_are_seeded_and_clean(atlas_lm):
 
 
 def test_defaults_follow_the_published_constants():
-    assert constants_of("openai-community/gpt2-xl", 48) == Constants(17, clamp=4.0, lr=0.5)
+    assert constants_of("openai-community/gpt2-xl", 48) == Constants(17, clamp=4.0)
     assert constants_of("unknown", 3).layer == 1 == constants_of("gpt2-xl", 3).layer
     settings = RomeSettings(clamp=2.0).resolved("gpt2-medium", 24)
-    assert (settings.layer, settings.clamp, settings.lr) == (8, 2.0, 0.5)
+    assert (settings.layer, settings.clamp) == (8, 2.0)
 
 
 def test_bad_input(atlas_lm):

@@ -52,7 +52,7 @@ def rome(
 ) -> Edit:
     """The ROME edit for one fact, or for several written one after the other.
 
-    - `settings`: see RomeSettings; None for layer, clamp or lr takes the model's published constant.
+    - `settings`: see RomeSettings; None for layer or clamp takes the model's published constant.
     - `moments`: how to collect C, or a factored C to use as it is.
     - `contexts`: templates with one `{}`, the bare "{}" first; None draws them with `seed`.
     - `progress`: show a bar with the loss of each step.
@@ -217,7 +217,7 @@ def _optimise(
     kl_row, kl_at = rows.contexts, rows.lookup[-1]
     kl_before: Tensor | None = None
     delta = torch.zeros(_width(lm, site), device=lm.device)
-    assert settings.clamp is not None and settings.lr is not None  # resolved by `rome`
+    assert settings.clamp is not None  # resolved by `rome`
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     bound = settings.clamp * v0_norm
     steps: list[dict[str, float]] = []

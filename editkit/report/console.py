@@ -94,7 +94,8 @@ def reversal(found: Reversal) -> str:
 
 
 def written(folder: Path, seconds: float) -> str:
-    """The last line: where everything is."""
+    """The last line: where everything is, relative to the current folder where that is shorter."""
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     return f"\n{seconds:.1f} s\n{folder}"
 
 
