@@ -25,7 +25,7 @@ from editkit.files import write_bytes
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_module, get_parameter
-from editkit.snapshot import Reversal, Snapshot, digest, tensors_of
+from editkit.snapshot import Reversal, Snapshot, digest
 
 FORMAT = "editkit-edit/1"
 
@@ -249,8 +249,7 @@ def base_of(lm: LanguageModel) -> Base:
 
 def weight_norm(lm: LanguageModel, edit: Edit) -> float:
     """‖W‖ over the parameters that the edit changes (Frobenius), for ‖ΔW‖/‖W‖."""
-    tensors = tensors_of(lm.model)
-    return sum(tensors[name].double().norm().item() ** 2 for name in edit.parameters) ** 0.5
+    return sum(get_parameter(lm.model, name).double().norm().item() ** 2 for name in edit.parameters) ** 0.5
 
 
 def _header(data: bytes, path: Path) -> dict[str, Any]:

@@ -30,11 +30,10 @@ from editkit.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact, lookup_position
 from editkit.methods.contexts import context_templates
-from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Scored, continued, spaced
 from editkit.moments import Factored, Identity, second_moments
-from editkit.nethook import Trace, get_module, get_parameter, requires_grad
+from editkit.nethook import Trace, requires_grad
 from editkit.settings import MomentSettings, RomeSettings, RRomeSettings
 
 KL_PROMPT = "{} is a"
@@ -136,7 +135,7 @@ def _one(
     """One rank-one update as (left [d_model], right [d_ff]) in float64, with its health report."""
     rows = _rows(lm, fact, settings.token, templates)
     keys, values = _keys_and_values(lm, site, rows)  # [contexts, d_ff], [contexts, d_model], float64
-    optimised = _optimise(lm, site, fact, rows, values[0].norm().item(), settings, progress)
+    optimised = _optimise(lm, site, fact, rows, values[0], settings, progress)
     k_mean, k_bare = keys.mean(0), keys[0]
     u = factored.solve(k_mean)
     u = u / u.norm()
@@ -206,7 +205,7 @@ def _optimise(
     site: str,
     fact: Fact,
     rows: _PromptRows,
-    v0_norm: float,
+    v0: Tensor,
     settings: RomeSettings,
     progress: bool,
 ) -> _Optimised:
@@ -216,7 +215,8 @@ def _optimise(
     per_row = torch.bincount(row, minlength=rows.contexts)  # target tokens a row
     kl_row, kl_at = rows.contexts, rows.lookup[-1]
     kl_before: Tensor | None = None
-    delta = torch.zeros(_width(lm, site), device=lm.device)
+    delta = torch.zeros(len(v0), device=lm.device)
+    v0_norm = v0.norm().item()
     assert settings.clamp is not None  # resolved by `rome`
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     bound = settings.clamp * v0_norm
@@ -254,9 +254,3 @@ def _optimise(
                 delta.mul_(bound / delta.norm())
                 clamp_hit = True
     return _Optimised(delta.double().cpu(), steps, clamp_hit)
-
-
-def _width(lm: LanguageModel, site: str) -> int:
-    """d_model of the down-projection at `site`."""
-    weight = get_parameter(lm.model, f"{site}.weight")
-    return weight.shape[1 if orientation(get_module(lm.model, site), site) == "in_out" else 0]
