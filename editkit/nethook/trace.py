@@ -1,142 +1,29 @@
-"""The hook layer: reach modules and parameters by name, capture and change what passes through them.
+"""`Trace`: what passes through named modules, captured and changed.
 
-It knows torch and nothing else. Nothing is kept on the model or in this module: a `Trace` adds its own hooks on
-entry and removes those, and only those, on every exit.
+Nothing is kept on the model or in this module: a Trace adds its own hooks on entry and removes those, and only those,
+on every exit.
 """
 
 import copy
-import difflib
 import inspect
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+from .names import HookError, NameNotFound, get_module
 
 Change = Callable[..., Tensor]  # (hidden) -> hidden, or (hidden, site) -> hidden
 Changes = Change | Mapping[str, Change] | None
 
 
-class HookError(RuntimeError):
-    """What was asked of the hook layer cannot be done, or would go wrong in silence."""
-
-
-class NameNotFound(HookError, LookupError):
-    """No module, parameter or site of that name."""
-
-
 class _StopForward(Exception):
     """Leaves the forward pass; caught by the Trace that raised it (its argument) and by no other."""
-
-
-def _names(model: nn.Module, kind: str) -> dict[str, Any]:
-    """Every name with its module or parameter, aliases of shared ones included."""
-    every: Any = {"module": model.named_modules, "parameter": model.named_parameters}[kind]
-    return dict(every(remove_duplicate=False))
-
-
-def _not_found(model: nn.Module, kind: str, name: str) -> NameNotFound:
-    names = [n for n in _names(model, kind) if n]
-    # A wrapper's prefix (module., _orig_mod.) too many or too few is a common slip.
-    near = [n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")][-1:]
-    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:6])}{', …' if names[6:] else ''}"
-    hint = f"for a pattern, use select(model, '{name}')" if "*" in name else hint
-    return NameNotFound(f"{type(model).__name__} has no {kind} '{name}': {hint}")
-
-
-def get_module(model: nn.Module, name: str) -> nn.Module:
-    """The module called `name`; '' is the model itself. Raises NameNotFound with the nearest name."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise _not_found(model, "module", name) from None
-
-
-def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> nn.Parameter:
-    """The parameter called `name`, itself and not a copy; aliases of tied weights are found too.
-
-    Refused, since a write would be lost or wrong: parametrised, quantised and (unless `allow_meta`) offloaded weights.
-    """
-    owner, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        raise _not_found(model, "parameter", name) from None
-    if parametrize.is_parametrized(module, leaf):
-        raise HookError(f"'{name}' is parametrised, a write is lost: call parametrize.remove_parametrizations first.")
-    parameter = module._parameters.get(leaf)
-    if parameter is None:
-        raise _not_found(model, "parameter", name)
-    # One byte an element: packed or scaled, so its values are not the matrix.
-    if parameter.element_size() == 1 or type(parameter).__name__ in ("Params4bit", "Int8Params"):
-        raise HookError(f"'{name}' is quantised ({parameter.dtype}): load in float32, float16 or bfloat16 instead.")
-    if parameter.device.type == "meta" and not allow_meta:
-        raise HookError(f"'{name}' is offloaded (meta device): use accelerate.utils.align_module_device around this.")
-    return parameter
-
-
-def select(model: nn.Module, pattern: str | re.Pattern[str], kind: str = "module") -> list[str]:
-    """Names of modules (or kind="parameter") that match the whole `pattern`, in order; matching none is an error.
-
-    In a string `*` stops at a dot, `**` does not, and `[3-5]` is one character of a set. Of the names of one shared
-    object the first that matches is given.
-
-    >>> select(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "*.weight", kind="parameter")
-    ['0.weight', '1.weight']
-    """
-    names, asked = _names(model, kind), pattern
-    if isinstance(pattern, str):
-        special = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-        pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
-        pattern = re.compile("".join(special.get(p, p if p[:1] == "[" else re.escape(p)) for p in pieces))
-    chosen: dict[int, str] = {}
-    for name in filter(pattern.fullmatch, names):
-        chosen.setdefault(id(names[name]), name)
-    if not chosen:
-        like = f"names look like '{max(names, key=len, default='')}'; '*' stops at a dot, '**' does not"
-        raise NameNotFound(f"No {kind} of {type(model).__name__} matches {asked!r} as a whole: {like}.")
-    return list(chosen.values())
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` in the place called `name`; gives back the module that was there."""
-    old = get_module(model, name)
-    if old is model:
-        raise HookError("replace_module cannot replace the model itself (name ''): name one of its modules.")
-    owner, _, leaf = name.rpartition(".")
-    setattr(get_module(model, owner), leaf, module)
-    return old
-
-
-@contextmanager
-def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[nn.Module]:
-    """`module` in the place called `name` while the body runs; the old one is back on every exit."""
-    old = replace_module(model, name, module)
-    try:
-        yield module
-    finally:
-        replace_module(model, name, old)
-
-
-@contextmanager
-def requires_grad(model: nn.Module, only: Iterable[str] = ()) -> Iterator[None]:
-    """Only the parameters named in `only` require gradients in the body; every flag is restored on exit."""
-    wanted = {id(get_parameter(model, n, allow_meta=True)) for n in ([only] if isinstance(only, str) else only)}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in wanted)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _locate(output: Any, what: str = "") -> tuple[Any, Tensor]:
@@ -253,6 +140,8 @@ class Trace(_Readable):
     A site that never ran is a HookError on a clean exit. Runs of the model in other threads are left alone.
     """
 
+    _lenient = False  # where no gradient can arrive: True goes on without, False refuses
+
     def __init__(
         self,
         model: nn.Module,
@@ -288,9 +177,13 @@ class Trace(_Readable):
         self._records: dict[str, Record] = {}
 
     def __enter__(self) -> "Trace":
+        self._open()
+        return self
+
+    def _open(self) -> None:
         if self._thread is not None:
             raise HookError("This Trace is already open: make another one for a nested with.")
-        modules = {site: _hookable(self._model, site) for site in self.sites}
+        modules = {site: hookable(self._model, site) for site in self.sites}
         self._records, self._first = {}, ""
 
         def refuse_cache(called: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -305,15 +198,17 @@ class Trace(_Readable):
                 self._hook(site, module, hooks)
             self._hooks = hooks.pop_all()
         self._thread = threading.get_ident()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
-        self._thread = None
-        self._hooks.close()
+        self._close()
         missing = ", ".join(f"'{site}'" for site in self.sites if site not in self._records)
         if kind is None and missing:
             raise HookError(f"Never ran inside the trace: {missing}. Run the model inside the body and its thread.")
         return isinstance(error, _StopForward) and error.args[0] is self
+
+    def _close(self) -> None:
+        self._thread = None
+        self._hooks.close()
 
     def __getitem__(self, site: str) -> Record:
         if site not in self.sites:
@@ -329,6 +224,12 @@ class Trace(_Readable):
         if len(self.sites) > 1:
             raise HookError(f"This trace has {len(self.sites)} sites: say which, as in t['{self.sites[0]}'].output.")
         return self[self.sites[0]]
+
+    def _ran(self, record: Record) -> None:
+        """A site has run: for what is built on Trace to act on."""
+
+    def _graded(self, record: Record) -> None:
+        """The gradient of a run has arrived: likewise."""
 
     def _hook(self, site: str, module: nn.Module, hooks: ExitStack) -> None:
         """Two hooks on either side: the early one edits, the late one sees what the model goes on with."""
@@ -367,6 +268,7 @@ class Trace(_Readable):
                     record._count += earlier._count
                     record._earlier = earlier.calls if self._keep_all else []
                 self._records[site] = record
+                self._ran(record)
                 if self._stop and len(self._records) == len(self.sites):
                     raise _StopForward(self)
             return output
@@ -377,6 +279,8 @@ class Trace(_Readable):
 
     def _watch(self, record: Record, h: Tensor, edit: Change | None) -> Tensor:
         """Put a hook on the tensor: a module's backward hook fails on keyword inputs and in-place successors."""
+        if self._lenient and not (h.requires_grad and torch.is_grad_enabled()):
+            return h
         if not torch.is_grad_enabled() or not h.is_floating_point():
             why = f"its output is {h.dtype}" if torch.is_grad_enabled() else "gradients are off (no_grad or generate())"
             raise HookError(f"No gradient can reach '{record.site}': {why}. Turn them on, or trace without grads.")
@@ -387,6 +291,7 @@ class Trace(_Readable):
         def on_backward(g: Tensor) -> Tensor:
             changed = edit(g) if edit else g
             record.keep("grad", g if self._record_early else changed)
+            self._graded(record)
             return changed
 
         h.register_hook(on_backward)
@@ -396,7 +301,7 @@ class Trace(_Readable):
 TraceDict = Trace
 
 
-def _hookable(model: nn.Module, site: str) -> nn.Module:
+def hookable(model: nn.Module, site: str) -> nn.Module:
     """The module at `site`, or a refusal where hooks on it would be ignored or run twice."""
     parts = site.split(".") if site else []
     for name in (".".join(parts[:depth]) for depth in range(len(parts) + 1)):
@@ -414,25 +319,29 @@ def _by_site(option: str, sites: list[str], changes: Changes) -> dict[str, Chang
     each = changes if isinstance(changes, Mapping) else dict.fromkeys(sites, changes) if changes else {}
     if unknown := [site for site in each if site not in sites]:
         raise NameNotFound(f"{option} names {unknown}, which are not among the sites: {', '.join(sites)}.")
-    return {site: partial(_checked, option, site, change, _needs_site(change)) for site, change in each.items()}
+    return {site: partial(checked(option, change), site=site) for site, change in each.items()}
 
 
-def _needs_site(change: Change) -> bool:
+def checked(option: str, change: Change) -> Change:
+    """`change` as a function of (hidden, site), refusing a result of another kind, shape, dtype or device."""
     try:
-        parameters = inspect.signature(change).parameters.values()
+        parameters = list(inspect.signature(change).parameters.values())
     except (TypeError, ValueError):  # some builtins have no signature
-        return False
-    return sum(p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters) > 1
+        parameters = []
+    needs_site = sum(p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters) > 1
 
+    def run(h: Tensor, site: str) -> Tensor:
+        due = list(h.shape), h.dtype, str(h.device)
+        changed = change(h, site) if needs_site else change(h)
+        if not isinstance(changed, Tensor):
+            raise HookError(
+                f"{option} at '{site}' returned {type(changed).__name__}: return the changed tensor, always."
+            )
+        if (got := (list(changed.shape), changed.dtype, str(changed.device))) != due:
+            raise HookError(f"{option} at '{site}' returned {got}: shape, dtype and device must stay {due}.")
+        return changed
 
-def _checked(option: str, site: str, change: Change, needs_site: bool, h: Tensor) -> Tensor:
-    due = list(h.shape), h.dtype, str(h.device)
-    changed = change(h, site) if needs_site else change(h)
-    if not isinstance(changed, Tensor):
-        raise HookError(f"{option} at '{site}' returned {type(changed).__name__}: return the changed tensor, always.")
-    if (got := (list(changed.shape), changed.dtype, str(changed.device))) != due:
-        raise HookError(f"{option} at '{site}' returned {got}: shape, dtype and device must stay {due}.")
-    return changed
+    return run
 
 
 def _stored(positions: Any, device: Any, dtype: Any, detach: bool, clone: bool, site: str, tensor: Tensor) -> Tensor:

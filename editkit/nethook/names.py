@@ -1,0 +1,134 @@
+"""Modules and parameters by name: found, chosen by pattern, replaced, set trainable."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+class HookError(RuntimeError):
+    """What was asked of the hook layer cannot be done, or would go wrong in silence."""
+
+
+class NameNotFound(HookError, LookupError):
+    """No module, parameter or site of that name."""
+
+
+def _names(model: nn.Module, kind: str) -> dict[str, Any]:
+    """Every name with its module or parameter, aliases of shared ones included."""
+    every: Any = {"module": model.named_modules, "parameter": model.named_parameters}[kind]
+    return dict(every(remove_duplicate=False))
+
+
+def _not_found(model: nn.Module, kind: str, name: str) -> NameNotFound:
+    names = [n for n in _names(model, kind) if n]
+    # A wrapper's prefix (module., _orig_mod.) too many or too few is a common slip.
+    near = [n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")][-1:]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:6])}{', …' if names[6:] else ''}"
+    hint = f"for a pattern, use select(model, '{name}')" if "*" in name else hint
+    return NameNotFound(f"{type(model).__name__} has no {kind} '{name}': {hint}")
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module called `name`; '' is the model itself. Raises NameNotFound with the nearest name."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise _not_found(model, "module", name) from None
+
+
+def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> nn.Parameter:
+    """The parameter called `name`, itself and not a copy; aliases of tied weights are found too.
+
+    Refused, since a write would be lost or wrong: parametrised, quantised and (unless `allow_meta`) offloaded weights.
+    """
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        raise _not_found(model, "parameter", name) from None
+    if parametrize.is_parametrized(module, leaf):
+        raise HookError(f"'{name}' is parametrised, a write is lost: call parametrize.remove_parametrizations first.")
+    parameter = module._parameters.get(leaf)
+    if parameter is None:
+        raise _not_found(model, "parameter", name)
+    # One byte an element: packed or scaled, so its values are not the matrix.
+    if parameter.element_size() == 1 or type(parameter).__name__ in ("Params4bit", "Int8Params"):
+        raise HookError(f"'{name}' is quantised ({parameter.dtype}): load in float32, float16 or bfloat16 instead.")
+    if parameter.device.type == "meta" and not allow_meta:
+        raise HookError(f"'{name}' is offloaded (meta device): use accelerate.utils.align_module_device around this.")
+    return parameter
+
+
+def select(model: nn.Module, pattern: str | re.Pattern[str], kind: str = "module") -> list[str]:
+    """Names of modules (or kind="parameter") that match the whole `pattern`, in order; matching none is an error.
+
+    In a string `*` stops at a dot, `**` does not, and `[3-5]` is one character of a set. Of the names of one shared
+    object the first that matches is given.
+
+    >>> select(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "*.weight", kind="parameter")
+    ['0.weight', '1.weight']
+    """
+    names, asked = _names(model, kind), pattern
+    if isinstance(pattern, str):
+        special = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+        pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
+        pattern = re.compile("".join(special.get(p, p if p[:1] == "[" else re.escape(p)) for p in pieces))
+    chosen: dict[int, str] = {}
+    for name in filter(pattern.fullmatch, names):
+        chosen.setdefault(id(names[name]), name)
+    if not chosen:
+        like = f"names look like '{max(names, key=len, default='')}'; '*' stops at a dot, '**' does not"
+        raise NameNotFound(f"No {kind} of {type(model).__name__} matches {asked!r} as a whole: {like}.")
+    return list(chosen.values())
+
+
+def select_all(model: nn.Module, names: str | re.Pattern[str] | Iterable[str | re.Pattern[str]]) -> list[str]:
+    """Module names from names and patterns, each once; one that matches nothing is an error."""
+    found: dict[str, None] = {}
+    for one in [names] if isinstance(names, str | re.Pattern) else names:
+        if isinstance(one, str) and not set(one) & set("*?["):
+            get_module(model, one)
+            found[one] = None
+        else:
+            found.update(dict.fromkeys(select(model, one)))
+    return list(found)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put `module` in the place called `name`; gives back the module that was there."""
+    old = get_module(model, name)
+    if old is model:
+        raise HookError("replace_module cannot replace the model itself (name ''): name one of its modules.")
+    owner, _, leaf = name.rpartition(".")
+    setattr(get_module(model, owner), leaf, module)
+    return old
+
+
+@contextmanager
+def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[nn.Module]:
+    """`module` in the place called `name` while the body runs; the old one is back on every exit."""
+    old = replace_module(model, name, module)
+    try:
+        yield module
+    finally:
+        replace_module(model, name, old)
+
+
+@contextmanager
+def requires_grad(model: nn.Module, only: Iterable[str] = ()) -> Iterator[None]:
+    """Only the parameters named in `only` require gradients in the body; every flag is restored on exit."""
+    wanted = {id(get_parameter(model, n, allow_meta=True)) for n in ([only] if isinstance(only, str) else only)}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
