@@ -12,6 +12,7 @@ from editkit.corpora import atlas_prose, load_atlas
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, LanguageModel, load
 from tests.families import build
+from tests.hooking import count_hooks
 
 torch.set_num_threads(1)  # for tiny models two threads wait for each other more than they work
 
@@ -22,6 +23,28 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDITKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    return build("gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return build("llama")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request):
+    """No test may leave a hook or a changed flag on the shared tiny models."""
+    models = [request.getfixturevalue(name) for name in ("gpt2", "llama") if name in request.fixturenames]
+    before = [count_hooks(model) for model in models]
+    yield
+    assert [count_hooks(model) for model in models] == before
+    assert all(p.requires_grad for model in models for p in model.parameters())
+    for model in models:
+        model.zero_grad()
 
 
 @pytest.fixture(scope="session")

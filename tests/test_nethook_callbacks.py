@@ -18,7 +18,7 @@ from editkit.nethook import (
     Trace,
 )
 from tests.families import SITES, build
-from tests.test_nethook import IDS, logits, loss_of
+from tests.hooking import IDS, logits, loss_of
 
 BLOCKS = [f"transformer.h.{i}" for i in range(3)]
 
@@ -30,7 +30,7 @@ def every_hook(model: nn.Module) -> list[int]:
 
 
 @pytest.fixture
-def gpt2():
+def fresh():
     model = build("gpt2")
     before = every_hook(model)
     yield model
@@ -66,104 +66,104 @@ def test_events_come_in_order_and_equal_a_trace(family):
     assert not any(every_hook(model))
 
 
-def test_callbacks_are_called_in_the_order_added(gpt2):
+def test_callbacks_are_called_in_the_order_added(fresh):
     heard = []
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         for name in "abc":
             callbacks.add(
                 lambda e, name=name: heard.append((e.kind, name)), BLOCKS[1], on=["forward", "backward"], name=name
             )
         assert callbacks.names == ["a", "b", "c"]
         callbacks.remove("b")
-        loss_of(logits(gpt2)).backward()
+        loss_of(logits(fresh)).backward()
     assert heard == [("forward", "a"), ("forward", "c"), ("backward", "a"), ("backward", "c")]
 
 
-def test_steps_and_calls_are_counted(gpt2):
+def test_steps_and_calls_are_counted(fresh):
     heard = []
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.step, e.call)), BLOCKS[0], on=["forward", "step"], name="x")
         for batch in callbacks.steps([IDS, IDS]):
-            gpt2(batch)
-            gpt2(batch)
+            fresh(batch)
+            fresh(batch)
     assert heard == [
         *[("forward", 0, 0), ("forward", 0, 1), ("step", 0, 0)],
         *[("forward", 1, 0), ("forward", 1, 1), ("step", 1, 0)],
     ]
 
 
-def test_inference_has_forward_events_alone(gpt2):
+def test_inference_has_forward_events_alone(fresh):
     heard = []
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.call)), BLOCKS[0], on=["forward", "backward"], name="x")
-        gpt2.generate(IDS, max_new_tokens=3, do_sample=False)
+        fresh.generate(IDS, max_new_tokens=3, do_sample=False)
     assert heard == [("forward", 0), ("forward", 1), ("forward", 2)]
 
 
-def test_inputs_are_given_on_request(gpt2):
-    with Trace(gpt2, BLOCKS[1], inputs=True) as trace:
-        gpt2(IDS)
+def test_inputs_are_given_on_request(fresh):
+    with Trace(fresh, BLOCKS[1], inputs=True) as trace:
+        fresh(IDS)
     heard = []
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         callbacks.add(heard.append, BLOCKS[1], inputs=True)
-        gpt2(IDS)
+        fresh(IDS)
     assert torch.equal(heard[0].input, trace.input)
 
 
-def test_looking_changes_neither_logits_nor_gradients(gpt2):
-    loss_of(logits(gpt2)).backward()
-    wanted = [p.grad.clone() for p in gpt2.parameters()]
-    gpt2.zero_grad()
-    with Callbacks(gpt2) as callbacks:
+def test_looking_changes_neither_logits_nor_gradients(fresh):
+    loss_of(logits(fresh)).backward()
+    wanted = [p.grad.clone() for p in fresh.parameters()]
+    fresh.zero_grad()
+    with Callbacks(fresh) as callbacks:
         callbacks.add(ActivationStatistics(), "transformer.h.*")
         callbacks.add(GradientFlow(), "**.mlp", parameters="**")
-        loss_of(logits(gpt2)).backward()
-    assert all(torch.equal(p.grad, w) for p, w in zip(gpt2.parameters(), wanted, strict=True))
+        loss_of(logits(fresh)).backward()
+    assert all(torch.equal(p.grad, w) for p, w in zip(fresh.parameters(), wanted, strict=True))
 
 
-def test_nothing_is_kept(gpt2):
-    with Callbacks(gpt2) as callbacks:
+def test_nothing_is_kept(fresh):
+    with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: None, "transformer.h.*", on=["forward", "backward"], inputs=True, name="x")
         for batch in callbacks.steps([IDS] * 3):
-            loss_of(logits(gpt2, batch)).backward()
+            loss_of(logits(fresh, batch)).backward()
         listener = callbacks._open["x"].listener
         assert all(not r._kept and not r._earlier for r in listener._records.values())
 
 
-def test_frozen_parameters_are_left_out(gpt2):
-    gpt2.requires_grad_(False)
-    gpt2.transformer.h[1].mlp.c_proj.weight.requires_grad_(True)
+def test_frozen_parameters_are_left_out(fresh):
+    fresh.requires_grad_(False)
+    fresh.transformer.h[1].mlp.c_proj.weight.requires_grad_(True)
     heard = []
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         callbacks.add(
             lambda e: heard.append(e.site), on="parameter", parameters="transformer.h.*.mlp.*.weight", name="x"
         )
         with pytest.raises(HookError, match="None of 1 chosen parameters requires a gradient"):
             callbacks.add(print, on="parameter", parameters="lm_head.weight", name="y")
-        loss_of(logits(gpt2)).backward()
+        loss_of(logits(fresh)).backward()
     assert heard == ["transformer.h.1.mlp.c_proj.weight"]
 
 
-def test_v16_autograd_grad_fires_no_parameter_event(gpt2):
+def test_v16_autograd_grad_fires_no_parameter_event(fresh):
     heard = []
-    weight = gpt2.transformer.h[0].mlp.c_proj.weight
-    with Callbacks(gpt2) as callbacks:
+    weight = fresh.transformer.h[0].mlp.c_proj.weight
+    with Callbacks(fresh) as callbacks:
         callbacks.add(heard.append, on="parameter", parameters="transformer.h.0.mlp.c_proj.weight", name="x")
-        torch.autograd.grad(loss_of(logits(gpt2)), weight)
+        torch.autograd.grad(loss_of(logits(fresh)), weight)
         assert heard == []
-        loss_of(logits(gpt2)).backward()
+        loss_of(logits(fresh)).backward()
         assert len(heard) == 1
 
 
-def test_statistics_equal_those_of_all_values_at_once(gpt2):
+def test_statistics_equal_those_of_all_values_at_once(fresh):
     batches = [IDS, IDS + 3, IDS.flip(1)[:, :4]]
     outputs = []
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         stats = callbacks.add(ActivationStatistics(), "transformer.h.*.mlp.act")
         callbacks.add(lambda e: outputs.append(e.tensor.relu().clone()), "transformer.h.1.mlp.act", name="keep")
-        with Trace(gpt2, "transformer.h.1.mlp.act", edit=torch.relu, outputs=False):
+        with Trace(fresh, "transformer.h.1.mlp.act", edit=torch.relu, outputs=False):
             for batch in callbacks.steps(batches):
-                gpt2(batch)
+                fresh(batch)
     x = torch.cat([o.flatten() for o in outputs]).double()
     row = stats.table()[1]
     assert row["site"] == "transformer.h.1.mlp.act"
@@ -227,12 +227,12 @@ def test_the_first_bad_gradient_is_named(factor, fault):
     assert all(row["calls"] == 2 for row in flow.table())
 
 
-def test_a_healthy_model_has_no_finding(gpt2):
-    with Callbacks(gpt2) as callbacks:
+def test_a_healthy_model_has_no_finding(fresh):
+    with Callbacks(fresh) as callbacks:
         flow = callbacks.add(GradientFlow(on_bad="raise"), "transformer.h.*", parameters="transformer.h.*.**.weight")
         for scale in callbacks.steps([1.0, 1e-12]):  # the scale of the loss does not matter
-            (scale * loss_of(logits(gpt2))).backward()
-            gpt2.zero_grad()
+            (scale * loss_of(logits(fresh))).backward()
+            fresh.zero_grad()
     assert flow.first_bad is None
     assert len(flow.table()) > 10
 
@@ -257,9 +257,9 @@ def test_bad_gradients_raise_or_warn_on_request():
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "parameter", "step"])
-def test_stop_leaves_the_body(gpt2, kind):
+def test_stop_leaves_the_body(fresh, kind):
     after = []
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         callbacks.add(
             Stop(when=lambda e: e.step == 1 and e.kind == kind),
             BLOCKS[1],
@@ -267,56 +267,56 @@ def test_stop_leaves_the_body(gpt2, kind):
             on=kind,
         )
         for batch in callbacks.steps([IDS] * 3):
-            loss_of(logits(gpt2, batch)).backward()
+            loss_of(logits(fresh, batch)).backward()
         after.append("not reached")
     assert not after
     assert callbacks.step == 1
     assert callbacks.stopped.startswith("the condition held in step 1")
 
 
-def test_stop_after_steps(gpt2):
-    with Callbacks(gpt2) as callbacks:
+def test_stop_after_steps(fresh):
+    with Callbacks(fresh) as callbacks:
         callbacks.add(Stop(after=2))
         for batch in callbacks.steps([IDS] * 5):
-            gpt2(batch)
+            fresh(batch)
     assert callbacks.stopped == "2 steps were done"
     with pytest.raises(HookError, match="one of them"):
         Stop()
 
 
-def test_only_its_own_stop_is_caught(gpt2):
-    with Callbacks(gpt2) as outer:
+def test_only_its_own_stop_is_caught(fresh):
+    with Callbacks(fresh) as outer:
         outer.add(Stop(when=lambda e: True), BLOCKS[2])
-        with Callbacks(gpt2) as inner:
+        with Callbacks(fresh) as inner:
             inner.add(lambda e: None, BLOCKS[0], name="x")
-            gpt2(IDS)
+            fresh(IDS)
         pytest.fail("the outer body went on")
     assert outer.stopped
     assert inner.stopped is None
 
 
-def test_progress_says_step_and_speed(gpt2):
+def test_progress_says_step_and_speed(fresh):
     out = io.StringIO()
-    with Callbacks(gpt2) as callbacks:
+    with Callbacks(fresh) as callbacks:
         callbacks.add(Progress(total=3, every=0, file=out))
         for batch in callbacks.steps([IDS] * 3):
-            gpt2(batch)
+            fresh(batch)
     lines = out.getvalue().split("\r")[1:]
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
     assert out.getvalue().endswith("/s\n")
 
 
-def test_exceptions_in_a_callback_leave_no_hook(gpt2):
+def test_exceptions_in_a_callback_leave_no_hook(fresh):
     def fail(event):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), Callbacks(gpt2) as callbacks:
+    with pytest.raises(ZeroDivisionError), Callbacks(fresh) as callbacks:
         callbacks.add(fail, BLOCKS, on="backward", parameters="**.weight")
-        loss_of(logits(gpt2)).backward()
+        loss_of(logits(fresh)).backward()
 
 
-def test_a_site_that_never_runs(gpt2):
-    with pytest.raises(HookError, match="Never ran while callbacks listened: 'transformer.h.1'"), Callbacks(gpt2) as c:
+def test_a_site_that_never_runs(fresh):
+    with pytest.raises(HookError, match="Never ran while callbacks listened: 'transformer.h.1'"), Callbacks(fresh) as c:
         c.add(lambda e: None, BLOCKS[1], name="x")
 
 
@@ -332,13 +332,13 @@ def test_a_site_that_never_runs(gpt2):
         (lambda c: c.remove("x"), "no callback 'x': there are taken"),
     ],
 )
-def test_refusals(gpt2, ask, wanted):
-    with Callbacks(gpt2) as callbacks:
+def test_refusals(fresh, ask, wanted):
+    with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: None, BLOCKS, name="taken")
-        hooks = every_hook(gpt2)
+        hooks = every_hook(fresh)
         with pytest.raises((HookError, NameNotFound)) as error:
             ask(callbacks)
         assert wanted in str(error.value)
-        assert every_hook(gpt2) == hooks
+        assert every_hook(fresh) == hooks
         assert callbacks.names == ["taken"]
-        gpt2(IDS)
+        fresh(IDS)

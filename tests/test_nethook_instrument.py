@@ -8,13 +8,13 @@ import torch
 
 from editkit.nethook import HookError, InstrumentedModel, NameNotFound, Trace
 from tests.families import SITES, build
-from tests.test_nethook import IDS, count_hooks, logits, loss_of
+from tests.hooking import IDS, count_hooks, logits, loss_of
 
 MLPS = [f"transformer.h.{i}.mlp" for i in range(3)]
 
 
 @pytest.fixture
-def gpt2():
+def fresh():
     """A model of each test's own; no test may leave a hook on it or change what it says."""
     model = build("gpt2")
     hooks, said = count_hooks(model), logits(model).detach().clone()
@@ -41,21 +41,21 @@ def test_edits_equal_those_of_a_trace(family):
     assert count_hooks(model) == 0
 
 
-def test_it_is_used_as_the_model_itself(gpt2):
-    with InstrumentedModel(gpt2, retain="transformer.h.*.mlp") as im:
-        assert im.config is gpt2.config
-        assert len(list(im.parameters())) == len(list(gpt2.parameters()))
+def test_it_is_used_as_the_model_itself(fresh):
+    with InstrumentedModel(fresh, retain="transformer.h.*.mlp") as im:
+        assert im.config is fresh.config
+        assert len(list(im.parameters())) == len(list(fresh.parameters()))
         assert torch.equal(
             im.generate(IDS, max_new_tokens=4, do_sample=False),
-            gpt2.generate(IDS, max_new_tokens=4, do_sample=False),
+            fresh.generate(IDS, max_new_tokens=4, do_sample=False),
         )
         assert im.retained == MLPS
         with pytest.raises(AttributeError, match="no_such_thing"):
             _ = im.no_such_thing
 
 
-def test_retained_is_of_the_latest_forward_pass(gpt2, recwarn):
-    with InstrumentedModel(gpt2, retain=MLPS[1]) as im:
+def test_retained_is_of_the_latest_forward_pass(fresh, recwarn):
+    with InstrumentedModel(fresh, retain=MLPS[1]) as im:
         with pytest.raises(HookError, match="has not run yet"):
             _ = im[MLPS[1]].output
         im(IDS)
@@ -70,16 +70,16 @@ def test_retained_is_of_the_latest_forward_pass(gpt2, recwarn):
     assert not [w for w in recwarn if "ran" in str(w.message)]
 
 
-def test_every_call_of_a_generation_is_kept_on_request(gpt2):
-    with InstrumentedModel(gpt2, retain=MLPS[0], calls="all", positions=-1) as im:
+def test_every_call_of_a_generation_is_kept_on_request(fresh):
+    with InstrumentedModel(fresh, retain=MLPS[0], calls="all", positions=-1) as im:
         im.generate(IDS, max_new_tokens=4, do_sample=False)
         assert [c.output.shape for c in im[MLPS[0]].calls] == [(2, 32)] * 4
 
 
-def test_rules_apply_in_the_order_added(gpt2):
-    with Trace(gpt2, MLPS[0]) as plain:
-        gpt2(IDS)
-    with InstrumentedModel(gpt2, retain=MLPS[0]) as im:
+def test_rules_apply_in_the_order_added(fresh):
+    with Trace(fresh, MLPS[0]) as plain:
+        fresh(IDS)
+    with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("double", MLPS, edit=double)
         im.add("plus one", MLPS[:1], edit=lambda h: h + 1)
         im(IDS)
@@ -94,9 +94,9 @@ def test_rules_apply_in_the_order_added(gpt2):
         ]
 
 
-def test_rules_are_switched(gpt2):
-    plain = logits(gpt2)
-    with InstrumentedModel(gpt2) as im:
+def test_rules_are_switched(fresh):
+    plain = logits(fresh)
+    with InstrumentedModel(fresh) as im:
         im.add("double", "transformer.h.*", edit=double, on=False)
         assert torch.equal(logits(im), plain)
         with pytest.raises(KeyError), im.switched("double"):
@@ -108,24 +108,24 @@ def test_rules_are_switched(gpt2):
         assert torch.equal(logits(im), changed)
 
 
-def test_inputs_and_gradients_are_edited_and_kept(gpt2):
-    with Trace(gpt2, MLPS[1], inputs=True, grads=True) as plain:
-        loss_of(logits(gpt2)).backward()
-    gpt2.zero_grad()
-    with InstrumentedModel(gpt2, retain=MLPS[1], inputs=True, grads=True, when="before_edit") as im:
+def test_inputs_and_gradients_are_edited_and_kept(fresh):
+    with Trace(fresh, MLPS[1], inputs=True, grads=True) as plain:
+        loss_of(logits(fresh)).backward()
+    fresh.zero_grad()
+    with InstrumentedModel(fresh, retain=MLPS[1], inputs=True, grads=True, when="before_edit") as im:
         im.add("grow", MLPS[1], edit_input=lambda h, site: h + len(site))
         im.add("reverse", MLPS[1], edit_grad=lambda g: -g)
         loss_of(logits(im)).backward()
         assert torch.equal(im[MLPS[1]].input, plain.input)
         im.switch("grow", on=False)
-        gpt2.zero_grad()
+        fresh.zero_grad()
         loss_of(logits(im)).backward()
         assert torch.allclose(im[MLPS[1]].grad, plain.grad)
-    gpt2.zero_grad()
+    fresh.zero_grad()
 
 
-def test_no_gradient_is_no_error(gpt2):
-    with InstrumentedModel(gpt2, retain=MLPS[1], grads=True) as im:
+def test_no_gradient_is_no_error(fresh):
+    with InstrumentedModel(fresh, retain=MLPS[1], grads=True) as im:
         with torch.no_grad():
             im(IDS)
         with pytest.raises(HookError, match="No gradient has reached"):
@@ -133,11 +133,11 @@ def test_no_gradient_is_no_error(gpt2):
         im.generate(IDS, max_new_tokens=2)
         loss_of(logits(im)).backward()
         assert im[MLPS[1]].grad.abs().sum() > 0
-    gpt2.zero_grad()
+    fresh.zero_grad()
 
 
-def test_before_and_after_edit(gpt2):
-    with InstrumentedModel(gpt2) as im:
+def test_before_and_after_edit(fresh):
+    with InstrumentedModel(fresh) as im:
         im.retain(MLPS[0], when="before_edit")
         im.add("double", MLPS[0], edit=double)
         im(IDS)
@@ -147,19 +147,19 @@ def test_before_and_after_edit(gpt2):
         assert torch.equal(im[MLPS[0]].output, 2 * before)
 
 
-def test_adding_a_rule_keeps_what_is_retained(gpt2):
-    with InstrumentedModel(gpt2, retain=MLPS[0]) as im:
+def test_adding_a_rule_keeps_what_is_retained(fresh):
+    with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im(IDS)
         kept = im[MLPS[0]].output
         im.add("double", MLPS[2], edit=double)
         assert im[MLPS[0]].output is kept
 
 
-def test_other_threads_are_left_alone(gpt2):
-    plain, heard = logits(gpt2), []
-    with InstrumentedModel(gpt2, retain=MLPS[0]) as im:
+def test_other_threads_are_left_alone(fresh):
+    plain, heard = logits(fresh), []
+    with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("double", "transformer.h.*", edit=double)
-        thread = threading.Thread(target=lambda: heard.append(logits(gpt2)))
+        thread = threading.Thread(target=lambda: heard.append(logits(fresh)))
         thread.start()
         thread.join()
         assert torch.equal(heard[0], plain)
@@ -167,11 +167,11 @@ def test_other_threads_are_left_alone(gpt2):
             _ = im[MLPS[0]].output
 
 
-def test_a_copy_of_the_model_is_free_of_it(gpt2):
-    plain = logits(gpt2)
-    with InstrumentedModel(gpt2, retain=MLPS[0]) as im:
+def test_a_copy_of_the_model_is_free_of_it(fresh):
+    plain = logits(fresh)
+    with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("double", "transformer.h.*", edit=double)
-        assert torch.equal(logits(copy.deepcopy(gpt2)), plain)
+        assert torch.equal(logits(copy.deepcopy(fresh)), plain)
 
 
 @pytest.mark.parametrize(
@@ -189,33 +189,33 @@ def test_a_copy_of_the_model_is_free_of_it(gpt2):
         (lambda im: im["transformer.h.2.mlp"], "is not retained"),
     ],
 )
-def test_refusals_change_nothing(gpt2, ask, wanted):
-    with InstrumentedModel(gpt2, retain=MLPS[0]) as im:
+def test_refusals_change_nothing(fresh, ask, wanted):
+    with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("taken", MLPS[1], edit=double)
-        hooks, said = count_hooks(gpt2), logits(im)
+        hooks, said = count_hooks(fresh), logits(im)
         with pytest.raises((HookError, NameNotFound)) as error:
             ask(im)
         assert wanted in str(error.value)
-        assert count_hooks(gpt2) == hooks
+        assert count_hooks(fresh) == hooks
         assert torch.equal(logits(im), said)
         assert [r.name for r in im.rules] == ["taken"]
 
 
-def test_a_failing_start_leaves_no_hook(gpt2):
+def test_a_failing_start_leaves_no_hook(fresh):
     with pytest.raises(NameNotFound):
-        InstrumentedModel(gpt2, retain="nothing")
+        InstrumentedModel(fresh, retain="nothing")
 
 
-def test_closed_is_closed(gpt2):
-    im = InstrumentedModel(gpt2, retain=MLPS[0])
+def test_closed_is_closed(fresh):
+    im = InstrumentedModel(fresh, retain=MLPS[0])
     im.close()
     im.close()
     with pytest.raises(HookError, match="closed"):
         im.add("x", MLPS[0], edit=double)
 
 
-def test_a_rule_that_returns_nothing_is_named(gpt2):
-    with InstrumentedModel(gpt2) as im:
+def test_a_rule_that_returns_nothing_is_named(fresh):
+    with InstrumentedModel(fresh) as im:
         im.add("forgetful", MLPS[0], edit=lambda h: None)
         with pytest.raises(HookError, match=r"rule 'forgetful' \(edit\) at 'transformer.h.0.mlp' returned NoneType"):
             im(IDS)

@@ -1,0 +1,196 @@
+"""A Trace from entry to exit: refusals, early stop, exceptions, other hooks and threads. Findings by number."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from editkit.nethook import HookError, NameNotFound, Trace, get_module, get_parameter
+from tests.families import build
+from tests.hooking import BLOCKS, DOWN, IDS, MLP, count_hooks, logits, loss_of, uneven
+
+
+def test_v06_a_site_that_never_runs(gpt2):
+    for stop in (False, True):
+        with (
+            pytest.raises(
+                HookError, match=r"Never ran inside the trace: 'lm_head', 'transformer.ln_f'. Run the model inside"
+            ),
+            Trace(gpt2, ["lm_head", MLP, "transformer.ln_f"], stop=stop),
+        ):
+            get_module(gpt2, MLP)(torch.zeros(1, 2, 32))
+        with pytest.raises(ZeroDivisionError), Trace(gpt2, MLP, stop=stop):
+            raise ZeroDivisionError  # not hidden behind the missing site
+
+
+def test_v08_a_failing_set_up_leaves_no_hook(gpt2):
+    hooks = count_hooks(gpt2)
+    with pytest.raises(NameNotFound), Trace(gpt2, [MLP, "transformer.h.99"], stop=True):
+        pass
+    assert count_hooks(gpt2) == hooks
+
+    class Unhookable(nn.Module):
+        def register_forward_hook(self, *args, **kwargs):
+            raise ZeroDivisionError
+
+    net = nn.Sequential(nn.Linear(1, 1), Unhookable())
+    with pytest.raises(ZeroDivisionError), Trace(net, ["0", "1"]):
+        pass
+    assert count_hooks(net) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_v10_compiled_models_are_refused(gpt2):
+    compiled = torch.compile(gpt2, backend="eager")
+    with pytest.raises(HookError, match="is compiled and would ignore the hooks: trace and call the model before"):
+        Trace(compiled, MLP).__enter__()
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    net[0].compile(backend="eager")
+    for site in ("0", "0.0"):
+        with pytest.raises(HookError, match="'0' is compiled"):
+            Trace(net, site).__enter__()
+    assert count_hooks(net) == 0
+    # Edits of weights are honoured in a compiled model, so its parameters may be reached, by either name.
+    for prefix in ("", "_orig_mod."):
+        assert get_parameter(compiled, f"{prefix}{DOWN}.weight") is get_parameter(gpt2, f"{DOWN}.weight")
+
+
+def test_v21_activation_checkpointing_inside_a_block(gpt2):
+    model = build("gpt2").train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(
+        HookError, match=r"'transformer.h.1.mlp' runs twice under activation checkpointing: trace 'transformer.h.1' or"
+    ):
+        Trace(model, MLP).__enter__()
+    with Trace(model, BLOCKS[1], grads=True) as t:
+        loss_of(logits(model)).backward()
+    assert t.count == 1 and t.grad.any()
+    with Trace(model.eval(), MLP):
+        logits(model)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    net = Checkpointed()
+    with pytest.raises(HookError, match="'inner' ran again during backward"), Trace(net, "inner"):
+        net(torch.zeros(1, 2)).sum().backward()
+
+
+def test_v22_stop_refuses_the_callers_cache(gpt2):
+    cache = gpt2(IDS, use_cache=True).past_key_values
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    for call in (lambda: gpt2(IDS, past_key_values=cache), lambda: gpt2(IDS, cache)):
+        with (
+            pytest.raises(HookError, match=r"stop=True would leave the given cache half filled.*use_cache=False"),
+            Trace(gpt2, MLP, stop=True),
+        ):
+            call()
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    with Trace(gpt2, MLP, stop=True):
+        gpt2(IDS)  # a cache of the model's own is dropped with the call
+
+
+def test_v24_a_deep_copy_carries_only_dead_hooks(gpt2):
+    before = logits(gpt2)
+    with Trace(gpt2, MLP, edit=uneven, stop=True, calls="all") as t:
+        twin = copy.deepcopy(gpt2)
+        during = logits(twin)
+        logits(gpt2)
+    assert t.count == 1
+    assert torch.equal(during, before) and torch.equal(logits(twin), before)
+
+
+def test_stop_leaves_after_the_last_site_in_execution_order(gpt2):
+    ran, after = [], []
+    handles = [
+        get_module(gpt2, block).register_forward_pre_hook(lambda m, a, b=block: ran.append(b)) for block in BLOCKS
+    ]
+    with Trace(gpt2, [f"{BLOCKS[1]}.mlp", f"{BLOCKS[0]}.attn"], stop=True) as t:
+        after.append(logits(gpt2))
+    for handle in handles:
+        handle.remove()
+    assert ran == BLOCKS[:2] and not after
+    assert list(t) == [f"{BLOCKS[0]}.attn", f"{BLOCKS[1]}.mlp"]
+    with Trace(gpt2, t.sites) as full:
+        logits(gpt2)
+    assert all(torch.equal(t[site].output, full[site].output) for site in t)
+
+
+def test_only_the_trace_that_stopped_catches_it(gpt2):
+    with Trace(gpt2, BLOCKS[0], stop=True) as outer:
+        with Trace(gpt2, [BLOCKS[0], BLOCKS[2]]) as inner:
+            logits(gpt2)
+        raise AssertionError("the inner trace swallowed the outer one's stop")
+    assert list(outer) == [BLOCKS[0]] and not list(inner)
+    with Trace(gpt2, BLOCKS[0]) as outer, Trace(gpt2, BLOCKS[0], stop=True):
+        logits(gpt2)
+    assert outer.count == 1
+
+
+@pytest.mark.parametrize("where", ["body", "edit", "model", "interrupt"])
+def test_exceptions_leave_no_hook(gpt2, where):
+    error = KeyboardInterrupt if where == "interrupt" else ZeroDivisionError
+
+    def fails(h):
+        raise error
+
+    hooks = count_hooks(gpt2)
+    options = {"edit": fails} if where in ("edit", "interrupt") else {}
+    with pytest.raises(error), Trace(gpt2, [*BLOCKS, MLP], inputs=True, grads=True, stop=True, **options):
+        assert count_hooks(gpt2) == hooks + 17
+        if where == "body":
+            raise error
+        if where == "model":
+            handle = gpt2.transformer.h[1].ln_1.register_forward_hook(lambda *_: fails(0))
+            try:
+                logits(gpt2)
+            finally:
+                handle.remove()
+        logits(gpt2)
+    assert count_hooks(gpt2) == hooks
+
+
+def test_hooks_of_others_stay(gpt2):
+    seen = []
+    handle = get_module(gpt2, MLP).register_forward_hook(lambda *_: seen.append(1))
+    with Trace(gpt2, MLP, edit=uneven):
+        logits(gpt2)
+    logits(gpt2)
+    assert len(seen) == 2 and count_hooks(gpt2) >= 1
+    handle.remove()
+
+
+def test_other_threads_are_left_alone(gpt2):
+    before, elsewhere = logits(gpt2), []
+    with Trace(gpt2, MLP, edit=uneven, calls="all") as t:
+        thread = threading.Thread(target=lambda: elsewhere.append(logits(gpt2)))
+        thread.start()
+        thread.join()
+        assert not torch.equal(logits(gpt2), before)
+    assert torch.equal(elsewhere[0], before) and t.count == 1
+
+
+def test_bad_options(gpt2):
+    with pytest.raises(HookError, match="given no site"):
+        Trace(gpt2, [])
+    with pytest.raises(HookError, match="calls='first', when='after_edit': give 'last' or 'all'"):
+        Trace(gpt2, MLP, calls="first")
+    net = nn.Sequential(nn.Identity())
+    with pytest.raises(HookError, match="The call of '0' holds no tensor"), Trace(net, "0", inputs=True):
+        net(None)
+
+
+def test_a_trace_can_be_entered_again(gpt2):
+    trace = Trace(gpt2, MLP)
+    for length in (7, 3):
+        with trace:
+            logits(gpt2, IDS[:, :length])
+        assert trace.output.shape == (2, length, 32) and trace.count == 1
