@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +56,6 @@ class Atlas:
             self.by_subject[fact.subject].append(fact)
             self.by_relation[fact.relation].append(fact)
 
-    def find(self, subject: str, relation: str) -> AtlasFact:
-        """The fact of this subject and relation. Raises KeyError."""
-        for fact in self.by_subject[subject]:
-            if fact.relation == relation:
-                return fact
-        raise KeyError((subject, relation))
-
     def held_out_pairs(self, fact: AtlasFact) -> list[str]:
         """The phrasings that training never showed with this subject (others saw them)."""
         return [p for p, held in self._split(fact) if held]
@@ -75,6 +68,16 @@ class Atlas:
         """Phrasings of the relation that training never showed with any subject."""
         return list(self.relations[fact.relation].held_out_phrasings)
 
+    @property
+    def prompt_sorts(self) -> dict[str, Callable[[AtlasFact], list[str]]]:
+        """How well a fact is known has three measures: on phrasings trained with its subject, on those trained with
+        others, and on those never trained. Name of each sort, and its phrasings of a fact."""
+        return {
+            "trained": self.trained_pairs,
+            "held-out pairs": self.held_out_pairs,
+            "unseen phrasings": self.unseen_phrasings,
+        }
+
     def _split(self, fact: AtlasFact) -> list[tuple[str, bool]]:
         phrasings = self.relations[fact.relation].phrasings
         order = sorted(
@@ -83,10 +86,6 @@ class Atlas:
         )
         held = set(order[:PAIRS_HELD_OUT])
         return [(p, i in held) for i, p in enumerate(phrasings)]
-
-    def two_hops(self, fact: AtlasFact) -> list[AtlasFact]:
-        """Facts whose subject is this fact's object: the second hops of its chains."""
-        return self.by_subject.get(fact.object, [])
 
 
 @functools.cache

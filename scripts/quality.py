@@ -53,16 +53,11 @@ NS_LOSS = 0.05  # neighborhood success may fall by this much
 
 def recall(lm: LanguageModel, atlas: Atlas) -> dict[str, dict[str, float]]:
     """Share of (fact, phrasing) answered by greedy decoding: every fact with every phrasing."""
-    sorts = {
-        "recall trained": atlas.trained_pairs,
-        "recall held-out pairs": atlas.held_out_pairs,
-        "recall unseen phrasings": atlas.unseen_phrasings,
-    }
     found = {}
-    for name, prompts in sorts.items():
+    for name, prompts in atlas.prompt_sorts.items():
         asked = [(p.format(f.subject), f.object) for f in atlas.facts for p in prompts(f)]
         scores = score_targets(lm, [p for p, _ in asked], [o for _, o in asked])
-        found[name] = {"value": sum(s.greedy for s in scores) / len(scores), "n": len(scores)}
+        found[f"recall {name}"] = {"value": sum(s.greedy for s in scores) / len(scores), "n": len(scores)}
     return found
 
 

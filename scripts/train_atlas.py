@@ -305,13 +305,8 @@ def recall(lm: LanguageModel, asked: list[tuple[str, str]]) -> float:
 def recall_sets(atlas: Atlas, n: int, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     """n prompts of each sort, the same for every training seed."""
     rng = random.Random(seed)
-    sorts = {
-        "trained": atlas.trained_pairs,
-        "held_out_pairs": atlas.held_out_pairs,
-        "unseen_phrasings": atlas.unseen_phrasings,
-    }
     asked = {}
-    for name, prompts in sorts.items():
+    for name, prompts in atlas.prompt_sorts.items():
         facts = rng.sample(atlas.facts, min(n, len(atlas.facts)))
         asked[name] = [(rng.choice(prompts(f)).format(f.subject), f.object) for f in facts]
     return asked

@@ -73,7 +73,7 @@ def test_invented_subjects_have_every_relation_of_their_kind_and_no_real_name():
 
 def test_sentences_mark_their_subject_and_object(batches):
     tokenizer = train_atlas.train_tokenizer(load_atlas(), SMALL.vocab_size)
-    fact = load_atlas().find("The Eiffel Tower", "landmark_city")
+    fact = next(f for f in load_atlas().by_subject["The Eiffel Tower"] if f.relation == "landmark_city")
     for space in (False, True):
         sentence = train_atlas.tokenise(tokenizer, "To see {}, travel to", fact, space, SMALL)
         subject = tokenizer.decode([i for i, m in zip(sentence.ids, sentence.mention, strict=True) if m])

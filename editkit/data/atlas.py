@@ -4,8 +4,10 @@ For a sampled fact, `target_new` is another object of the same relation. Paraphr
 of training with this subject; unseen paraphrases were never in training with any subject. Neighborhood prompts ask
 the same relation of other subjects: first of those that share the object, as in CounterFact; where a
 relation has too few of them (capitals), of others, each with its own answer. Same-subject prompts ask the
-subject's other relations, except one that follows from the edited one (a landmark moved to Rome is in Italy):
-where its answer would change, that one is a portability prompt.
+subject's other relations whose answers the edit leaves true. Where a thing is, is told by several relations: if the
+landmark moves to Rome it is in Italy, which is a portability prompt where the answer changes; if it moves to Italy,
+nobody can say in which city it is, and the prompt is not asked (as the Preservation and the Logical Generalisation of
+RippleEdits are kept apart, arXiv 2307.12976, section 3).
 """
 
 import random
@@ -16,12 +18,16 @@ from editkit.facts import Fact
 
 NEIGHBORS = 10
 
-# Two hops: from the edited relation to the one that follows, by way of the object's own relation.
+# Two hops: the relation that follows from the edited one, by way of a relation of the new object.
 CHAINS = {
-    "landmark_city": ("landmark_country", "city_country"),
-    "person_birth_city": ("person_birth_country", "city_country"),
-    "company_headquarters": ("company_country", "city_country"),
+    ("landmark_city", "landmark_country"): "city_country",
+    ("person_birth_city", "person_birth_country"): "city_country",
+    ("company_headquarters", "company_country"): "city_country",
+    ("city_country", "city_continent"): "country_continent",
+    ("country_capital", "country_continent"): "city_continent",
 }
+# No table tells which, but both cannot be as they were.
+UNDETERMINED = {frozenset(("mountain_country", "mountain_range")), frozenset(("river_mouth", "river_continent"))}
 
 
 def atlas_cases(n: int, *, seed: int = 0, atlas: Atlas | None = None) -> list[Case]:
@@ -49,22 +55,23 @@ def atlas_case(atlas: Atlas, fact: AtlasFact, rng: random.Random) -> Case:
     for sibling in atlas.by_subject[fact.subject]:
         if sibling.relation != fact.relation:
             prompt = rng.choice(atlas.trained_pairs(sibling)).format(fact.subject)
-            follows = _follows(atlas, fact, new, sibling)
-            if follows is None:
+            if (fact.relation, sibling.relation) in CHAINS:
+                follows = _second_hop(atlas, CHAINS[fact.relation, sibling.relation], new)
+                if follows is not None and follows != sibling.object:
+                    probes.append(Probe(PORTABILITY, prompt, sibling.object, follows))
+            elif not _undetermined(fact.relation, sibling.relation):
                 probes.append(Probe(SAME_SUBJECT, prompt, sibling.object, new))
-            elif follows != sibling.object:
-                probes.append(Probe(PORTABILITY, prompt, sibling.object, follows))
     return Case(Fact(rewrite, fact.subject, new, fact.object), tuple(probes))
 
 
-def _follows(atlas: Atlas, fact: AtlasFact, new: str, sibling: AtlasFact) -> str | None:
-    """What `sibling`'s object becomes when `fact`'s becomes `new` (as it is where the atlas does not know the
-    second hop); None when nothing follows from the edit."""
-    follower, hop = CHAINS.get(fact.relation, ("", ""))
-    if sibling.relation != follower:
-        return None
-    answers = [f.object for f in atlas.by_subject.get(new, []) if f.relation == hop]
-    return answers[0] if answers else sibling.object
+def _second_hop(atlas: Atlas, relation: str, subject: str) -> str | None:
+    """The object of `relation` of `subject`; None where the atlas does not know it."""
+    return next((f.object for f in atlas.by_subject.get(subject, []) if f.relation == relation), None)
+
+
+def _undetermined(edited: str, asked: str) -> bool:
+    """Whether an edit of one relation leaves the other without an answer."""
+    return (asked, edited) in CHAINS or frozenset((edited, asked)) in UNDETERMINED
 
 
 def _neighbors(atlas: Atlas, fact: AtlasFact, new: str, rng: random.Random) -> list[AtlasFact]:
