@@ -109,7 +109,9 @@ def features(
         raise EditkitError(f"features: '{same[0]}' is a site and a given column. Give the column another name.")
     with whole(path) as temporary, ExitStack() as stack:
         total = len(texts) if isinstance(texts, Sized) else None
-        bar = stack.enter_context(tqdm(total=total, unit="text", desc="features", disable=not progress, delay=3))
+        bar = stack.enter_context(
+            tqdm(total=total, unit="text", desc="features", disable=not progress, delay=3, leave=False)
+        )
         writer = None
         for batch, places, extra in _batches(texts, position, columns, batch_size):
             rows, outputs = _look(lm, batch, names)

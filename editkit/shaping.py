@@ -193,10 +193,11 @@ def rank_one(model: nn.Module, module: str, loss: Callable[[], Tensor]) -> RankO
             value = loss()
         outputs = [call.output for call in trace.calls]
         keys = [call.input.detach() for call in trace.calls]
-        if not value.requires_grad:
-            raise EditkitError(f"The loss has no graph, so '{module}' gets no gradient: run the model without no_grad.")
-        grads = torch.autograd.grad(value, outputs, allow_unused=True)
+        grads = torch.autograd.grad(value, outputs, allow_unused=True) if value.requires_grad else [None]
     if all(g is None for g in grads):
-        raise EditkitError(f"The loss does not depend on '{module}': choose a module that the model's answer passes.")
+        raise EditkitError(
+            f"The loss gives '{module}' no gradient: let `loss` run the model without no_grad, and choose a module "
+            "that its value passes through."
+        )
     pairs = [(k.flatten(0, -2), g.flatten(0, -2)) for k, g in zip(keys, grads, strict=True) if g is not None]
     return RankOne(module, torch.cat([k for k, _ in pairs]), torch.cat([g for _, g in pairs]), layout)
