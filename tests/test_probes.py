@@ -138,6 +138,8 @@ def test_heat_map_says_what_is_wrong(tmp_path, monkeypatch):
         heat_map(torch.rand(2, 3), ["a", "b"], ["x", "y"], tmp_path / "p.png")
     with pytest.raises(EditkitError, match="end the name in one of"):
         heat_map(torch.rand(1, 1), ["a"], ["x"], tmp_path / "p.xyz")
+    with pytest.raises(EditkitError, match="the least value is 0: leave log out"):
+        heat_map(torch.zeros(1, 1), ["a"], ["x"], tmp_path / "p.png", log=True)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(EditkitError, match=r'pip install "editkit\[plots\]"'):
         heat_map(torch.rand(1, 1), ["a"], ["x"], tmp_path / "p.png")

@@ -27,12 +27,17 @@ def heat_map(
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise EditkitError('Pictures need matplotlib, which is not installed: pip install "editkit[plots]"') from error
     path = Path(path)
     if list(values.shape) != [len(rows), len(columns)] or not values.numel():
         raise EditkitError(
             f"heat_map: values of {list(values.shape)}, {len(rows)} row and {len(columns)} column names."
+        )
+    if log and not (values > 0).all():
+        raise EditkitError(
+            f"heat_map: a log scale was asked for and the least value is {values.min():g}: leave log out."
         )
     figure = Figure(figsize=(2.6 + 0.42 * len(columns), 1.6 + 0.28 * len(rows)), dpi=120, layout="constrained")
     kinds = figure.canvas.get_supported_filetypes()
@@ -46,7 +51,8 @@ def heat_map(
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
     axes.set_title(title, parse_math=False)
-    figure.colorbar(image, ax=axes, label=label)
+    ticks = {"ticks": LogLocator(subs=(1, 2, 5)), "format": "%g"} if log else {}
+    figure.colorbar(image, ax=axes, label=label, **ticks).ax.minorticks_off()
     with whole(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])
     return path
