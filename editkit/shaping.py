@@ -32,7 +32,7 @@ class ActivationPenalty:
         loss.backward()
 
     `penalty`: "l1" (mean |h|), "l2" (mean h²), or a function from a site's output to a scalar. The value is the mean
-    over sites and over the runs of each. Given a `mask` [batch, tokens], padding is left out, and a function sees
+    over sites and runs. Given a `mask` [batch, tokens], padding is left out, and a function sees
     [positions, d]. A body is one step: raises EditkitError when the model runs again after the penalty was taken.
     """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def heat_map(
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
     axes.set_title(title, parse_math=False)
-    ticks = {"ticks": LogLocator(subs=(1, 2, 5)), "format": "%g"} if log else {}
+    ticks: dict[str, Any] = {"ticks": LogLocator(subs=(1, 2, 5)), "format": "%g"} if log else {}
     figure.colorbar(image, ax=axes, label=label, **ticks).ax.minorticks_off()
     with whole(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])
