@@ -231,10 +231,14 @@ def test_penalties_that_cannot_be_taken_are_refused(lm, family):
 def test_distance_from_a_reference_and_its_gradients(lm, family):
     sites, batch = sites_of(family)[:2], batch_of(lm)
     model, reference = copy.deepcopy(lm.model), tiny_lm(family, seed=1).model
+    graphs = []
+    handle = reference.register_forward_hook(lambda module, args, out: graphs.append(out.logits.requires_grad))
     with match_reference(model, reference, sites) as distance:
         loss = model(**batch).loss
         value = distance(**batch)
         (loss + 0.1 * value).backward()
+    handle.remove()
+    assert graphs == [False]
     assert not gradients(reference) and hooks_of(reference) == 0 and hooks_of(model) == 0
     assert all(p.requires_grad for p in reference.parameters())
     with by_hand(lm.model, sites) as seen, by_hand(reference, sites) as wanted:
