@@ -4,6 +4,7 @@ All of it only looks: no graph is built, training mode and `requires_grad` stay 
 Names that a model lacks are HookErrors. What changes training by way of activations is in `shaping`.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
@@ -96,23 +97,27 @@ def features(
       (negative ones count from the row's end), or a function of (`Rows`, row) such as
       `lambda rows, row: lookup_position(rows, row, "{} is in", subject)`.
 
-    The data set reads an uncompressed copy, mapped and not loaded, in the folder `datasets` of editkit's cache.
+    The data set is mapped, not loaded: an Arrow copy in editkit's cache (`$EDITKIT_CACHE`), which features for the same
+    `path` replace. Moved or shared, the Parquet file is all there is to take: `Dataset.from_parquet(path)`.
     Raises EditkitError for unequal lengths, positions outside a row, and column values of mixed types.
     """
     import pyarrow
     import pyarrow.parquet
+    from datasets import Dataset
 
     names, columns, path = _listed(sites), dict(columns or {}), Path(path)
+    # Dataset.from_parquet would make this copy too, but reads the whole file into memory to do so.
+    copy = cache_folder() / "features" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.arrow"
     if isinstance(texts, str) or batch_size < 1:
         raise EditkitError(f"features needs a list of texts and batches of 1 or more; batch_size is {batch_size}.")
     if same := sorted(set(names) & set(columns)):
         raise EditkitError(f"features: '{same[0]}' is a site and a given column. Give the column another name.")
-    with whole(path) as temporary, ExitStack() as stack:
+    with whole(path) as temporary, whole(copy) as mapped, ExitStack() as stack:
         total = len(texts) if isinstance(texts, Sized) else None
         bar = stack.enter_context(
             tqdm(total=total, unit="text", desc="features", disable=not progress, delay=3, leave=False)
         )
-        writer = None
+        writers: list[Any] = []
         for batch, places, extra in _batches(texts, position, columns, batch_size):
             rows, outputs = _look(lm, batch, names)
             at = None if position == "mean" else _indices(rows, position, places)
@@ -121,19 +126,27 @@ def features(
                 flat = pyarrow.array(_pooled(h, rows, at).cpu().numpy().ravel())
                 vectors[site] = pyarrow.FixedSizeListArray.from_arrays(flat, h.shape[-1])
             try:
-                table = pyarrow.table(vectors | extra, schema=writer and writer.schema)
+                table = pyarrow.table(vectors | extra, schema=writers[0].schema if writers else None)
             except (pyarrow.ArrowException, TypeError) as error:
                 near = f"in the rows from {batch[0][:40]!r} on"
                 raise EditkitError(
                     f"features: a column's values {near} are not plain, or not of the type they began with: {error}. "
                     "Give strings, numbers or lists, of one type a column."
                 ) from error
-            writer = writer or stack.enter_context(pyarrow.parquet.ParquetWriter(temporary, table.schema))
-            writer.write_table(table)
+            if not writers:
+                # Vectors do not repeat: a dictionary or statistics of them cost memory for each row group.
+                options = {"use_dictionary": False, "write_statistics": False}
+                for opened in (
+                    pyarrow.parquet.ParquetWriter(temporary, table.schema, **options),
+                    pyarrow.ipc.new_stream(mapped, table.schema),
+                ):
+                    writers.append(stack.enter_context(opened))
+            for writer in writers:
+                writer.write_table(table)
             bar.update(len(batch))
-        if writer is None:
+        if not writers:
             raise EditkitError("features: there are no texts, so the columns have no width. Give at least one.")
-    return _opened(path)
+    return Dataset.from_file(str(copy))
 
 
 def _batches(
@@ -175,19 +188,6 @@ def _pooled(h: Tensor, rows: Rows, at: list[int] | None) -> Tensor:
         return h[torch.arange(len(at)), at].float()
     mask = rows.mask.to(h.device)[..., None]
     return h.float().masked_fill(mask == 0, 0).sum(1) / mask.sum(1)
-
-
-def _opened(path: Path) -> "Dataset":
-    from datasets import Dataset
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        return Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "datasets"))
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 # A linear probe
