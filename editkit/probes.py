@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Position = str | Callable[[Rows, int], int] | Iterable[int]
 
+ROW_GROUP = 1024  # rows: the writer keeps some kB for each group to the end, so one a batch would add up
+
 _END = object()  # in place of what a stream that ended too soon did not give
 
 
@@ -92,7 +94,7 @@ def features(
     """Activations of `texts` as a data set: a column of float32 [d] a site, named after it, and the given `columns`.
 
     - `texts`, `columns`: lists, or generators; they are read a batch at a time and nothing of them is kept.
-    - `path`: the Parquet file to write, one row group a batch. It appears under this name when it is whole.
+    - `path`: the Parquet file to write, a row group every 1024 rows. It appears under this name when it is whole.
     - `position`: "last" (each text's last token), "mean" (over its tokens, padding left out), an int for each row
       (negative ones count from the row's end), or a function of (`Rows`, row) such as
       `lambda rows, row: lookup_position(rows, row, "{} is in", subject)`.
@@ -117,7 +119,9 @@ def features(
         bar = stack.enter_context(
             tqdm(total=total, unit="text", desc="features", disable=not progress, delay=3, leave=False)
         )
-        writers: list[Any] = []
+        parquet: Any = None
+        arrow: Any = None
+        waiting: list[Any] = []
         for batch, places, extra in _batches(texts, position, columns, batch_size):
             rows, outputs = _look(lm, batch, names)
             at = None if position == "mean" else _indices(rows, position, places)
@@ -126,26 +130,28 @@ def features(
                 flat = pyarrow.array(_pooled(h, rows, at).cpu().numpy().ravel())
                 vectors[site] = pyarrow.FixedSizeListArray.from_arrays(flat, h.shape[-1])
             try:
-                table = pyarrow.table(vectors | extra, schema=writers[0].schema if writers else None)
+                table = pyarrow.table(vectors | extra, schema=parquet and parquet.schema)
             except (pyarrow.ArrowException, TypeError) as error:
                 near = f"in the rows from {batch[0][:40]!r} on"
                 raise EditkitError(
                     f"features: a column's values {near} are not plain, or not of the type they began with: {error}. "
                     "Give strings, numbers or lists, of one type a column."
                 ) from error
-            if not writers:
+            if parquet is None:
                 # Vectors do not repeat: a dictionary or statistics of them cost memory for each row group.
                 options = {"use_dictionary": False, "write_statistics": False}
-                for opened in (
-                    pyarrow.parquet.ParquetWriter(temporary, table.schema, **options),
-                    pyarrow.ipc.new_stream(mapped, table.schema),
-                ):
-                    writers.append(stack.enter_context(opened))
-            for writer in writers:
-                writer.write_table(table)
+                parquet = stack.enter_context(pyarrow.parquet.ParquetWriter(temporary, table.schema, **options))
+                arrow = stack.enter_context(pyarrow.ipc.new_stream(mapped, table.schema))
+            arrow.write_table(table)
+            waiting.append(table)
+            if sum(map(len, waiting)) >= ROW_GROUP:
+                parquet.write_table(pyarrow.concat_tables(waiting))
+                waiting.clear()
             bar.update(len(batch))
-        if not writers:
+        if parquet is None:
             raise EditkitError("features: there are no texts, so the columns have no width. Give at least one.")
+        if waiting:
+            parquet.write_table(pyarrow.concat_tables(waiting))
     return Dataset.from_file(str(copy))
 
 

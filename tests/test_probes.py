@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from editkit import probes
 from editkit.corpora import load_atlas
 from editkit.errors import EditkitError, ModelError, OutputError
 from editkit.facts import lookup_position
@@ -313,8 +314,9 @@ def test_positions_may_be_the_subjects(atlas_lm, tmp_path):
     assert torch.allclose(made.with_format("torch")[site][:], torch.stack([row[site][-1] for row in alone]), atol=1e-4)
 
 
-def test_features_stream(lm, family, tmp_path):
+def test_features_stream(lm, family, tmp_path, monkeypatch):
     """A batch is on the disk before the next one is read, so memory holds one, and no tensor outlives it."""
+    monkeypatch.setattr(probes, "ROW_GROUP", 4)
     path, sizes, alive = tmp_path / "f.parquet", [], []
 
     def texts():
