@@ -2,22 +2,24 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from editkit.errors import OutputError
 
 
-def write_bytes(path: Path, data: bytes) -> Path:
-    """Write `data` beside `path`, flush it to the disk, then rename: a kill or a full disk never leaves half.
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; on a clean exit it is flushed to the disk and renamed to `path`.
 
-    Raises OutputError saying which file could not be written and why; the temporary file is removed.
+    So a kill, an interrupt or a full disk never leaves half. Raises OutputError saying which file could not be
+    written and why; the temporary file is removed on every error.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -29,6 +31,12 @@ def write_bytes(path: Path, data: bytes) -> Path:
                 "folder; no half-written file was left."
             ) from error
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write `data` to `path`, whole or not at all. Raises OutputError."""
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
     return path
 
 

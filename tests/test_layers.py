@@ -19,7 +19,7 @@ LAYERS = [
     {"models"},
     {"facts", "edit"},
     {"moments"},
-    {"data", "methods", "metrics"},
+    {"data", "methods", "metrics", "probes", "shaping"},
     {"results"},
     {"report", "tasks", "config"},
     {"run"},
