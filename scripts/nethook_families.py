@@ -120,7 +120,9 @@ RUN: dict[str, Callable[[nn.Module, str], float | None]] = {"cap": capture, "edi
 def check(family: str, models: Any) -> tuple[dict[str, Any], list[str]]:
     """The family's row, and a line for each failure."""
     model, sites = models.build(family), models.SITES[family]
-    hooks, row, failures = hooks_of(model), {}, []
+    row: dict[str, Any] = {}
+    failures: list[str] = []
+    hooks = hooks_of(model)
     for kind in KINDS:
         name = getattr(sites, kind)
         row[kind] = dict.fromkeys(CHECKS) if name is None else {"site": name.format(1)}
