@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from editkit.nethook import Trace
+from editkit.nethook import Trace, requires_grad
 from tests.families import SITES, build
 
 BATCHES, FEWER, WARM = 200, 50, 20
@@ -233,6 +233,11 @@ def test_looking_builds_no_graph(family):
     ):
         assert logits(model).grad_fn is None
     assert not saved
+
+
+def test_looking_at_a_frozen_model_builds_no_graph(gpt2):
+    with requires_grad(gpt2, only=[]), Trace(gpt2, sites_of("gpt2"), inputs=True, edit=lambda h: 2 * h):
+        assert not logits(gpt2).requires_grad
 
 
 def test_a_gradient_that_is_kept_has_no_graph(gpt2):

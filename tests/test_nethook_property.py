@@ -537,7 +537,8 @@ def matches(pattern: list[str], text: str) -> bool:
     return text.startswith(head) and matches(rest, text[len(head) :])
 
 
-segments = st.sampled_from(["a", "b", "ab", "mlp", "h_1", "0", "1", "12", "+", "(x)"])
+SHARED = "tied"  # the segment at which one module has several places
+segments = st.sampled_from(["a", "b", "ab", "mlp", "h_1", "0", "1", "12", "+", "(x)", SHARED, SHARED])
 shapes = st.recursive(
     st.just({}), lambda child: st.dictionaries(segments, child, min_size=1, max_size=3), max_leaves=10
 )
@@ -548,22 +549,49 @@ def named_tree(shape: dict, shared: nn.Module) -> nn.Module:
     module = nn.Module()
     module.register_parameter("weight", nn.Parameter(torch.zeros(1)))
     for name, child in shape.items():
-        module.add_module(name, shared if name == "12" else named_tree(child, shared))
+        module.add_module(name, shared if name == SHARED else named_tree(child, shared))
     return module
 
 
+WAYS = ["keep", "keep", "*", "**", "?", "set", "? for the dot", "prefix"]
+
+
+def like(name: str, ways: list[str]) -> list[str]:
+    """A pattern made from `name`, so that something matches or nearly does."""
+    pattern: list[str] = []
+    for i, segment in enumerate(name.split(".")):
+        way = ways[i % len(ways)]
+        if i:
+            pattern.append("?" if way == "? for the dot" else ".")
+        if way == "set":
+            pattern += [f"[{segment[0]}b1]" if segment[0].isalnum() else segment[0], segment[1:]]
+        elif way == "prefix":
+            pattern += [segment[0], "*"]
+        else:
+            pattern += {"*": ["*"], "**": ["**"], "?": ["?"] * len(segment)}.get(way, [segment])
+    return pattern
+
+
 @settings(max_examples=400, **STABLE)
-@given(shape=shapes, pattern=st.lists(pieces, min_size=1, max_size=6), kind=st.sampled_from(["module", "parameter"]))
-def test_select_agrees_with_a_matcher_that_tries_everything(shape, pattern, kind):
-    pattern = [p for i, p in enumerate(pattern) if not (p == "*" and i and pattern[i - 1] in ("*", "**"))]
-    pattern = [p for i, p in enumerate(pattern) if not (p == "**" and i and pattern[i - 1] == "*")]
-    shared = nn.Linear(1, 1)
-    model = named_tree(shape, shared)
+@given(
+    shape=shapes,
+    free=st.none() | st.lists(pieces, min_size=1, max_size=6),
+    number=st.integers(0, 20),
+    ways=st.lists(st.sampled_from(WAYS), min_size=1, max_size=4),
+    kind=st.sampled_from(["module", "parameter"]),
+)
+def test_select_agrees_with_a_matcher_that_tries_everything(shape, free, number, ways, kind):
+    model = named_tree(shape, nn.Linear(1, 1))
     listed = model.named_modules if kind == "module" else model.named_parameters
+    names = [(name, id(found)) for name, found in listed(remove_duplicate=False) if name]  # the model itself apart
+    pattern = free or like(names[number % len(names)][0], ways) if names else ["a"]
+    for two in (["*", "*"], ["**", "*"], ["*", "**"], ["**", "**"]):  # together they would read as another wildcard
+        if any(pattern[i : i + 2] == two for i in range(len(pattern))):
+            return
     expected: dict[int, str] = {}
-    for name, found in listed(remove_duplicate=False):
-        if name and matches(pattern, name):  # the model itself, '', is a case of its own
-            expected.setdefault(id(found), name)
+    for name, found in names:
+        if matches(pattern, name):
+            expected.setdefault(found, name)
     try:
         got = [name for name in select(model, "".join(pattern), kind=kind) if name]
     except NameNotFound:
@@ -574,6 +602,7 @@ def test_select_agrees_with_a_matcher_that_tries_everything(shape, pattern, kind
 def test_the_tried_matcher_itself():
     for pattern, name, wanted in [
         (["h.", "*", ".mlp"], "h.10.mlp", True),
+        (["h", "?", "10.mlp"], "h.10.mlp", False),
         (["h.", "*", ".mlp"], "h.10.x.mlp", False),
         (["h.", "**", ".mlp"], "h.10.x.mlp", True),
         (["h.", "?"], "h.10", False),
@@ -581,4 +610,26 @@ def test_the_tried_matcher_itself():
         (["h.", "[0-2]"], "h.3", False),
     ]:
         assert matches(pattern, name) is wanted
-        assert bool(re.fullmatch(r"h\..*", name)) is True
+
+
+@pytest.mark.xfail(strict=True, reason="'*' matches the empty name of the model itself, which has no segment")
+def test_a_star_does_not_match_the_model_itself():
+    assert select(nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))), "*") == ["0", "1"]
+
+
+@pytest.mark.xfail(strict=True, raises=re.error, reason="a bad set reaches the caller as re.error, without the remedy")
+@pytest.mark.parametrize("pattern", ["[1-0]", "[0", "[]"])
+def test_a_set_that_is_none_is_refused_in_words(pattern):
+    with pytest.raises(HookError):
+        select(nn.Sequential(nn.Linear(1, 1)), pattern)
+
+
+@pytest.mark.xfail(strict=True, reason="sets are a regular expression's: '[!0]' is read as '!' or '0'")
+def test_a_negated_set_is_negated():
+    assert select(nn.Sequential(nn.Identity(), nn.ReLU()), "[!0]") == ["1"]
+
+
+@pytest.mark.xfail(strict=True, reason="a negated set takes a dot, though no other one-character wildcard does")
+def test_a_negated_set_stops_at_a_dot():
+    with pytest.raises(NameNotFound):
+        select(nn.Sequential(nn.Sequential(nn.Identity())), "0[^a]0")
