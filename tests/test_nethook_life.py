@@ -145,7 +145,7 @@ def test_exceptions_leave_no_hook(gpt2, where):
     hooks = count_hooks(gpt2)
     options = {"edit": fails} if where in ("edit", "interrupt") else {}
     with pytest.raises(error), Trace(gpt2, [*BLOCKS, MLP], inputs=True, grads=True, stop=True, **options):
-        assert count_hooks(gpt2) == hooks + 17
+        assert count_hooks(gpt2) > hooks
         if where == "body":
             raise error
         if where == "model":

@@ -247,9 +247,8 @@ def test_a_gradient_that_is_kept_has_no_graph(gpt2):
     assert not t.grad.requires_grad and t.grad.grad_fn is None
 
 
-@pytest.mark.xfail(strict=True, reason="`inputs` keeps all but the hidden tensor by reference, the graph included")
 def test_other_arguments_are_detached_too():
-    """Bloom gives its MLP the residual as a second tensor: a kept trace keeps each batch's whole graph alive."""
+    """Bloom gives its MLP the residual as a second tensor, kept whole: its graph must not be."""
     model, kept = built("bloom"), []
 
     def batch():
@@ -258,4 +257,6 @@ def test_other_arguments_are_detached_too():
         kept.append(t)
 
     found = figures(batch, FEWER)
-    assert found[-1][1] - found[WARM - 1][1] == (FEWER - WARM) * 2 * 3 * 32 * 4
+    rows, residual = 2 * 3 * 32 * 4, 3 * 8 * 32 * 4
+    assert found[-1][0] == found[WARM - 1][0]
+    assert found[-1][1] - found[WARM - 1][1] == (FEWER - WARM) * (rows + residual)

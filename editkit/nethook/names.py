@@ -68,17 +68,16 @@ def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> n
 def select(model: nn.Module, pattern: str | re.Pattern[str], kind: str = "module") -> list[str]:
     """Names of modules (or kind="parameter") that match the whole `pattern`, in order; matching none is an error.
 
-    In a string `*` stops at a dot, `**` does not, and `[3-5]` is one character of a set. Of the names of one shared
-    object the first that matches is given.
+    In a string `*` stops at a dot, `**` does not, and `[3-5]` or `[!3-5]` is one character in a set or outside it. Of
+    the names of one shared object the first that matches is given; the model itself, called '', by no wildcard.
 
     >>> select(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "*.weight", kind="parameter")
     ['0.weight', '1.weight']
     """
     names, asked = _names(model, kind), pattern
     if isinstance(pattern, str):
-        special = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-        pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
-        pattern = re.compile("".join(special.get(p, p if p[:1] == "[" else re.escape(p)) for p in pieces))
+        names = names if pattern == "" else {name: found for name, found in names.items() if name}
+        pattern = _glob(pattern)
     chosen: dict[int, str] = {}
     for name in filter(pattern.fullmatch, names):
         chosen.setdefault(id(names[name]), name)
@@ -86,6 +85,19 @@ def select(model: nn.Module, pattern: str | re.Pattern[str], kind: str = "module
         like = f"names look like '{max(names, key=len, default='')}'; '*' stops at a dot, '**' does not"
         raise NameNotFound(f"No {kind} of {type(model).__name__} matches {asked!r} as a whole: {like}.")
     return list(chosen.values())
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    def translated(piece: str) -> str:
+        if re.fullmatch(r"\[[^\]]+\]", piece):
+            inside = re.escape(piece[1:-1]).replace(r"\-", "-")
+            return f"(?!\\.)[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
+        return {"**": ".*", "*": "[^.]*", "?": "[^.]"}.get(piece, re.escape(piece))
+
+    try:
+        return re.compile("".join(map(translated, re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern))))
+    except re.error as error:
+        raise HookError(f"The pattern {pattern!r} cannot be read: {error}. A set is [abc], [0-9] or [!0-9].") from None
 
 
 def select_all(model: nn.Module, names: str | re.Pattern[str] | Iterable[str | re.Pattern[str]]) -> list[str]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -64,6 +65,15 @@ def _with_input(site: str, change: Change, args: tuple, kwargs: dict) -> tuple[t
     return (*args[:key], change(h), *args[key + 1 :]), kwargs
 
 
+def _detached(value: Any) -> Any:
+    """Without graphs, so that keeping the other arguments of a call keeps no more than their values."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
+
+
 def _reading(what: str) -> Any:
     return property(lambda self: self._record().read(what))
 
@@ -72,7 +82,7 @@ class _Readable:
     """What can be read of one run of a site."""
 
     input: Tensor = _reading("input")  # the first tensor argument, e.g. [batch, tokens, d]
-    inputs: tuple[tuple, dict[str, Any]] = _reading("inputs")  # (args, kwargs); all but `input` by reference
+    inputs: tuple[tuple, dict[str, Any]] = _reading("inputs")  # (args, kwargs); all but `input` whole, not copied
     output: Tensor = _reading("output")  # e.g. [batch, tokens, d]
     grad: Tensor = _reading("grad")  # at the output and shaped like it, of the latest backward pass
     calls: list["Record"] = _reading("calls")  # with calls="all" every run of the site, else the last alone
@@ -172,6 +182,7 @@ class Trace(_Readable):
         self._model, self._stop, self._keep_all = model, stop, calls == "all"
         self._asked = {"input": inputs, "output": outputs, "grad": grads}
         self._watched, self._leaf, self._record_early = grads or edit_grad is not None, leaf, when == "before_edit"
+        self._detach = detach
         self._stored = partial(_stored, positions, device, dtype, detach, clone)
         self._thread: int | None = None  # the one inside the body
         self._records: dict[str, Record] = {}
@@ -232,7 +243,7 @@ class Trace(_Readable):
         """The gradient of a run has arrived: likewise."""
 
     def _hook(self, site: str, module: nn.Module, hooks: ExitStack) -> None:
-        """Two hooks on either side: the early one edits, the late one sees what the model goes on with."""
+        """Up to two hooks on either side: the early one edits, the late one sees what the model goes on with."""
         running: list[Record] = []
         edits = {option: each[site] for option, each in self._edits.items() if site in each}
 
@@ -249,7 +260,8 @@ class Trace(_Readable):
             if early:
                 running.append(Record(site, self._asked, self._stored))
             if early == self._record_early and self._asked["input"]:
-                running[-1]._kept["inputs"] = _with_input(site, partial(running[-1].keep, "input"), args, kwargs)
+                given = _with_input(site, partial(running[-1].keep, "input"), args, kwargs)
+                running[-1]._kept["inputs"] = _detached(given) if self._detach else given
             return _with_input(site, edits["edit_input"], args, kwargs) if early and "edit_input" in edits else None
 
         def after(early: bool, called: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -273,9 +285,16 @@ class Trace(_Readable):
                     raise _StopForward(self)
             return output
 
-        for early in (True, False):
-            for register, hook in ((module.register_forward_pre_hook, before), (module.register_forward_hook, after)):
-                hooks.callback(register(partial(hook, early), prepend=early, with_kwargs=True).remove)
+        def add(register: Callable[..., Any], hook: Callable[..., Any], early: bool) -> None:
+            hooks.callback(register(partial(hook, early), prepend=early, with_kwargs=True).remove)
+
+        recorded = self._asked["output"] or self._watched
+        add(module.register_forward_pre_hook, before, True)
+        if self._asked["input"] and not self._record_early:
+            add(module.register_forward_pre_hook, before, False)
+        if "edit" in edits or (recorded and self._record_early):
+            add(module.register_forward_hook, after, True)
+        add(module.register_forward_hook, after, False)
 
     def _watch(self, record: Record, h: Tensor, edit: Change | None) -> Tensor:
         """Put a hook on the tensor: a module's backward hook fails on keyword inputs and in-place successors."""
@@ -303,13 +322,13 @@ TraceDict = Trace
 
 def hookable(model: nn.Module, site: str) -> nn.Module:
     """The module at `site`, or a refusal where hooks on it would be ignored or run twice."""
-    parts = site.split(".") if site else []
-    for name in (".".join(parts[:depth]) for depth in range(len(parts) + 1)):
-        module = get_module(model, name)
+    module, parts = get_module(model, site), site.split(".") if site else []
+    for depth, module in enumerate(accumulate(parts, getattr, initial=model)):
+        name = ".".join(parts[:depth])
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise HookError(f"'{name}' is compiled and would ignore the hooks: trace and call the model before that.")
-        checkpointed = any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
-        if checkpointed and name != site and module.training and getattr(module, "gradient_checkpointing", False):
+        checkpointing = name != site and module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointing and any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__):
             raise HookError(f"'{site}' runs twice under activation checkpointing: trace '{name}' or call model.eval().")
     return module
 
