@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -85,7 +86,8 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     lm = _MODELS[name]
     registered = get_method(method)
     before = score_probes(lm, case.probes)
-    edit = registered.load()(lm, case.fact, registered.settings(layer=layer), progress=False)
+    constants = asdict(constants_of("atlas", lm.layers)) | {"layer": layer}  # also where the model is a folder's
+    edit = registered.load()(lm, case.fact, registered.settings(**constants), progress=False)
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
     rows: list[tuple[str, str, float]] = []

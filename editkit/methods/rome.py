@@ -217,9 +217,10 @@ def _optimise(
     kl_before: Tensor | None = None
     delta = torch.zeros(len(v0), device=lm.device)
     v0_norm = v0.norm().item()
-    assert settings.clamp is not None  # resolved by `rome`
-    optimizer = torch.optim.Adam([delta], lr=settings.lr)
-    bound = settings.clamp * v0_norm
+    limit, lr, decay_factor = settings.clamp, settings.lr, settings.weight_decay
+    assert settings.steps and limit and lr and decay_factor is not None  # resolved by `rome`
+    optimizer = torch.optim.Adam([delta], lr=lr)
+    bound = limit * v0_norm
     steps: list[dict[str, float]] = []
     clamp_hit = False
 
@@ -240,7 +241,7 @@ def _optimise(
                 kl = settings.kl_factor * kl_div(after, kl_before, log_target=True, reduction="sum")
                 (nll + kl).backward()
             size = delta.norm()
-            decay = settings.weight_decay * size / v0_norm**2
+            decay = decay_factor * size / v0_norm**2
             loss = (nll + kl + decay).item()
             steps.append({"loss": loss, "nll": nll.item(), "kl": kl.item(), "weight_decay": decay.item()})
             bar.set_postfix(loss=f"{loss:.3f}", p_new=f"{torch.exp(-nll).item():.3f}")
@@ -248,7 +249,7 @@ def _optimise(
                 break
             delta.grad = trace.grad[rows.index].float().sum(0)
             if size > 0:  # the norm has no gradient at 0; torch takes 0 there
-                delta.grad += settings.weight_decay / v0_norm**2 * delta / size
+                delta.grad += decay_factor / v0_norm**2 * delta / size
             optimizer.step()
             if delta.norm() > bound:
                 delta.mul_(bound / delta.norm())
