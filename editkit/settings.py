@@ -150,7 +150,7 @@ class Constants:
     weight_decay: float = 0.5
 
 
-# The authors' hparams files. The atlas model's are our own (experiments/LOG.md): its block is the middle of its early
+# The authors' hparams files. The atlas model's are our own (its card): its block is the middle of its early
 # site, and its values are so small that the published step of 0.5 in each coordinate overshoots.
 PUBLISHED = {
     "atlas": Constants(4),
