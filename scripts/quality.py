@@ -242,6 +242,7 @@ def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
         settings="\n".join(f"    {key}: {value}" for key, value in recipe.items()),
         recalls=recalls,
         n=n,
+        constants=", ".join(f"{k} {v}" for k, v in asdict(constants_of("atlas", lm.layers)).items() if k != "layer"),
         edits=edits,
         bar_es=BARS["ES"],
         bar_ps=BARS["PS"],
