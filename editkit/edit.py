@@ -1,8 +1,8 @@
 """Edit: a change of weights as a value. Computing, saving and loading one leaves every model as it is.
 
 An edit holds low-rank factors for each parameter it changes, in the papers' orientation (W: [d_model, d_ff],
-ΔW = left @ right), with the digest of the base it was computed for and how it was computed. The file is
-safetensors: the factors in float32, everything else as one JSON string in the header.
+ΔW = left @ right), or ΔW itself where it has no low rank, with the digest of the base it was computed for and
+how it was computed. The file is safetensors: tensors in float32, everything else as one JSON string in the header.
 """
 
 import contextlib
@@ -32,11 +32,14 @@ FORMAT = "editkit-edit/1"
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """A low-rank change of one weight: ΔW = left @ right with left [d_model, r] and right [r, d_ff]."""
+    """A change of one weight: ΔW = left @ right with left [d_model, r] and right [r, d_ff].
+
+    A dense change has `right=None` and ΔW [d_model, d_ff] in `left`.
+    """
 
     module: str
     left: Tensor
-    right: Tensor
+    right: Tensor | None
     orientation: str  # how the module stores W: "in_out" (Conv1D) or "out_in" (Linear)
     bias: bool  # whether the module has a bias (untouched)
     before: str  # digest of the weight in the base
@@ -46,16 +49,24 @@ class Delta:
         return f"{self.module}.weight"
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(d_model, d_ff)."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    @property
     def rank(self) -> int:
-        return self.left.shape[1]
+        """r of the factors; of a dense change the most it can be, min(d_model, d_ff)."""
+        return min(self.shape) if self.right is None else self.left.shape[1]
 
     def matrix(self) -> Tensor:
         """ΔW in float32 as the module stores it."""
-        product = self.left @ self.right
+        product = self.left if self.right is None else self.left @ self.right
         return product.T if self.orientation == "in_out" else product
 
     def norm(self) -> float:
-        """‖ΔW‖ (Frobenius), from the r × r Gram matrices: ΔW is never formed."""
+        """‖ΔW‖ (Frobenius); of factors from their r × r Gram matrices: ΔW is never formed."""
+        if self.right is None:
+            return self.left.double().norm().item()
         left, right = self.left.double(), self.right.double()
         return torch.trace((left.T @ left) @ (right @ right.T)).clamp_min(0).sqrt().item()
 
@@ -74,13 +85,15 @@ class Edit:
     """A frozen edit. `with edit.applied(lm): ...` applies it, and restores and verifies on exit.
 
     `provenance` is JSON: method, settings, facts, seed, loss of each step, versions. `parents` are digests
-    of edits that had been applied to the base before this one was computed, in order.
+    of edits that had been applied to the base before this one was computed, in order. `memory` is what the same
+    method wants to know of this edit when it edits on top of it (AlphaEdit: the keys), in float32.
     """
 
     deltas: tuple[Delta, ...]
     base: Base
     provenance: dict[str, Any] = field(default_factory=dict)
     parents: tuple[str, ...] = ()
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[str]:
@@ -173,8 +186,11 @@ class Edit:
         tensors, rows = {}, []
         for number, delta in enumerate(self.deltas):
             tensors[f"{number}.left"] = delta.left.float().contiguous().cpu()
-            tensors[f"{number}.right"] = delta.right.float().contiguous().cpu()
-            rows.append({k: getattr(delta, k) for k in ("module", "orientation", "bias", "before")})
+            if delta.right is not None:
+                tensors[f"{number}.right"] = delta.right.float().contiguous().cpu()
+            row = {k: getattr(delta, k) for k in ("module", "orientation", "bias", "before")}
+            rows.append(row | {"dense": delta.right is None})
+        tensors |= {f"memory.{name}": tensor.float().contiguous().cpu() for name, tensor in self.memory.items()}
         header = {
             "format": FORMAT,
             "base": asdict(self.base),
@@ -201,10 +217,15 @@ class Edit:
         try:
             tensors = load_tensors(data)
             deltas = tuple(
-                Delta(left=tensors[f"{i}.left"], right=tensors[f"{i}.right"], **row)
+                Delta(
+                    left=tensors[f"{i}.left"],
+                    right=None if row.pop("dense", False) else tensors[f"{i}.right"],
+                    **row,
+                )
                 for i, row in enumerate(header["deltas"])
             )
-            return cls(deltas, Base(**header["base"]), header["provenance"], tuple(header["parents"]))
+            memory = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
+            return cls(deltas, Base(**header["base"]), header["provenance"], tuple(header["parents"]), memory)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise EditFileError(
                 f"'{path}' is damaged: {type(error).__name__}: {error}. Compute the edit again, or copy it again."
@@ -224,22 +245,35 @@ def low_rank_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor) 
 
     Raises EditkitError when a factor is not finite or does not fit the weight.
     """
+    return _delta(lm, module, left, right)
+
+
+def dense_delta(lm: LanguageModel, module: str, matrix: Tensor) -> Delta:
+    """A Delta for `module` of `lm` as it is now, from ΔW [d_model, d_ff]. Raises as `low_rank_delta` does."""
+    return _delta(lm, module, matrix, None)
+
+
+def _delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | None) -> Delta:
     found = get_module(lm.model, module)
     weight = get_parameter(lm.model, f"{module}.weight")
     kind = orientation(found, module)
     d_ff, d_model = weight.shape if kind == "in_out" else reversed(weight.shape)
-    if left.shape[0] != d_model or right.shape[1] != d_ff or left.shape[1] != right.shape[0]:
+    if right is None:
+        if left.shape != (d_model, d_ff):
+            raise EditkitError(f"ΔW {tuple(left.shape)} does not fit {module}: W is [{d_model}, {d_ff}].")
+    elif left.shape[0] != d_model or right.shape[1] != d_ff or left.shape[1] != right.shape[0]:
         raise EditkitError(
             f"Factors {tuple(left.shape)} and {tuple(right.shape)} do not fit {module}: W is [{d_model}, {d_ff}], "
             "so left is [d_model, r] and right [r, d_ff]."
         )
-    if not (left.isfinite().all() and right.isfinite().all()):
+    if not (left.isfinite().all() and (right is None or right.isfinite().all())):
         raise EditkitError(
             f"The update of {module} is not finite; nothing was applied. A larger moments.ridge or a lower "
             "method.lr usually cures it."
         )
     bias = getattr(found, "bias", None) is not None
-    return Delta(module, left.float().cpu(), right.float().cpu(), kind, bias, digest(weight))
+    right = None if right is None else right.float().cpu()
+    return Delta(module, left.float().cpu(), right, kind, bias, digest(weight))
 
 
 def base_of(lm: LanguageModel) -> Base:

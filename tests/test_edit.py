@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from editkit.edit import Edit, low_rank_delta
+from editkit.edit import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditFileError, EditkitError, OutputError
 from tests.conftest import tiny_lm
 from tests.test_snapshot import random_edit
@@ -49,6 +49,24 @@ def test_the_matrix_lies_as_the_module_stores_it(family):
         moved = module(k) - before
     expected = k @ edit.deltas[0].right.T @ edit.deltas[0].left.T
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_dense_change_is_the_same_edit_as_its_factors(family, tmp_path):
+    lm = tiny_lm(family)
+    factors = random_edit(lm, rank=3).deltas[0]
+    whole = dense_delta(lm, factors.module, factors.left @ factors.right)
+    edit = Edit((whole,), base_of(lm), memory={"keys": torch.tensor([[1.0, -0.0]])})
+    torch.testing.assert_close(whole.matrix(), factors.matrix())
+    assert whole.norm() == pytest.approx(factors.norm(), rel=1e-5)
+    again = Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    assert again.to_bytes() == edit.to_bytes() and again.deltas[0].right is None
+    assert again.memory["keys"].tolist() == [[1.0, -0.0]]
+    before = lm.model.get_parameter(edit.parameters[0]).clone()
+    with again.applied(lm):
+        assert torch.equal(lm.model.get_parameter(edit.parameters[0]), before + factors.matrix())
+    with pytest.raises(EditkitError, match="does not fit"):
+        dense_delta(lm, factors.module, torch.zeros(2, 2))
 
 
 def test_another_base_is_refused(lm):

@@ -65,17 +65,18 @@ def update(edit: Edit, relative_norm: float) -> str:
     """Size and rank of the update, and its health."""
     lines = ["", "update"]
     for delta in edit.deltas:
-        shape = f"[{delta.left.shape[0]}, {delta.right.shape[1]}]"
-        lines += _wrapped("  ", f"{delta.parameter} {shape}: rank {delta.rank}, ‖ΔW‖ {delta.norm():.4g}")
+        lines += _wrapped("  ", f"{delta.parameter} {list(delta.shape)}: rank {delta.rank}, ‖ΔW‖ {delta.norm():.4g}")
     lines += _wrapped("  ", f"‖ΔW‖/‖W‖ {relative_norm:.4f}; {len(edit.to_bytes()) / 1024:.0f} KiB as a file")
     for report in edit.provenance.get("reports", []):
-        first, last = report["steps"][0], report["steps"][-1]
-        hit = ", clamp hit" if report["clamp_hit"] else ""
-        text = (
-            f"value: {len(report['steps'])} steps, loss {first['loss']:.3f} → {last['loss']:.3f}{hit}; "
-            f"k·u {report['k_dot_u']:.3g}, cos(bare key, mean key) {report['cos_bare_mean']:.3f}"
-        )
-        lines += _wrapped("  ", text)
+        first, last = report["steps"][0]["loss"], report["steps"][-1]["loss"]
+        parts = [f"{len(report['steps'])} steps, loss {first:.3f} → {last:.3f}"]
+        if report.get("clamp_hit"):
+            parts.append("clamp hit")
+        if "k_dot_u" in report:
+            parts.append(f"k·u {report['k_dot_u']:.3g}")
+        if "cos_bare_mean" in report:
+            parts.append(f"cos(bare key, mean key) {report['cos_bare_mean']:.3f}")
+        lines += _wrapped("  ", "value: " + ", ".join(parts))
     moments = edit.provenance.get("moments", {})
     if "keys" in moments:
         text = (
