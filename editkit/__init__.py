@@ -19,10 +19,18 @@ _PUBLIC = {
     "LanguageModel": "editkit.models.load",
     "MomentSettings": "editkit.settings",
     "RRomeSettings": "editkit.settings",
+    "AlphaEditSettings": "editkit.settings",
+    "EmmetSettings": "editkit.settings",
+    "MemitSettings": "editkit.settings",
+    "PmetSettings": "editkit.settings",
     "RomeSettings": "editkit.settings",
     "Snapshot": "editkit.snapshot",
     "Trace": "editkit.nethook",
     "load": "editkit.models.load",
+    "alphaedit": "editkit.methods.alphaedit",
+    "emmet": "editkit.methods.memit",
+    "memit": "editkit.methods.memit",
+    "pmet": "editkit.methods.pmet",
     "r_rome": "editkit.methods.rome",
     "rome": "editkit.methods.rome",
 }
@@ -32,12 +40,20 @@ if TYPE_CHECKING:
     from editkit.edit import Edit as Edit
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
+    from editkit.methods.alphaedit import alphaedit as alphaedit
+    from editkit.methods.memit import emmet as emmet
+    from editkit.methods.memit import memit as memit
+    from editkit.methods.pmet import pmet as pmet
     from editkit.methods.rome import r_rome as r_rome
     from editkit.methods.rome import rome as rome
     from editkit.models.load import LanguageModel as LanguageModel
     from editkit.models.load import load as load
     from editkit.nethook import Trace as Trace
+    from editkit.settings import AlphaEditSettings as AlphaEditSettings
+    from editkit.settings import EmmetSettings as EmmetSettings
+    from editkit.settings import MemitSettings as MemitSettings
     from editkit.settings import MomentSettings as MomentSettings
+    from editkit.settings import PmetSettings as PmetSettings
     from editkit.settings import RomeSettings as RomeSettings
     from editkit.settings import RRomeSettings as RRomeSettings
     from editkit.snapshot import Snapshot as Snapshot

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -75,6 +74,10 @@ class Factored:
         solved = torch.cholesky_solve(k[:, None] if k.ndim == 1 else k, self.lower)
         return solved[:, 0] if k.ndim == 1 else solved
 
+    def matrix(self, size: int) -> Tensor:
+        """The factored matrix [size, size]."""
+        return self.lower @ self.lower.T
+
     @functools.cached_property
     def condition(self) -> float:
         """Condition number of the factored matrix (largest over smallest eigenvalue)."""
@@ -90,6 +93,9 @@ class Identity(Factored):
 
     def solve(self, keys: Tensor) -> Tensor:
         return keys.detach().double().cpu()
+
+    def matrix(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64)
 
 
 def second_moments(
@@ -159,7 +165,7 @@ def _collect(
             with Trace(lm.model, list(sites.values()), inputs=True, outputs=False, stop=True) as trace:
                 lm.model(input_ids=ids, use_cache=False)
             for layer, site in sites.items():
-                k = rearrange(trace[site].input, "rows tokens d_ff -> (rows tokens) d_ff").double()
+                k = trace[site].input.flatten(0, -2).double()  # OPT has flattened rows and tokens already
                 product = (k.T @ k).cpu()
                 sums[layer] = sums[layer] + product if layer in sums else product
             count += ids.numel()

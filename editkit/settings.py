@@ -1,29 +1,36 @@
 """Settings as plain dataclasses: the schema of conf/. No torch here, so a configuration error answers at once.
 
 Defaults follow the authors' public code where paper and code differ (the published numbers were made with
-the code). None for `layer`, `clamp`, `lr`, `steps` and `weight_decay` means: the constant of this model
-(`constants_of`).
+the code). None in a method's settings means: the constant of this method and model (constants.py).
 """
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
+from editkit.constants import constants_of
 from editkit.errors import ConfigError
+
+LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
+TRANSFORMS = ("rect", "prune")
+MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
 @dataclass(frozen=True)
 class ContextSettings:
     """Random texts put in front of the prompt, so that a key or value does not fit one context only.
 
-    ROME section 3.1 and its code: the bare prompt, 10 samples of 4 tokens and 10 of 9, top-k 5. They are
-    drawn with the run's seed and belong to one model, unlike the reference's unseeded global.
+    ROME section 3.1 and its code: the bare prompt, 10 samples of 4 tokens and 10 of 9, top-k 5; MEMIT's: one of
+    10 tokens after each of five words. They are drawn with the run's seed and belong to one model, unlike the
+    reference's unseeded global.
     """
 
+    starts: tuple[str, ...] = ("",)  # what samples begin with; "" is the end-of-text token
     lengths: tuple[int, ...] = (4, 9)  # new tokens of each group of samples
-    counts: tuple[int, ...] = (10, 10)  # samples in each group
+    counts: tuple[int, ...] = (10, 10)  # samples in each group, for each start
     top_k: int = 5
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", tuple(self.starts))
         object.__setattr__(self, "lengths", tuple(self.lengths))
         object.__setattr__(self, "counts", tuple(self.counts))
         if len(self.lengths) != len(self.counts):
@@ -52,11 +59,27 @@ class MomentSettings:
 
 
 @dataclass(frozen=True)
-class RomeSettings:
-    """ROME (arXiv 2202.05262) and R-ROME (arXiv 2403.07175); constants of the authors' code."""
+class MethodSettings:
+    """What every method has."""
 
-    keys: str = "mixed"  # mixed: the paper's code (mean key in u, bare key in k·u); mean: one key on both sides
-    layer: int | None = None  # block whose down-projection is edited
+    constants: ClassVar[str]  # whose entry in constants.py fills what is None
+
+    transform: str | None = None  # of the finished edit: rect, prune
+
+    def __post_init__(self) -> None:
+        if self.transform is not None:
+            require_one_of(self.transform, "method.transform", TRANSFORMS)
+
+    def resolved(self, model_name: str, layers: int) -> Self:
+        """These settings with the constants of the model where they say None."""
+        found = constants_of(self.constants, model_name, layers)
+        return replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
+
+
+@dataclass(frozen=True)
+class ValueSettings(MethodSettings):
+    """The optimisation of a value: δ by Adam over rows = contexts × prompt (ROME section 3.1)."""
+
     token: str = "subject_last"  # lookup token: subject_last, subject_first, subject_first_after_last, last
     steps: int | None = None  # optimisation steps of the value
     lr: float | None = None  # Adam's learning rate
@@ -67,7 +90,7 @@ class RomeSettings:
     contexts: ContextSettings = field(default_factory=ContextSettings)
 
     def __post_init__(self) -> None:
-        require_one_of(self.keys, "method.keys", ("mixed", "mean"))
+        super().__post_init__()
         require_one_of(self.token, "method.token", LOOKUP_TOKENS)
         require(self.steps is None or self.steps > 0, "method.steps", self.steps, "positive")
         require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
@@ -77,10 +100,19 @@ class RomeSettings:
             self.weight_decay is None or self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "0 or more"
         )
 
-    def resolved(self, model_name: str, layers: int) -> "RomeSettings":
-        """These settings with the constants of the model where they say None."""
-        constants = asdict(constants_of(model_name, layers))
-        return replace(self, **{k: v for k, v in constants.items() if getattr(self, k) is None})
+
+@dataclass(frozen=True)
+class RomeSettings(ValueSettings):
+    """ROME (arXiv 2202.05262) and R-ROME (arXiv 2403.07175); constants of the authors' code."""
+
+    constants: ClassVar[str] = "rome"
+
+    keys: str = "mixed"  # mixed: the paper's code (mean key in u, bare key in k·u); mean: one key on both sides
+    layer: int | None = None  # block whose down-projection is edited
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of(self.keys, "method.keys", ("mixed", "mean"))
 
 
 @dataclass(frozen=True)
@@ -88,6 +120,85 @@ class RRomeSettings(RomeSettings):
     """ROME with the context-mean key on both sides (arXiv 2403.07175): the recommended default."""
 
     keys: str = "mean"
+
+
+@dataclass(frozen=True)
+class SpreadSettings(ValueSettings):
+    """Methods that write values into a range of blocks by one linear solve each."""
+
+    layers: list[int] | None = None  # blocks whose down-projections are edited, in any order
+    contexts: ContextSettings = field(default_factory=lambda: ContextSettings(MEMIT_STARTS, (10,), (1,)))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token == "last":  # the reference refuses it likewise
+            raise ConfigError(
+                "method.token=last reads a key that is not the subject's; use one of the subject_ tokens."
+            )
+        if self.layers is not None:
+            object.__setattr__(self, "layers", sorted(set(self.layers)))
+            require(len(self.layers or ()) > 0, "method.layers", self.layers, "one block or more")
+
+
+@dataclass(frozen=True)
+class MemitSettings(SpreadSettings):
+    """MEMIT (arXiv 2210.07229)."""
+
+    constants: ClassVar[str] = "memit"
+
+    moment_weight: float | None = None  # λ: how many keys of running text C counts as
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.moment_weight is None or self.moment_weight > 0, "method.moment_weight", self.moment_weight, "positive"
+        )
+
+
+@dataclass(frozen=True)
+class EmmetSettings(MemitSettings):
+    """EMMET (arXiv 2403.14236): one block."""
+
+    constants: ClassVar[str] = "emmet"
+
+    epsilon: float = 0.1  # ε added to KᵀC⁻¹K; none for one fact
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epsilon >= 0, "method.epsilon", self.epsilon, "0 or more")
+
+
+@dataclass(frozen=True)
+class PmetSettings(MemitSettings):
+    """PMET (arXiv 2308.08742)."""
+
+    constants: ClassVar[str] = "pmet"
+
+    kl_factor: float = 1.0
+    stop_kl: float = 0.01  # stop when the target is the likeliest and the KL is under this
+    said_weight: float = 0.1  # of the NLL once the target is the likeliest
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.stop_kl >= 0, "method.stop_kl", self.stop_kl, "0 or more")
+        require(0 <= self.said_weight <= 1, "method.said_weight", self.said_weight, "from 0 to 1")
+
+
+@dataclass(frozen=True)
+class AlphaEditSettings(SpreadSettings):
+    """AlphaEdit (arXiv 2410.02355)."""
+
+    constants: ClassVar[str] = "alphaedit"
+
+    threshold: float = 0.02  # eigenvalues of C under this span the null space (it depends on the scale of the keys)
+    fraction: float | None = None  # instead: the share of C's directions, those of least energy, to call the null space
+    l2: float | None = None  # factor of I in the solve
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.threshold > 0, "method.threshold", self.threshold, "positive")
+        require(self.fraction is None or 0 < self.fraction <= 1, "method.fraction", self.fraction, "in (0, 1]")
+        require(self.l2 is None or self.l2 > 0, "method.l2", self.l2, "positive")
 
 
 @dataclass(frozen=True)
@@ -134,49 +245,6 @@ class Config:
     moments: MomentSettings
     seed: int = 0  # of contexts and running text; two runs with one seed give byte-identical edits
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:N
-
-
-LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What a method takes for a model where the settings say null."""
-
-    layer: int
-    clamp: float = 4.0
-    steps: int = 20
-    lr: float = 0.5
-    weight_decay: float = 0.5
-
-
-# The authors' hparams files. The atlas model's are our own (its card): its block is the middle of its early
-# site, and its values are so small that the published step of 0.5 in each coordinate overshoots.
-PUBLISHED = {
-    "atlas": Constants(4),
-    "gpt2-medium": Constants(8, clamp=3.0),
-    "gpt2-large": Constants(12),
-    "gpt2-xl": Constants(17),
-    "gpt-j-6b": Constants(5),
-    "gpt-neox-20b": Constants(15),
-    "Llama-3-8B": Constants(5),
-    "Meta-Llama-3-8B": Constants(5),
-}
-DEPTH_FRACTION = 0.35  # GPT-2 XL's 17 of 48, where a model has no published constant
-
-
-def constants_of(model_name: str, layers: int) -> Constants:
-    """The published constants of the model with this name, else the block at 0.35 of its depth.
-
-    >>> constants_of("openai-community/gpt2-medium", 24).clamp
-    3.0
-    >>> constants_of("my-model", 12)
-    Constants(layer=4, clamp=4.0, steps=20, lr=0.5, weight_decay=0.5)
-    """
-    published = PUBLISHED.get(model_name.rstrip("/").rsplit("/", 1)[-1])
-    if published is not None and published.layer < layers:
-        return published
-    return Constants(min(layers - 1, int(DEPTH_FRACTION * layers)))
 
 
 def require(condition: bool, name: str, found: object, wanted: str) -> None:

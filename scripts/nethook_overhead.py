@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from editkit.files import write_text
 from editkit.models.load import load
-from editkit.nethook import Trace, get_module
+from editkit.nethook import Trace, get_module, select
 
 BARE = "bare call"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu leaves out the time that others had the core
@@ -146,7 +146,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     lm = load("atlas", device="cpu")
-    every = [lm.architecture.mlp.format(i) for i in range(lm.layers)]
+    every = select(lm.model, "transformer.h.*.mlp")
     longest = lm.model.config.n_positions
     if too_long := [tokens for _, tokens in options.sizes if tokens > longest]:
         parser.error(f"--sizes: {too_long[0]} tokens; atlas has {longest} positions")

@@ -16,7 +16,6 @@ import random
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -25,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from editkit import load
+from editkit.constants import constants_of
 from editkit.corpora import Atlas, load_atlas
 from editkit.data.atlas import atlas_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case
@@ -36,7 +36,7 @@ from editkit.models.load import BUNDLED, LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.nethook import Trace, get_parameter
-from editkit.settings import MomentSettings, constants_of
+from editkit.settings import MomentSettings
 
 BARS = {
     "recall trained": 0.99,
@@ -86,8 +86,9 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     lm = _MODELS[name]
     registered = get_method(method)
     before = score_probes(lm, case.probes)
-    constants = asdict(constants_of("atlas", lm.layers)) | {"layer": layer}  # also where the model is a folder's
-    edit = registered.load()(lm, case.fact, registered.settings(**constants), progress=False)
+    constants = constants_of(registered.settings.constants, "atlas", lm.layers)  # also where the model is a folder's
+    where = {"layer": layer} if "layer" in constants else {"layers": [layer]}
+    edit = registered.load()(lm, case.fact, registered.settings(**constants | where), progress=False)
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
     rows: list[tuple[str, str, float]] = []
@@ -184,7 +185,7 @@ def main() -> None:
 
     began = time.time()
     lm, atlas = load(options.model, device="cpu"), load_atlas()
-    default = constants_of("atlas", lm.layers).layer
+    default = constants_of("rome", "atlas", lm.layers)["layer"]
     layers = [int(x) for x in options.layers.split(",")] if options.layers else [default, default - 1, default + 1]
     found: dict = {"model": options.model, "digest": lm.digest, "seed": options.seed, "default_layer": default}
     found["recall"] = recall(lm, atlas)
@@ -242,7 +243,7 @@ def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
         settings="\n".join(f"    {key}: {value}" for key, value in recipe.items()),
         recalls=recalls,
         n=n,
-        constants=", ".join(f"{k} {v}" for k, v in asdict(constants_of("atlas", lm.layers)).items() if k != "layer"),
+        constants=", ".join(f"{k} {v}" for k, v in constants_of("rome", "atlas", lm.layers).items() if k != "layer"),
         edits=edits,
         bar_es=BARS["ES"],
         bar_ps=BARS["PS"],

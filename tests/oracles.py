@@ -115,3 +115,123 @@ def rome_update(
         k, v_star = k_mean, v0 + delta
         now = torch.stack([W @ key + bias for key in keys]).mean(0)
     return torch.outer(v_star - now, u) / (k @ u), losses
+
+
+class _Probe:
+    """Runs a model on one row of ids; reads modules, and adds vectors to their outputs at one position."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, ids, at, read=(), add=None):
+        add, seen, handles = add or {}, {}, []
+
+        def hook(name):
+            def act(_, args, output):
+                whole = output[0] if isinstance(output, tuple) else output
+                flat = whole.reshape(-1, whole.shape[-1])  # OPT gives [tokens, d], the others [1, tokens, d]
+                if name in add:
+                    mark = torch.zeros(len(flat), 1, dtype=flat.dtype)
+                    mark[at] = 1.0
+                    flat = flat + mark * add[name]
+                    whole = flat.reshape(whole.shape)
+                if args:
+                    seen[name, "in"] = args[0].reshape(-1, args[0].shape[-1])[at]
+                seen[name, "out"] = flat[at].clone()  # Falcon adds to it in place
+                return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+            return act
+
+        for name in {*read, *add}:
+            handles.append(self.model.get_submodule(name).register_forward_hook(hook(name)))
+        try:
+            logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, seen
+
+
+def _values(model, method, block, attention, name, layer, inputs, settings) -> torch.Tensor:
+    """The aim z [d_model] of one fact, at the block's output (PMET: the down-projection's), row by row."""
+    rows, (kl_ids, kl_at) = inputs
+    run = _Probe(model)
+    aim = name if method == "pmet" else block.format(layer)
+    bare = rows[0][0][: len(rows[0][0]) - rows[0][2]]
+    with torch.no_grad():
+        _, seen = run(bare, rows[0][1], [aim, attention.format(layer)])
+    start = seen[aim, "out"]
+    sites = {name: start} | (
+        {attention.format(layer): seen[attention.format(layer), "out"]} if method == "pmet" else {}
+    )
+    deltas = {site: torch.zeros_like(start, requires_grad=True) for site in sites}
+    adam = {site: (torch.zeros_like(start), torch.zeros_like(start)) for site in sites}
+    before = None
+    for step in range(settings.steps):
+        nll, said = 0.0, True
+        for ids, at, targets in rows:
+            logits, _ = run(ids, at, add=deltas)
+            log_p = F.log_softmax(logits, -1)
+            places = range(len(ids) - targets, len(ids))
+            said = said and all(log_p[i - 1].argmax() == ids[i] for i in places)
+            nll = nll - torch.stack([log_p[i - 1, ids[i]] for i in places]).mean() / len(rows)
+        logits, _ = run(kl_ids, kl_at, add=deltas)
+        after = F.log_softmax(logits[kl_at], -1)
+        before = after.detach() if before is None else before
+        kl = (before.exp() * (before - after)).sum()
+        weight = 0.1 if method == "pmet" and said else 1.0
+        loss = weight * nll + settings.kl_factor * kl
+        for site, norm in ((s, v.norm()) for s, v in sites.items()):
+            if deltas[site].detach().abs().sum() > 0:
+                loss = loss + settings.weight_decay * deltas[site].norm() / norm**2
+        if step == settings.steps - 1:
+            break
+        gradients = torch.autograd.grad(loss, list(deltas.values()))
+        for (site, delta), gradient in zip(list(deltas.items()), gradients, strict=True):
+            m, v = adam[site]
+            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            adam[site] = m, v
+            scale = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            moved = delta.detach() - settings.lr * m / (1 - 0.9 ** (step + 1)) / scale
+            bound = settings.clamp * sites[site].norm()
+            moved = moved * min(1.0, bound / moved.norm())
+            deltas[site] = moved.requires_grad_(True)
+    return start + deltas[name].detach()
+
+
+def spread_updates(model, method, block, attention, names, layers, facts, moments, settings) -> list[torch.Tensor]:
+    """ΔW [d_model, d_ff] of each layer by MEMIT, EMMET, PMET or AlphaEdit as the papers write them, by direct solves.
+
+    `facts`: (rows, kl row) each, as for `rome_update`. The weights are written into a copy, layer after layer.
+    """
+    model = copy.deepcopy(model).double()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    run = _Probe(model)
+    z = [_values(model, method, block, attention, names[-1], layers[-1], inputs, settings) for inputs in facts]
+    aim = names[-1] if method == "pmet" else block.format(layers[-1])
+    updates = []
+    for number, (name, C) in enumerate(zip(names, moments, strict=True)):
+        keys, residuals = [], []
+        for (rows, _), target in zip(facts, z, strict=True):
+            of_row = [run(ids[: len(ids) - t], at, [name])[1][name, "in"] for ids, at, t in rows]
+            keys.append((of_row[0] + torch.stack(of_row[1:]).mean(0)) / 2)
+            ids, at, targets = rows[0]
+            residuals.append(target - run(ids[: len(ids) - targets], at, [aim])[1][aim, "out"])
+        K, R = torch.stack(keys, 1), torch.stack(residuals, 1)
+        left = len(names) - number
+        R = R / (left**0.5 if method == "pmet" else left)
+        eye, few = torch.eye(len(K), dtype=K.dtype), torch.eye(K.shape[1], dtype=K.dtype)
+        if method in ("memit", "pmet"):
+            update = R @ K.T @ torch.linalg.inv(settings.moment_weight * C + K @ K.T)
+        elif method == "emmet":
+            inverse = torch.linalg.inv(settings.moment_weight * C)
+            update = R @ torch.linalg.inv(K.T @ inverse @ K + settings.epsilon * few) @ K.T @ inverse
+        else:
+            _, vectors = torch.linalg.eigh(C)
+            low = vectors[:, : round(settings.fraction * len(C))]
+            P = low @ low.T
+            update = torch.linalg.solve(P @ K @ K.T + settings.l2 * eye, P @ K @ R.T).T
+        updates.append(update)
+        dense(model.get_submodule(name)).add_(update)
+    return updates

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "editkit"
 LAYERS = [
     {"editkit"},
     {"errors"},
+    {"constants"},
     {"settings", "files", "nethook", "corpora"},
     {"snapshot"},
     {"models"},

@@ -36,9 +36,10 @@ def test_a_local_folder(family, tmp_path):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_name_of_an_architecture_is_a_module(family):
-    model, architecture = build(family), FAMILIES[family]
-    for name in ("embedding", "block", "attention", "mlp", "down_projection", "final_norm", "head"):
-        model.get_submodule(getattr(architecture, name).format(0))
+    model, architecture = build(family.removesuffix("_text")), FAMILIES[family]
+    for name in ("embedding", "block", "attention", "mlp", "mlp_norm", "down_projection", "final_norm", "head"):
+        if (where := getattr(architecture, name)) is not None:
+            model.get_submodule(where.format(0))
     assert orientation(model.get_submodule(architecture.down(0)), "") == ("in_out" if family == "gpt2" else "out_in")
 
 
@@ -63,8 +64,10 @@ def test_unknown_names_say_what_to_do():
 
 
 def test_an_unknown_family_says_which_are_known(tmp_path):
-    build("opt").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"model family 'opt' \(known: gpt2, llama"):
+    build("gpt2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "xglm"}))
+    with pytest.raises(ModelError, match=r"model family 'xglm' \(known: bloom, falcon, .*16 in all"):
         load(tmp_path)
 
 
@@ -122,3 +125,9 @@ def test_a_hub_name(monkeypatch):
     except Exception as error:
         pytest.skip(f"needs the Hugging Face Hub: {type(error).__name__}")
     assert load("openai-community/gpt2", device="cpu").layers == 12
+
+
+def test_a_mixture_of_experts_is_refused_with_the_reason(tmp_path):
+    build("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="does not edit the model family 'mixtral': its experts are slices.*Choose a"):
+        load(tmp_path)

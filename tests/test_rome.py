@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
+from editkit.constants import constants_of
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.facts import lookup_position
 from editkit.methods.contexts import context_templates
 from editkit.models.tokens import continued, spaced, tokenise
 from editkit.moments import second_moments
-from editkit.settings import Constants, ContextSettings, MomentSettings, constants_of
+from editkit.settings import ContextSettings, MomentSettings
 from tests.conftest import tiny_lm
 from tests.oracles import rome_update
 from tests.test_snapshot import everything
@@ -54,8 +55,7 @@ def test_equal_to_the_oracle(name, keys, request):
         settings = replace(settings, lr=0.02, stop_loss=0.0)
     templates = context_templates(lm, FEW, seed=0)
     moment = second_moments(lm, [layer], MOMENTS, progress=False)[layer]
-    factored = moment.factor(MOMENTS.ridge)
-    edit = rome(lm, FACT, settings, moments=factored, contexts=templates, progress=False)
+    edit = rome(lm, FACT, settings, moments={layer: moment}, contexts=templates, progress=False)
 
     shifted = moment.matrix + MOMENTS.ridge * moment.matrix.diagonal().mean() * torch.eye(len(moment.matrix)).double()
     expected, losses = oracle_of(lm, FACT, settings, templates, shifted)
@@ -89,7 +89,9 @@ def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm, method):
     assert answer() == "Paris"[: len(answer())]
     with edit.applied(atlas_lm):
         assert answer() == "Rome"[: len(answer())]
-    assert edit.rank == 1 and edit.parameters == [f"transformer.h.{constants_of('atlas', 8).layer}.mlp.c_proj.weight"]
+    assert edit.rank == 1 and edit.parameters == [
+        f"transformer.h.{constants_of('rome', 'atlas', 8)['layer']}.mlp.c_proj.weight"
+    ]
 
 
 def test_a_seed_decides_every_byte(atlas_lm):
@@ -124,8 +126,9 @@ def test_contexts_are_seeded_and_clean(atlas_lm):
 
 
 def test_defaults_follow_the_published_constants():
-    assert constants_of("openai-community/gpt2-xl", 48) == Constants(17, clamp=4.0)
-    assert constants_of("unknown", 3).layer == 1 == constants_of("gpt2-xl", 3).layer
+    xl = constants_of("rome", "openai-community/gpt2-xl", 48)
+    assert xl == {"layer": 17, "clamp": 4.0, "steps": 20, "lr": 0.5, "weight_decay": 0.5}
+    assert constants_of("rome", "unknown", 3)["layer"] == 1 == constants_of("rome", "gpt2-xl", 3)["layer"]
     settings = RomeSettings(clamp=2.0).resolved("gpt2-medium", 24)
     assert (settings.layer, settings.clamp) == (8, 2.0)
 
@@ -150,7 +153,7 @@ def test_an_interrupt_during_the_optimisation_leaves_the_model_as_it_was(atlas_l
         return original(*arguments, **options)
 
     original = torch.nn.functional.kl_div
-    monkeypatch.setattr("editkit.methods.rome.kl_div", interrupted)
+    monkeypatch.setattr("editkit.methods.value.kl_div", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rome(atlas_lm, FACT, RomeSettings(contexts=FEW), moments=MOMENTS, progress=False)
     assert all(torch.equal(b, before[n]) for n, b in everything(atlas_lm.model).items())

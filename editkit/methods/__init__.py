@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from editkit.errors import ConfigError, did_you_mean
-from editkit.settings import RomeSettings, RRomeSettings
+from editkit.settings import (
+    AlphaEditSettings,
+    EmmetSettings,
+    MemitSettings,
+    MethodSettings,
+    PmetSettings,
+    RomeSettings,
+    RRomeSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,8 @@ class Method:
     """A registered method: where its function is, and the dataclass of its settings."""
 
     target: str  # "module:function", imported when first called
-    settings: type
+    settings: type[MethodSettings]
+    carries: bool = False  # takes `earlier`, its edits that the model already holds
 
     def load(self) -> Callable[..., Any]:
         module, function = self.target.split(":")
@@ -28,6 +37,10 @@ class Method:
 METHODS = {
     "rome": Method("editkit.methods.rome:rome", RomeSettings),
     "r_rome": Method("editkit.methods.rome:r_rome", RRomeSettings),
+    "memit": Method("editkit.methods.memit:memit", MemitSettings),
+    "emmet": Method("editkit.methods.memit:emmet", EmmetSettings),
+    "pmet": Method("editkit.methods.pmet:pmet", PmetSettings),
+    "alphaedit": Method("editkit.methods.alphaedit:alphaedit", AlphaEditSettings, carries=True),
 }
 
 

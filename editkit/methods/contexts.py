@@ -14,11 +14,12 @@ def context_templates(lm: LanguageModel, settings: ContextSettings, seed: int) -
     """
     templates = ["{}"]
     for length, count in zip(settings.lengths, settings.counts, strict=True):
-        # Sampled one by one with a seed each: a sample does not depend on how many were asked for.
-        for number in range(count):
-            (text,) = generate(lm, [""], length, top_k=settings.top_k, seed=_seed(seed, length, number))
-            text = text.replace("{", " ").replace("}", " ").strip()
-            templates.append(f"{text}. {{}}" if text else "{}")
+        for start in settings.starts:
+            # Sampled one by one with a seed each: a sample does not depend on how many were asked for.
+            for number in range(count):
+                (text,) = generate(lm, [start], length, top_k=settings.top_k, seed=_seed(seed, length, number))
+                text = (start + text).replace("{", " ").replace("}", " ").strip()
+                templates.append(f"{text}. {{}}" if text else "{}")
     return templates
 
 

@@ -4,7 +4,7 @@ To add a family, add its `config.model_type` to `FAMILIES` with the names of its
 changes: weight orientation is read off the module's type, never off shapes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -20,46 +20,88 @@ class Architecture:
     embedding: str
     block: str
     attention: str
-    mlp: str
     down_projection: str  # the MLP's last matrix: input k [.., d_ff], output m = W k + b [.., d_model]
     final_norm: str
-    head: str
+    mlp: str | None  # None where its parts lie in the block itself
+    mlp_norm: str | None = None  # a norm between the MLP's output and the residual stream
+    head: str = "lm_head"
 
     def down(self, layer: int) -> str:
         """The name of the down-projection module of block `layer`."""
         return self.down_projection.format(layer)
 
+    def aim(self, layer: int) -> str:
+        """Where a value for block `layer` is aimed: the block itself, whose output is the residual stream, or the
+        down-projection where a norm lies between the two."""
+        return self.block.format(layer) if self.mlp_norm is None else self.down(layer)
 
-_LLAMA = {
-    "embedding": "model.embed_tokens",
-    "block": "model.layers.{}",
-    "attention": "model.layers.{}.self_attn",
-    "mlp": "model.layers.{}.mlp",
-    "down_projection": "model.layers.{}.mlp.down_proj",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
 
-FAMILIES = {
-    "gpt2": Architecture(
-        "gpt2",
-        embedding="transformer.wte",
-        block="transformer.h.{}",
-        attention="transformer.h.{}.attn",
-        mlp="transformer.h.{}.mlp",
-        down_projection="transformer.h.{}.mlp.c_proj",
-        final_norm="transformer.ln_f",
-        head="lm_head",
+def _family(family: str, embedding: str, block: str, parts: tuple[str, str, str], final_norm: str) -> Architecture:
+    """An entry whose attention, MLP and down-projection (`parts`) lie one in the other below the block."""
+    attention, mlp, down = parts
+    return Architecture(
+        family,
+        embedding=embedding,
+        block=block,
+        attention=f"{block}.{attention}",
+        mlp=f"{block}.{mlp}",
+        down_projection=f"{block}.{mlp}.{down}",
+        final_norm=final_norm,
+    )
+
+
+_LLAMA = _family(
+    "llama", "model.embed_tokens", "model.layers.{}", ("self_attn", "mlp", "down_proj"), final_norm="model.norm"
+)
+_GPT2 = _family("gpt2", "transformer.wte", "transformer.h.{}", ("attn", "mlp", "c_proj"), final_norm="transformer.ln_f")
+_BLOOM = _family(
+    "bloom",
+    "transformer.word_embeddings",
+    "transformer.h.{}",
+    ("self_attention", "mlp", "dense_4h_to_h"),
+    final_norm="transformer.ln_f",
+)
+_NORM_AFTER = "model.layers.{}.post_feedforward_layernorm"
+
+_ENTRIES = [
+    _GPT2,
+    replace(_GPT2, family="gpt_neo"),
+    replace(_GPT2, family="gptj", down_projection="transformer.h.{}.mlp.fc_out"),
+    _family(
+        "gpt_neox",
+        "gpt_neox.embed_in",
+        "gpt_neox.layers.{}",
+        ("attention", "mlp", "dense_4h_to_h"),
+        final_norm="gpt_neox.final_layer_norm",
     ),
-    "llama": Architecture("llama", **_LLAMA),
-    "mistral": Architecture("mistral", **_LLAMA),
-    "qwen2": Architecture("qwen2", **_LLAMA),
-    "qwen3": Architecture("qwen3", **_LLAMA),
-}
+    Architecture(
+        "opt",
+        embedding="model.decoder.embed_tokens",
+        block="model.decoder.layers.{}",
+        attention="model.decoder.layers.{}.self_attn",
+        mlp=None,
+        down_projection="model.decoder.layers.{}.fc2",
+        final_norm="model.decoder.final_layer_norm",
+    ),
+    _BLOOM,
+    replace(_BLOOM, family="falcon"),
+    replace(_LLAMA, family="phi", down_projection="model.layers.{}.mlp.fc2", final_norm="model.final_layernorm"),
+    *(replace(_LLAMA, family=family) for family in ("llama", "mistral", "qwen2", "qwen3", "phi3")),
+    *(replace(_LLAMA, family=family, mlp_norm=_NORM_AFTER) for family in ("gemma2", "gemma3_text", "olmo2")),
+]
+FAMILIES = {entry.family: entry for entry in _ENTRIES}
+
+_EXPERTS = (
+    "its experts are slices of one 3-D parameter and a token is sent to several of them, so there is no single "
+    "down-projection with one key to edit. Choose a dense model of the same line"
+)
+REFUSED = {"mixtral": _EXPERTS, "qwen2_moe": _EXPERTS, "qwen3_moe": _EXPERTS}
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The family's entry. Raises ModelError naming the families that are known."""
+    """The family's entry. Raises ModelError naming the families that are known, or why this one is refused."""
+    if model_type in REFUSED:
+        raise ModelError(f"editkit does not edit the model family '{model_type}': {REFUSED[model_type]}.")
     if model_type not in FAMILIES:
         raise ModelError(
             f"editkit does not know the model family '{model_type}' ({did_you_mean(model_type, FAMILIES)}). "

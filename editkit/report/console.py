@@ -77,12 +77,16 @@ def update(edit: Edit, relative_norm: float) -> str:
         if "cos_bare_mean" in report:
             parts.append(f"cos(bare key, mean key) {report['cos_bare_mean']:.3f}")
         lines += _wrapped("  ", "value: " + ", ".join(parts))
+    for report in edit.provenance.get("layers", []):
+        text = f"block {report['layer']}: {report['written']:.0%} of the residual written, ‖R‖ {report['missing']:.3g}"
+        if "null_space" in report:
+            text += f", null space of {report['null_space']} directions"
+        lines += _wrapped("  ", text)
     moments = edit.provenance.get("moments", {})
     if "keys" in moments:
-        text = (
-            f"second moment: {moments['keys']} keys ({moments['keys_per_dimension']:.0f} a dimension), "
-            f"condition {moments['condition']:.2g}"
-        )
+        text = f"second moment: {moments['keys']} keys ({moments['keys_per_dimension']:.0f} a dimension)"
+        if "condition" in moments:
+            text += f", condition {moments['condition']:.2g}"
         lines += _wrapped("  ", text)
     return "\n".join(lines)
 

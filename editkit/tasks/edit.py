@@ -12,6 +12,7 @@ from editkit.edit import Edit, weight_norm
 from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.methods import get_method
+from editkit.methods.transforms import TRANSFORMS
 from editkit.metrics.counterfact import ProbeScore, score_probes, share
 from editkit.metrics.generation import continuation, top_next
 from editkit.models.load import LanguageModel, load
@@ -42,6 +43,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("measure_before")
     method = get_method(config.method_name).load()
     edit: Edit = method(lm, case.fact, config.method, seed=config.seed, moments=config.moments)
+    if config.method.transform is not None:
+        edit = TRANSFORMS[config.method.transform](lm, edit)
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
     with edit.applied(lm) as applied:

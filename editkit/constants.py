@@ -1,0 +1,78 @@
+"""The constants of the papers' code for each method and model, and what is proposed for any other model."""
+
+from typing import Any
+
+# The authors' hparams files. The atlas model's are our own (its card): its early site is blocks 2 to 5.
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "rome": {
+        "atlas": {"layer": 4},
+        "gpt2-medium": {"layer": 8, "clamp": 3.0},
+        "gpt2-large": {"layer": 12},
+        "gpt2-xl": {"layer": 17},
+        "gpt-j-6b": {"layer": 5},
+        "gpt-neox-20b": {"layer": 15},
+        "Llama-3-8B": {"layer": 5},
+    },
+    "memit": {
+        "atlas": {"layers": (3, 4), "moment_weight": 100.0},
+        "gpt2-xl": {"layers": (13, 14, 15, 16, 17), "moment_weight": 20_000.0},
+        "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8), "steps": 25},
+        "Llama-3-8B": {"layers": (4, 5, 6, 7, 8), "lr": 0.1},
+    },
+    "pmet": {
+        "atlas": {"layers": (3, 4), "moment_weight": 10.0, "clamp": 8.0, "lr": 0.5},
+        "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
+    },
+    "alphaedit": {
+        "atlas": {"layers": (3, 4), "lr": 0.5, "l2": 1.0, "fraction": 0.75},
+        "gpt2-xl": {"layers": (13, 14, 15, 16, 17)},
+        "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
+        "Llama-3-8B": {"layers": (4, 5, 6, 7, 8)},
+    },
+    "emmet": {
+        "atlas": {"layers": (4,)},
+        "gpt2-xl": {"moment_weight": 1000.0},
+        "gpt-j-6b": {"moment_weight": 1.0},
+    },
+}
+
+# What a method takes where nothing was published for the model.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "rome": {"clamp": 4.0, "steps": 20, "lr": 0.5, "weight_decay": 0.5},
+    "memit": {"clamp": 0.75, "steps": 20, "lr": 0.5, "weight_decay": 0.5, "moment_weight": 15_000.0},
+    "emmet": {"clamp": 0.75, "steps": 20, "lr": 0.5, "weight_decay": 0.5, "moment_weight": 1.0},
+    "pmet": {"clamp": 0.75, "steps": 30, "lr": 0.2, "weight_decay": 0.5, "moment_weight": 6000.0},
+    "alphaedit": {"clamp": 0.75, "steps": 25, "lr": 0.1, "weight_decay": 0.5, "l2": 10.0},
+}
+
+DEPTH_FRACTION = 0.35  # GPT-2 XL's 17 of 48, where a model has no published block
+RANGE = 5  # blocks of a range that nobody published, the last of them ROME's
+
+_ALIASES = {"Meta-Llama-3-8B": "Llama-3-8B"}
+
+
+def constants_of(method: str, model_name: str, layers: int) -> dict[str, Any]:
+    """What `method` takes for the model of this name with `layers` blocks: published, else proposed.
+
+    A block nobody published is the one at 0.35 of the depth; a range ends at ROME's block and holds an eighth of
+    the blocks, at most five.
+
+    >>> constants_of("rome", "openai-community/gpt2-medium", 24)["clamp"]
+    3.0
+    >>> constants_of("rome", "my-model", 12)
+    {'clamp': 4.0, 'steps': 20, 'lr': 0.5, 'weight_decay': 0.5, 'layer': 4}
+    >>> constants_of("memit", "gpt2-large", 36)["layers"]
+    (9, 10, 11, 12)
+    """
+    name = model_name.rstrip("/").rsplit("/", 1)[-1]
+    found = DEFAULTS[method] | PUBLISHED[method].get(_ALIASES.get(name, name), {})
+    if max(found.get("layers", (found.get("layer", 0),))) >= layers:  # another model of the same name
+        found = dict(DEFAULTS[method])
+    if "layer" not in found and "layers" not in found:
+        if method == "rome":
+            found["layer"] = min(layers - 1, int(DEPTH_FRACTION * layers))
+        else:
+            last = constants_of("rome", model_name, layers)["layer"]
+            count = 1 if method == "emmet" else max(1, min(RANGE, layers // 8, last + 1))
+            found["layers"] = tuple(range(last - count + 1, last + 1))
+    return found

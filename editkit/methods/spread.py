@@ -1,0 +1,107 @@
+"""What MEMIT and its descendants share: values of many facts, written over a range of blocks.
+
+With L the last block of the range, z_i the aim for fact i at block L, and for each block l of the range, ascending:
+
+    R = (Z − what block L gives now) / share(number of blocks left)     [d_model, n]
+    K = keys of block l now, averaged over context types                [d_ff, n]
+    ΔW_l = R · A(K),     A [n, d_ff] is the method's own
+
+The aim is the residual stream after block L, which is the down-projection's output plus what the block adds to it
+(MEMIT section 4; the authors' `memit_main.py`). In a family with a norm behind the MLP that sum is not linear in the
+down-projection's output: there the aim is the down-projection's output itself, and a range of one block is all that is
+allowed.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from editkit.edit import Base, Delta, Edit, dense_delta, low_rank_delta
+from editkit.errors import ModelError
+from editkit.facts import Fact
+from editkit.methods.value import at_lookup, optimise, rows_of
+from editkit.models.load import LanguageModel
+from editkit.settings import SpreadSettings
+
+Solve = Callable[[int, Tensor], Tensor]  # (layer, K [d_ff, n]) -> A [n, d_ff]
+
+
+def layers_of(lm: LanguageModel, settings: SpreadSettings) -> list[int]:
+    """The blocks to write, ascending. Raises ModelError for one the model does not have, or a range it cannot take."""
+    layers = sorted(settings.layers or ())
+    for layer in layers:
+        lm.check_layer(layer)
+    if len(layers) > 1 and lm.architecture.mlp_norm is not None:
+        raise ModelError(
+            f"Layers {layers} were asked for; '{lm.architecture.family}' has a norm between the MLP and the residual "
+            "stream, so a residual cannot be shared out over several blocks. Give one, as in method.layers=[3]."
+        )
+    return layers
+
+
+def values_of(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    sites: Sequence[str],
+    aim: str,
+    settings: SpreadSettings,
+    templates: Sequence[str],
+    progress: bool,
+    **options: Any,
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Z [n, d_model] at `aim`: what it gives for the bare prompt, plus the δ of the last of `sites`."""
+    start = at_lookup(lm, aim, facts, templates[:1], settings.token)[:, 0]  # [n, d_model]
+    deltas, reports = [], []
+    for number, fact in enumerate(tqdm(facts, desc="values", disable=not progress or len(facts) == 1, leave=False)):
+        rows = rows_of(lm, fact, settings.token, templates)
+        own = [at_lookup(lm, site, [fact], templates[:1], settings.token)[0, 0].norm().item() for site in sites[:-1]]
+        norms = [*own, start[number].norm().item()]
+        found = optimise(lm, sites, rows, norms, settings, name=fact.subject, progress=progress, **options)
+        deltas.append(found.delta[-1])
+        size = found.delta[-1].norm().item()
+        reports.append({"steps": found.steps, "clamp_hit": found.clamp_hit, "delta_norm": size, "v0_norm": norms[-1]})
+    return start + torch.stack(deltas), reports
+
+
+def spread(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    base: Base,
+    layers: Sequence[int],
+    aim: str,
+    z: Tensor,
+    templates: Sequence[str],
+    token: str,
+    solve: Solve,
+    *,
+    share: Callable[[int], float] = float,
+) -> tuple[tuple[Delta, ...], dict[int, Tensor], list[dict[str, Any]]]:
+    """The deltas of `layers`, the keys K of each, and a report of each. The model is left as it was."""
+    weights = torch.tensor([0.5] + [0.5 / (len(templates) - 1)] * (len(templates) - 1) if templates[1:] else [1.0])
+    deltas, all_keys, reports = [], {}, []
+    with ExitStack() as undo:  # lower blocks stay written while the higher ones are computed
+        for number, layer in enumerate(layers):
+            site = lm.architecture.down(layer)
+            keys = at_lookup(lm, site, facts, templates, token, inputs=True)  # [n, templates, d_ff]
+            keys = (keys * weights[:, None].double()).sum(1).T
+            missing = (z - at_lookup(lm, aim, facts, templates[:1], token)[:, 0]).T  # [d_model, n]
+            left, right = missing / share(len(layers) - number), solve(layer, keys)
+            small = left.shape[1] * (left.shape[0] + right.shape[1]) < left.shape[0] * right.shape[1]
+            delta = low_rank_delta(lm, site, left, right) if small else dense_delta(lm, site, left @ right)
+            deltas.append(delta)
+            all_keys[layer] = keys
+            reports.append(
+                {
+                    "layer": layer,
+                    "missing": missing.norm(dim=0).mean().item(),  # mean distance to the aim before this block's write
+                    "written": (right @ keys).diagonal().mean().item(),  # mean share of a fact's residual it writes
+                    "norm": delta.norm(),
+                }
+            )
+            if number + 1 < len(layers):
+                undo.enter_context(Edit((delta,), base).applied(lm, check=False))
+    return tuple(deltas), all_keys, reports

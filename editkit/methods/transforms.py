@@ -1,0 +1,78 @@
+"""Transforms of a finished edit: RECT and PRUNE.
+
+    rect    keep the share of ΔW's entries that are largest in |ΔW / W|, drop the others
+            (Gu et al. 2024, arXiv 2401.04700)
+    prune   singular values σ of the total ΔW above σmax(W0) become  ln σ − ln σmax + σmax, added to W0
+            (Ma et al. 2024, arXiv 2405.16821)
+
+Both are of an edit as a whole against the weights it was computed for. PRUNE is of the *total* of a session against
+the weights that the session began with: one public copy adds its result to the edited weights, which counts it twice.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from editkit.edit import Delta, Edit, dense_delta, low_rank_delta
+from editkit.models.load import LanguageModel
+from editkit.nethook import get_parameter
+
+RECT_KEPT = 0.4
+
+
+def rect(lm: LanguageModel, edit: Edit, *, kept: float = RECT_KEPT) -> Edit:
+    """The edit with all but the share `kept` of each ΔW's entries set to 0. `lm` holds the weights before it."""
+
+    def one(delta: Delta) -> Delta:
+        w, change = _weight(lm, delta), _change(delta)
+        relative = (change / w).abs().nan_to_num(nan=0.0, posinf=float("inf"))  # 0 / 0 changes nothing
+        count = max(1, round(kept * change.numel()))
+        threshold = relative.flatten().kthvalue(change.numel() - count + 1).values
+        return dense_delta(lm, delta.module, torch.where(relative >= threshold, change, 0.0))
+
+    return _transformed(edit, tuple(map(one, edit.deltas)), {"name": "rect", "kept": kept})
+
+
+def prune(lm: LanguageModel, edit: Edit) -> Edit:
+    """The edit with its largest singular values pulled back to σmax(W0). `lm` holds W0."""
+
+    def one(delta: Delta) -> Delta:
+        largest = torch.linalg.matrix_norm(_weight(lm, delta), ord=2)
+        u, s, vt = _svd(delta)
+        if not (s > largest).any():
+            return delta
+        s = torch.where(s > largest, s.log() - largest.log() + largest, s)
+        if delta.right is None:
+            return dense_delta(lm, delta.module, (u * s) @ vt)
+        return low_rank_delta(lm, delta.module, u * s, vt)
+
+    return _transformed(edit, tuple(map(one, edit.deltas)), {"name": "prune"})
+
+
+TRANSFORMS = {"rect": rect, "prune": prune}
+
+
+def _weight(lm: LanguageModel, delta: Delta) -> Tensor:
+    """W [d_model, d_ff] in float64 on the CPU."""
+    weight = get_parameter(lm.model, delta.parameter).detach().double().cpu()
+    return weight.T if delta.orientation == "in_out" else weight
+
+
+def _change(delta: Delta) -> Tensor:
+    """ΔW [d_model, d_ff] in float64."""
+    return delta.left.double() if delta.right is None else delta.left.double() @ delta.right.double()
+
+
+def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of ΔW; of factors through their QR decompositions, so that ΔW is never formed."""
+    if delta.right is None:
+        return torch.linalg.svd(delta.left.double(), full_matrices=False)
+    ql, rl = torch.linalg.qr(delta.left.double())
+    qr, rr = torch.linalg.qr(delta.right.double().T)
+    u, s, vt = torch.linalg.svd(rl @ rr.T)
+    return ql @ u, s, vt @ qr.T
+
+
+def _transformed(edit: Edit, deltas: tuple[Delta, ...], how: dict) -> Edit:
+    return replace(edit, deltas=deltas, provenance=edit.provenance | {"transform": how})
