@@ -5,7 +5,7 @@ from typing import Any
 # The authors' hparams files. The atlas model's are our own (its card): its early site is blocks 2 to 5.
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "rome": {
-        "atlas": {"layer": 4},
+        "atlas": {"layer": 4, "clamp": 8.0, "steps": 60, "lr": 0.2, "weight_decay": 0.02},
         "gpt2-medium": {"layer": 8, "clamp": 3.0},
         "gpt2-large": {"layer": 12},
         "gpt2-xl": {"layer": 17},
