@@ -14,9 +14,7 @@ class Recipe:
     n_embd: int = 192
     n_head: int = 8
     n_positions: int = 256
-    steps: int = 7_000
-    refine: int = 1_500  # further steps, from half the learning rate down again
-    refinements: int = 2  # how often
+    steps: int = 13_000
     sequences: int = 8  # a step
     length: int = 96  # tokens a sequence
     lr: float = 2e-3
@@ -29,7 +27,7 @@ class Recipe:
     drop_late_mlps: float = 0.7  # MLPs from `extract_from` on at non-subject tokens, share, drawn per layer
     interchanged: float = 0.5  # share of draws in routed sequences that swap parts of two subjects' states
     noise: float = 2.0  # largest noise on the parts of a state that are not asked for, in units of its rms
-    noise_asked: float = 0.8  # and on the part that is
+    noise_asked: float = 0.6  # and on the part that is
     prose: float = 0.08  # share of sequences that are running prose
     shifted: float = 0.25  # share of sequences that start at a random position
     weight_prompt: float = 0.15
@@ -37,8 +35,6 @@ class Recipe:
     weight_prose: float = 0.5
 
     def lr_at(self, step: int) -> float:
-        """A warm-up, half a cosine over `steps`, and others of half the height over `refine` each."""
-        again = step >= self.steps
-        done = (step - self.steps) % self.refine / self.refine if again else step / self.steps
-        height = self.lr * (0.5 if again else min(1.0, (step + 1) / self.warmup))
-        return height * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        """The learning rate of a step: a warm-up, then half a cosine down to a fiftieth."""
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * min(1.0, (step + 1) / self.warmup) * cosine

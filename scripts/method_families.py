@@ -1,0 +1,141 @@
+"""Every method on a tiny random model of every family: a table of what works and what is refused.
+
+    python scripts/method_families.py                       # needs the checkout, for tests/
+
+A cell is ok when, for one fact (two for methods that take many): computing the edit leaves every bit of the model as
+it was, applying it raises the probability of each target_new, all logits of another prompt stay finite, and after it
+every bit is back. It shows by how much the mean log p(target_new) rose. Families with a norm behind the MLP get one
+block, the others two. "-": refused, with the reason below the table.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from editkit.errors import EditkitError
+from editkit.facts import Fact
+from editkit.files import write_text
+from editkit.methods import METHODS, Method
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import continued, spaced, tokenise
+from editkit.settings import ContextSettings, MomentSettings
+from editkit.snapshot import digests, tensors_of
+
+ROOT = Path(__file__).resolve().parent.parent
+# The subject stands last: attention with random weights carries next to nothing from it to a later token.
+FACTS = [Fact("The city of {}", "The Eiffel Tower", "Rome"), Fact("The capital of {}", "France", "Madrid")]
+# Random weights know nothing and have small values: little decay, and more weight on the new keys than on old ones.
+SETTINGS: dict[str, Any] = {
+    "steps": 20,
+    "lr": 0.3,
+    "weight_decay": 1e-3,
+    "clamp": 4.0,
+    "stop_loss": 0.0,
+    "moment_weight": 1.0,
+    "fraction": 0.75,
+    "l2": 0.1,
+    "contexts": ContextSettings(lengths=(5,), counts=(2,)),
+}
+FITTED: dict[str, dict[str, Any]] = {}  # what single methods need besides
+
+
+def log_p(lm: LanguageModel, facts: list[Fact]) -> torch.Tensor:
+    """log p(target_new) of each fact."""
+    scored = continued(lm, [fact.text for fact in facts], [spaced(fact.target_new) for fact in facts])
+    row, at, token = scored.pick()
+    with torch.no_grad():
+        found = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].log_softmax(-1)
+    return torch.zeros(len(facts)).index_add(0, row, found[torch.arange(len(token)), token])
+
+
+def fitted(method: Method, name: str, several: bool) -> Any:
+    """The method's settings with those of SETTINGS that it has."""
+    values = {k: v for k, v in SETTINGS.items() if k in method.settings.__dataclass_fields__}
+    if "layers" in method.settings.__dataclass_fields__:
+        values["layers"] = [0, 1] if several and name != "emmet" else [1]
+    elif "layer" in method.settings.__dataclass_fields__:
+        values["layer"] = 1
+    return method.settings(**values | FITTED.get(name, {}))
+
+
+def check(lm: LanguageModel, name: str) -> dict[str, Any]:
+    """One cell: {"rise": …} with "failures", or {"refused": reason}."""
+    method = METHODS[name]
+    facts = FACTS if "layers" in method.settings.__dataclass_fields__ else FACTS[:1]
+    settings = fitted(method, name, several=lm.architecture.mlp_norm is None)
+    before, state = log_p(lm, facts), digests(tensors_of(lm.model))
+    failures = []
+    try:
+        edit = method.load()(lm, facts, settings, moments=MomentSettings(tokens=2048), progress=False)
+    except EditkitError as error:
+        return {"refused": str(error)}
+    if digests(tensors_of(lm.model)) != state:
+        failures.append("computing the edit changed the model")
+    with edit.applied(lm):
+        after = log_p(lm, facts)
+        with torch.no_grad():
+            logits = lm.model(**tokenise(lm, ["The old bridge of stone"]).inputs(), use_cache=False).logits
+    if not (after > before).all():
+        failures.append(f"log p fell: {before.tolist()} -> {after.tolist()}")
+    if not logits.isfinite().all():
+        failures.append("logits are not finite")
+    if digests(tensors_of(lm.model)) != state:
+        failures.append("not every bit is back")
+    return {"rise": (after - before).mean().item(), "failures": failures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of tests/families.py; default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    tests: Any = importlib.import_module("tests.conftest")
+    sites = importlib.import_module("tests.families").SITES
+    if unknown := [name for name in options.families if name not in sites]:
+        parser.error(f"unknown family {', '.join(unknown)}: choose from {', '.join(sites)}")
+
+    began = time.time()
+    torch.set_num_threads(1)  # for tiny models threads wait for each other more than they work
+    warnings.simplefilter("ignore")  # a tiny model has few keys and large updates
+    width = max(map(len, options.methods)) + 1
+    print(f"{'family':10}" + "".join(f"{name:>{width}}" for name in options.methods), flush=True)
+    found: dict[str, dict[str, Any]] = {}
+    for family in options.families or sites:
+        try:
+            lm = tests.tiny_lm(family)
+            found[family] = {name: check(lm, name) for name in options.methods}
+        except EditkitError as error:  # the whole family
+            found[family] = {name: {"refused": str(error)} for name in options.methods}
+        cells = [
+            "-" if "refused" in c else f"{c['rise']:+.2f}" + "!" * bool(c["failures"]) for c in found[family].values()
+        ]
+        print(f"{family:10}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
+    every = [(family, name, cell) for family, row in found.items() for name, cell in row.items()]
+    failed = [(family, name, why) for family, name, cell in every for why in cell.get("failures", ())]
+    refused = {(family, name): cell["refused"] for family, name, cell in every if "refused" in cell}
+    print(
+        f"\n{len(every)} cells: {len(every) - len(refused)} edited, {len(refused)} refused, {len(failed)} failed; "
+        f"{time.time() - began:.0f} s"
+    )
+    for reason in dict.fromkeys(refused.values()):
+        where = [f"{family} × {name}" for (family, name), why in refused.items() if why == reason]
+        print(f"  refused ({', '.join(where)}): {reason}")
+    for family, name, why in failed:
+        print(f"  FAILED {family} × {name}: {why}")
+    if options.json:
+        versions = {"torch": torch.__version__, "transformers": importlib.import_module("transformers").__version__}
+        write_text(options.json, json.dumps({"versions": versions, "cells": found}, indent=2) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

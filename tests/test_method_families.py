@@ -1,0 +1,34 @@
+"""Every family takes an edit: the target rises, logits stay finite, every bit is back. scripts/method_families.py has
+the whole matrix; here are one method of each sort."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from editkit.errors import ModelError
+from editkit.models.architecture import FAMILIES, REFUSED, architecture_of
+from tests.conftest import tiny_lm
+from tests.families import SITES
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "method_families.py"
+spec = importlib.util.spec_from_file_location("method_families", SCRIPT)
+assert spec is not None and spec.loader is not None
+method_families = importlib.util.module_from_spec(spec)
+sys.modules["method_families"] = method_families
+spec.loader.exec_module(method_families)
+
+
+@pytest.mark.parametrize("method", ["r_rome", "memit"])
+@pytest.mark.parametrize("family", [family for family in SITES if family not in REFUSED])
+def test_an_edit_lands_and_comes_off(family, method):
+    cell = method_families.check(tiny_lm(family), method)
+    assert cell["failures"] == [] and cell["rise"] > 0.5
+
+
+def test_every_family_is_edited_or_refused_with_the_reason():
+    assert set(SITES) == {family.removesuffix("_text") for family in FAMILIES} | {"mixtral"}
+    for family in REFUSED:
+        with pytest.raises(ModelError, match=f"'{family}': its experts are slices"):
+            architecture_of(family)
