@@ -1,95 +1,35 @@
-"""Second moments C = E[k kᵀ] of the keys of a down-projection, over running text.
+"""The cache of second moments: `second_moments` reads it, or collects once however many processes ask.
 
-k [d_ff] is the input of the down-projection. One pass over the text serves all asked layers and stops after
-the last of them. Sums are kept in float64. A result is cached under the digest of the model, the module
-and the settings, so an edited model never reads the moments of another.
+    CACHE/moments/MODEL/KEY-MODULE.safetensors    C at one module; MODEL is the model's digest, KEY the settings'
+    CACHE/moments/MODEL/KEY-MODULE.lock           held while it is collected; the system frees it when its holder dies
+    CACHE/moments/MODEL/KEY-MODULES.partial       the state of a pass that is under way, or was killed
+
+So an edited model never reads the moments of another, and a killed pass is gone on with by whoever asks next.
 """
 
-import functools
 import hashlib
 import json
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
-from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
-from editkit.corpora import running_text
+from editkit.corpora import source_digest
 from editkit.errors import EditkitError, OutputError
-from editkit.files import write_bytes
 from editkit.models.load import LanguageModel
-from editkit.nethook import Trace
+from editkit.moments.collect import PARTIAL_FORMAT, Sums, collect, saver
+from editkit.moments.moment import ENOUGH, SecondMoment, read_header
 from editkit.settings import MomentSettings
 
-VERSION = 1  # of what is collected: change it and no old cache is read
-
-
-@dataclass(frozen=True, eq=False)
-class SecondMoment:
-    """C = E[k kᵀ] [d_ff, d_ff] in float64, uncentred, over `count` keys at `module`."""
-
-    module: str
-    matrix: Tensor
-    count: int
-    source: str
-
-    @functools.cached_property
-    def vectors_per_dimension(self) -> float:
-        """Keys per dimension of d_ff: 2 to 10 suffice (arXiv 2506.04226); below 1, C is singular."""
-        return self.count / self.matrix.shape[0]
-
-    def factor(self, ridge: float = 0.0) -> "Factored":
-        """Cholesky factor of C + ridge · mean(diag C) · I.
-
-        Raises EditkitError when it is not positive definite, saying how many keys there were.
-        """
-        size = self.matrix.shape[0]
-        shift = ridge * self.matrix.diagonal().mean()
-        ridged = self.matrix + shift * torch.eye(size, dtype=self.matrix.dtype)
-        lower, failed = torch.linalg.cholesky_ex(ridged)
-        if failed:
-            raise EditkitError(
-                f"The second moment at {self.module} is singular: {self.count} keys for {size} dimensions, ridge "
-                f"{ridge:g}. Collect at least {2 * size} (moments.tokens), or set moments.ridge to 1e-4 or more."
-            )
-        return Factored(lower)
-
-
-@dataclass(frozen=True, eq=False)
-class Factored:
-    """A lower Cholesky factor of C (float64). Solving with it never forms an inverse."""
-
-    lower: Tensor
-
-    def solve(self, keys: Tensor) -> Tensor:
-        """C⁻¹ k for keys [d_ff] or [d_ff, n], in float64 on the CPU."""
-        k = keys.detach().double().cpu()
-        solved = torch.cholesky_solve(k[:, None] if k.ndim == 1 else k, self.lower)
-        return solved[:, 0] if k.ndim == 1 else solved
-
-    @functools.cached_property
-    def condition(self) -> float:
-        """Condition number of the factored matrix (largest over smallest eigenvalue)."""
-        values = torch.linalg.svdvals(self.lower)
-        return (values[0] / values[-1]).item() ** 2
-
-
-class Identity(Factored):
-    """C = I: what some ports of ROME use, and a null control."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.eye(1, dtype=torch.float64))
-
-    def solve(self, keys: Tensor) -> Tensor:
-        return keys.detach().double().cpu()
+VERSION = 2  # of what is collected: change it and no old cache is read
+IMPORTED = "imported:"  # the source of moments that `python -m editkit.moments import` put into the cache
+NOTICE_AFTER = 1.0  # seconds of waiting for another process
 
 
 def second_moments(
@@ -103,26 +43,29 @@ def second_moments(
 ) -> dict[int, SecondMoment]:
     """Second moments at the down-projections of `layers`, from the cache or from one pass over the text.
 
-    `cache` is a folder (default `$EDITKIT_CACHE`, else `~/.cache/editkit`). Raises ModelError for a layer
-    the model does not have, EditkitError when the text is shorter than one block.
+    `cache` is a folder (default `$EDITKIT_CACHE`, else `~/.cache/editkit`). A pass that was killed is gone on with,
+    and gives the same bits as if it had not been. Another process that collects the same is waited for.
+    Warns when there are fewer than 2 keys per dimension (arXiv 2506.04226). Raises ModelError for a layer the
+    model does not have, EditkitError when the text is shorter than one block or a key is not finite.
     """
     settings = settings or MomentSettings()
-    cache = cache or cache_folder()
-    digest = lm.digest
-    found: dict[int, SecondMoment] = {}
-    paths = {}
-    for layer in dict.fromkeys(layers):
-        module = lm.architecture.down(lm.check_layer(layer))
-        paths[layer] = cache / "moments" / digest[:16] / f"{_cache_key(module, settings, seed)}.safetensors"
-        cached = _read(paths[layer], module)
-        if cached is not None:
-            found[layer] = cached
-    missing = [layer for layer in paths if layer not in found]
-    if missing:
-        for layer, moment in _collect(lm, missing, settings, seed, progress).items():
-            found[layer] = moment
-            _write(paths[layer], moment)
-    return {layer: found[layer] for layer in paths}
+    modules = {layer: lm.architecture.down(lm.check_layer(layer)) for layer in dict.fromkeys(layers)}
+    store = _Store(lm.digest, settings, seed, cache or cache_folder())
+    found = store.read(modules.values())
+    if missing := [module for module in modules.values() if module not in found]:
+        if settings.source.startswith(IMPORTED):
+            raise EditkitError(
+                f"No second moment named '{settings.source.removeprefix(IMPORTED)}' was imported for {missing[0]} of "
+                f"this very model ({lm.name}). Bring one in with `python -m editkit.moments import`, or collect it "
+                "from a text in moments.source."
+            )
+        with ExitStack() as held:
+            cached = store.lock(missing, held, progress)
+            found |= store.read(missing)
+            if missing := [module for module in missing if module not in found]:
+                found |= store.collect(lm, missing, progress, cached)
+    _warn_few(found, settings)
+    return {layer: found[module] for layer, module in modules.items()}
 
 
 def cache_folder() -> Path:
@@ -130,86 +73,128 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EDITKIT_CACHE") or Path.home() / ".cache" / "editkit").expanduser()
 
 
-def packed_blocks(lm: LanguageModel, texts: Iterator[str], length: int) -> Iterator[Tensor]:
-    """Token blocks [length] without padding: documents joined, an end token between them."""
-    end = lm.tokenizer.eos_token_id
-    waiting: list[int] = []
-    for text in texts:
-        waiting += lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
-            waiting.append(end)
-        while len(waiting) >= length:
-            yield torch.tensor(waiting[:length])
-            waiting = waiting[length:]
+def stored_at(moment: SecondMoment, settings: MomentSettings, seed: int, cache: Path) -> Path:
+    """Where `second_moments` looks for this moment when it is asked for with `settings` and `seed`."""
+    return _Store(moment.provenance["model_digest"], settings, seed, cache).path(moment.module)
 
 
-def _collect(
-    lm: LanguageModel, layers: list[int], settings: MomentSettings, seed: int, progress: bool
-) -> dict[int, SecondMoment]:
-    sites = {layer: lm.architecture.down(layer) for layer in layers}
-    sums: dict[int, Tensor] = {}
-    count = 0
-    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or settings.block
-    length = min(settings.block, limit)
-    blocks = packed_blocks(lm, running_text(settings.source, seed=seed), length)
-    bar = tqdm(total=settings.tokens, unit="key", desc="second moments", disable=not progress, delay=1, leave=False)
-    with bar, torch.inference_mode():
-        for batch in _batched(blocks, max(1, 2048 // length)):
-            ids = torch.stack(batch).to(lm.device)
-            with Trace(lm.model, list(sites.values()), inputs=True, outputs=False, stop=True) as trace:
-                lm.model(input_ids=ids, use_cache=False)
-            for layer, site in sites.items():
-                k = rearrange(trace[site].input, "rows tokens d_ff -> (rows tokens) d_ff").double()
-                product = (k.T @ k).cpu()
-                sums[layer] = sums[layer] + product if layer in sums else product
-            count += ids.numel()
-            bar.update(min(ids.numel(), settings.tokens - bar.n))
-            if count >= settings.tokens:
-                break
-    if not count:
-        raise EditkitError(
-            f"The running text '{settings.source}' has fewer than {length} tokens: no second moment can be "
-            "collected from it. Give a longer text in moments.source."
+class _Store:
+    """The part of the cache that belongs to one model, one text and one way of reading it."""
+
+    def __init__(self, digest: str, settings: MomentSettings, seed: int, cache: Path) -> None:
+        self.digest, self.settings, self.seed = digest, settings, seed
+        self.folder = cache / "moments" / digest[:16]
+        self.key = _key(settings, seed)
+
+    def path(self, module: str) -> Path:
+        return self.folder / f"{self.key}-{module}.safetensors"
+
+    def read(self, modules: Iterable[str]) -> dict[str, SecondMoment]:
+        """Those that are there. A damaged one is as good as none, with a warning."""
+        found = {}
+        for module in modules:
+            if self.path(module).exists():
+                try:
+                    found[module] = SecondMoment.load(self.path(module))
+                except EditkitError as error:
+                    warnings.warn(f"collected again: {error}", stacklevel=3)
+        return found
+
+    def lock(self, modules: list[str], held: ExitStack, progress: bool) -> bool:
+        """Hold the modules' locks until `held` ends. False, with a warning, where the cache cannot be written.
+
+        All processes lock in one order, so that two which ask for overlapping layers cannot wait for each other.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for module in sorted(modules):
+                lock = FileLock(self.path(module).with_suffix(".lock"))
+                try:
+                    held.enter_context(lock.acquire(timeout=NOTICE_AFTER))
+                except Timeout:
+                    if progress:
+                        print(f"editkit: another process collects {module}; waiting for it", file=sys.stderr)
+                    held.enter_context(lock.acquire())
+        except OSError as error:
+            warnings.warn(f"second moments are not cached: '{self.folder}' cannot be written: {error}", stacklevel=3)
+            return False
+        return True
+
+    def collect(self, lm: LanguageModel, modules: list[str], progress: bool, cached: bool) -> dict[str, SecondMoment]:
+        """One pass for all `modules`, from where the furthest killed pass over them stopped."""
+        provenance: dict[str, Any] = {
+            "model": lm.name,
+            "model_digest": self.digest,
+            "settings": _relevant(self.settings),
+            "seed": self.seed,
+        }
+        if not cached:
+            sums = collect(lm, modules, self.settings, seed=self.seed, progress=progress)
+            return {m: sums.moment(m, self.settings.source, provenance) for m in modules}
+        name = hashlib.sha256("\n".join(sorted(modules)).encode()).hexdigest()[:8]
+        partial = self.folder / f"{self.key}-{name}.partial"
+        for written in (partial, *map(self.path, modules)):  # what a kill left of a write; we hold the locks
+            for left in self.folder.glob(f".{written.name}.*.part"):
+                left.unlink(missing_ok=True)
+        sums = collect(
+            lm,
+            modules,
+            self.settings,
+            seed=self.seed,
+            progress=progress,
+            start=self._furthest(modules),
+            save=saver(partial, provenance),
         )
-    return {layer: SecondMoment(sites[layer], sums[layer] / count, count, settings.source) for layer in layers}
+        found = {m: sums.moment(m, self.settings.source, provenance) for m in modules}
+        try:
+            for module, moment in found.items():
+                moment.save(self.path(module))
+        except OutputError as error:
+            warnings.warn(f"second moments are not cached: {error}", stacklevel=3)
+        for path, header in self._partials():
+            if all(self.path(module).exists() for module in header["modules"]):
+                path.unlink(missing_ok=True)
+        return found
+
+    def _partials(self) -> list[tuple[Path, dict[str, Any]]]:
+        found = []
+        for path in self.folder.glob(f"{self.key}-*.partial"):
+            with suppress(EditkitError):
+                found.append((path, read_header(path, PARTIAL_FORMAT)))
+        return found
+
+    def _furthest(self, modules: list[str]) -> Sums | None:
+        """The saved state of the pass that got furthest among those over all of `modules`, and maybe more."""
+        usable = [
+            (header["count"], path) for path, header in self._partials() if set(modules) <= set(header["modules"])
+        ]
+        return Sums.load(max(usable)[1], modules) if usable else None
 
 
-def _batched(blocks: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
-    batch = []
-    for block in blocks:
-        batch.append(block)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _relevant(settings: MomentSettings) -> dict[str, Any]:
+    """The settings that decide what is collected. An imported moment was collected elsewhere, in its own way."""
+    if settings.source.startswith(IMPORTED):
+        return {"source": settings.source}
+    return {name: value for name, value in asdict(settings).items() if name not in ("ridge", "enabled")}
 
 
-def _cache_key(module: str, settings: MomentSettings, seed: int) -> str:
-    relevant = {k: v for k, v in asdict(settings).items() if k not in ("ridge", "enabled")}
-    relevant |= {"module": module, "seed": seed, "version": VERSION}
-    if (source := Path(settings.source).expanduser()).is_file():
-        relevant["content"] = hashlib.sha256(source.read_bytes()).hexdigest()
+def _key(settings: MomentSettings, seed: int) -> str:
+    relevant = _relevant(settings) | {"version": VERSION}
+    if not settings.source.startswith(IMPORTED):
+        relevant |= {"seed": seed, "content": source_digest(settings.source)}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _read(path: Path, module: str) -> SecondMoment | None:
-    """The cached moment, or None when there is none or it cannot be used."""
-    try:
-        tensors = load_tensors(path.read_bytes())
-    except (OSError, SafetensorError):
-        return None
-    return SecondMoment(module, tensors["matrix"], int(tensors["count"]), bytes(tensors["source"].tolist()).decode())
-
-
-def _write(path: Path, moment: SecondMoment) -> None:
-    """Cache the moment. A cache that cannot be written costs time, not the run."""
-    tensors = {
-        "matrix": moment.matrix.contiguous(),
-        "count": torch.tensor(moment.count),
-        "source": torch.tensor(list(moment.source.encode()), dtype=torch.uint8),
-    }
-    try:
-        write_bytes(path, save_tensors(tensors))
-    except OutputError as error:
-        warnings.warn(f"second moments are not cached: {error}", stacklevel=2)
+def _warn_few(found: dict[str, SecondMoment], settings: MomentSettings) -> None:
+    """One warning for the module that has the fewest keys for its size."""
+    moment = min(found.values(), key=lambda m: m.vectors_per_dimension, default=None)
+    if moment is None or moment.vectors_per_dimension >= ENOUGH:
+        return
+    remedy = f"Set moments.tokens to {ENOUGH * moment.d_ff} or more"
+    if moment.count < settings.tokens:
+        remedy += f", and moments.source to a longer text: '{moment.source}' gave {moment.count} of {settings.tokens}"
+    warnings.warn(
+        f"The second moment at {moment.module} has {moment.count} keys for {moment.d_ff} dimensions, which is "
+        f"{moment.vectors_per_dimension:.2g} each; 2 to 10 are needed (arXiv 2506.04226). {remedy}.",
+        stacklevel=3,
+    )
