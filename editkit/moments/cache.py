@@ -61,7 +61,7 @@ def second_moments(
             )
         with ExitStack() as held:
             cached = store.lock(missing, held, progress)
-            found |= store.read(missing)
+            found |= store.read(missing, warn=True)
             if missing := [module for module in missing if module not in found]:
                 found |= store.collect(lm, missing, progress, cached)
     _warn_few(found, settings)
@@ -89,15 +89,16 @@ class _Store:
     def path(self, module: str) -> Path:
         return self.folder / f"{self.key}-{module}.safetensors"
 
-    def read(self, modules: Iterable[str]) -> dict[str, SecondMoment]:
-        """Those that are there. A damaged one is as good as none, with a warning."""
+    def read(self, modules: Iterable[str], *, warn: bool = False) -> dict[str, SecondMoment]:
+        """Those that are there. A damaged one is as good as none, with a warning where it is about to be replaced."""
         found = {}
         for module in modules:
             if self.path(module).exists():
                 try:
                     found[module] = SecondMoment.load(self.path(module))
                 except EditkitError as error:
-                    warnings.warn(f"collected again: {error}", stacklevel=3)
+                    if warn:
+                        warnings.warn(f"collected again: {error}", stacklevel=3)
         return found
 
     def lock(self, modules: list[str], held: ExitStack, progress: bool) -> bool:
