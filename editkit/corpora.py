@@ -12,9 +12,10 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from editkit.errors import ConfigError
 
@@ -115,9 +116,9 @@ def running_text(source: str, *, seed: int = 0) -> Iterator[str]:
     """Documents of running text, in a seeded order, for second moments.
 
     `source` is "atlas" (trained sentences of the atlas, ten to a document, between paragraphs of its
-    prose), the path of a text file (a document a line; empty lines skipped), or
-    "hub:NAME[:CONFIG[:SPLIT]]" for a `datasets` name with a `text` column.
-    Raises ConfigError for a source that is none of these.
+    prose), the path of a text file (a document a line; empty lines skipped), a folder that `datasets` saved
+    (`save_to_disk`; of a DatasetDict the split "train"), or "hub:NAME[:CONFIG[:SPLIT]]" for a `datasets` name.
+    Data sets need a column `text`. Raises ConfigError for a source that is none of these.
     """
     if source == "atlas":
         return _atlas_documents(seed)
@@ -126,10 +127,23 @@ def running_text(source: str, *, seed: int = 0) -> Iterator[str]:
     path = Path(source).expanduser()
     if path.is_file():
         return _file_documents(path)
+    if path.is_dir():
+        return _folder_documents(path)
     raise ConfigError(
-        f"No running text '{source}': it is neither 'atlas', nor a text file, nor hub:NAME[:CONFIG[:SPLIT]]. "
-        "Set moments.source to one of these."
+        f"No running text '{source}': it is neither 'atlas', nor a text file, nor a folder saved by `datasets`, nor "
+        "hub:NAME[:CONFIG[:SPLIT]]. Set moments.source to one of these."
     )
+
+
+def source_digest(source: str) -> str:
+    """What a local source holds: sha256 of a file's bytes, or of what `datasets` keeps with a folder it saved, its
+    fingerprint among it. "" for the others: the name says it all."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    states = sorted(path.rglob("state.json")) if path.is_dir() else []
+    return hashlib.sha256(b"".join(state.read_bytes() for state in states)).hexdigest() if states else ""
 
 
 def _atlas_documents(seed: int) -> Iterator[str]:
@@ -149,10 +163,33 @@ def _atlas_documents(seed: int) -> Iterator[str]:
 
 
 def _file_documents(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield line.strip()
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.strip():
+                    yield line.strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not UTF-8 text ({error}). Set moments.source to a text file.") from error
+
+
+def _folder_documents(path: Path) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise ConfigError(
+            f"The folder '{path}' is no data set that `datasets` saved with save_to_disk: {error}. Set moments.source "
+            "to such a folder, or to a text file."
+        ) from error
+    if isinstance(rows, datasets.DatasetDict):
+        if "train" not in rows:
+            raise ConfigError(
+                f"The data set in '{path}' has no split 'train': it has {', '.join(rows)}. Set moments.source to the "
+                f"folder of one of them, as in '{path / next(iter(rows), 'train')}'."
+            )
+        rows = rows["train"]
+    return _texts(rows, str(path))
 
 
 def _hub_documents(name: str) -> Iterator[str]:
@@ -166,4 +203,15 @@ def _hub_documents(name: str) -> Iterator[str]:
             f"The data set '{name}' could not be opened through `datasets`: {error}. "
             "Set moments.source to 'atlas' or to a text file to work without the Hub."
         ) from error
-    return (row["text"] for row in rows if row["text"].strip())
+    return _texts(rows, name)
+
+
+def _texts(rows: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
+    for row in rows:
+        if "text" not in row:
+            raise ConfigError(
+                f"The data set '{name}' has no column 'text': it has {', '.join(row)}. Rename the column, or give "
+                "another data set in moments.source."
+            )
+        if row["text"].strip():
+            yield row["text"]

@@ -46,7 +46,7 @@ class ContextSettings:
 class MomentSettings:
     """How the second moment C = E[k kᵀ] is collected (ROME section 3.1, code `layer_stats.py`)."""
 
-    source: str = "atlas"  # running text: atlas, a text file, or hub:NAME[:CONFIG[:SPLIT]]
+    source: str = "atlas"  # running text: see `corpora.running_text`; or imported:NAME, from the reference's .npz
     tokens: int = 40_000  # key vectors to collect; 2 to 10 per dimension of d_ff suffice (arXiv 2506.04226)
     block: int = 128  # tokens a packed block
     ridge: float = 1e-4  # added to C's diagonal, as a fraction of its mean; explicit, 0 turns it off

@@ -31,15 +31,24 @@ def run_hooked(model, module, ids, change=None):
 
 def second_moment(model, module, blocks) -> torch.Tensor:
     """E[k kᵀ], one key at a time."""
+    keys = []
+    handle = module.register_forward_pre_hook(lambda _, args: keys.extend(args[0].reshape(-1, args[0].shape[-1])))
     model = model.double()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for block in blocks:
-            _, k, _ = run_hooked(model, module, block)
-            for row in k:
-                total = total + torch.outer(row, row)
-                count += 1
-    return total / count
+    try:
+        with torch.no_grad():
+            for block in blocks:
+                model(input_ids=torch.tensor([block]))
+    finally:
+        handle.remove()
+    return moment_of(keys)
+
+
+def moment_of(keys) -> torch.Tensor:
+    """The mean of k kᵀ in float64, one key at a time."""
+    total = 0.0
+    for k in keys:
+        total = total + torch.outer(k.double(), k.double())
+    return total / len(keys)
 
 
 def rome_update(

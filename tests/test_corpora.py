@@ -2,9 +2,10 @@
 
 import collections
 
+import datasets
 import pytest
 
-from editkit.corpora import PAIRS_HELD_OUT, atlas_prose, load_atlas, running_text
+from editkit.corpora import PAIRS_HELD_OUT, atlas_prose, load_atlas, running_text, source_digest
 from editkit.errors import ConfigError
 
 atlas = load_atlas()
@@ -70,3 +71,43 @@ def test_a_text_file_is_read_line_by_line(tmp_path):
 def test_an_unknown_source_says_what_to_do():
     with pytest.raises(ConfigError, match=r"neither 'atlas', nor a text file.*moments\.source"):
         list(running_text("/no/such/file"))
+
+
+def test_a_folder_saved_by_datasets_is_read(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["one", " ", "two"], "id": [1, 2, 3]})
+    rows.save_to_disk(tmp_path / "rows")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    for name in ("rows", "splits"):
+        assert list(running_text(str(tmp_path / name))) == ["one", "two"]
+
+
+def test_folders_without_text_say_what_they_have(tmp_path):
+    (tmp_path / "empty").mkdir()
+    rows = datasets.Dataset.from_dict({"words": ["one"]})
+    rows.save_to_disk(tmp_path / "words")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "test")
+    for name, message in (
+        ("empty", "no data set that `datasets` saved"),
+        ("words", "no column 'text': it has words"),
+        ("test", r"no split 'train': it has test.*test/test'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            list(running_text(str(tmp_path / name)))
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        list(running_text(str(tmp_path / "text.txt")))
+
+
+def test_the_digest_of_a_source_follows_its_content(tmp_path):
+    path = tmp_path / "text.txt"
+    found = set()
+    for text in ("one", "two", "one"):
+        path.write_text(text, encoding="utf-8")
+        found.add(source_digest(str(path)))
+        datasets.Dataset.from_dict({"text": [text]}).save_to_disk(tmp_path / text)
+        found.add(source_digest(str(tmp_path / text)))
+    assert len(found) == 4
+    assert source_digest("atlas") == source_digest("hub:wikitext") == ""

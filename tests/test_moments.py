@@ -1,14 +1,19 @@
-"""Second moments against a loop over single keys; the cache; refusals."""
+"""Second moments against a loop over single keys, in every family; the cache; health; refusals."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from editkit.corpora import running_text
 from editkit.errors import EditkitError, ModelError
-from editkit.moments import packed_blocks, second_moments
+from editkit.models.load import LanguageModel
+from editkit.moments import SecondMoment, packed_blocks, second_moments
 from editkit.settings import MomentSettings
-from tests.conftest import tiny_lm
-from tests.oracles import second_moment
+from tests.conftest import byte_level_tokenizer, tiny_lm
+from tests.families import SITES, build
+from tests.oracles import moment_of, second_moment
 
 SETTINGS = MomentSettings(tokens=600, block=32, ridge=0.0)
 
@@ -27,11 +32,76 @@ def test_equal_to_one_key_at_a_time(family, tmp_path):
         lm.model.float()
 
 
-def test_one_pass_for_several_layers_equals_one_each(tmp_path):
+def any_family_lm(family, dtype=torch.float32):
+    """A LanguageModel of a family whether editkit has an entry for it or not."""
+    tokenizer = byte_level_tokenizer()
+    model = build(family, vocab_size=len(tokenizer), dtype=dtype)
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names[id(model.get_input_embeddings())]
+    architecture = SimpleNamespace(embedding=embedding, down=SITES[family].down_projection.format)
+    return LanguageModel(f"tiny-{family}", model, tokenizer, architecture)
+
+
+@contextmanager
+def keys_seen(lm, layers):
+    """All keys that pass the down-projections meanwhile, by plain hooks: layer → list of [d_ff]."""
+    seen = {layer: [] for layer in layers}
+    handles = []
+    for layer in layers:
+        module = lm.model.get_submodule(SITES[lm.name.removeprefix("tiny-")].down_projection.format(layer))
+
+        def keep(_, args, layer=layer):
+            seen[layer].extend(args[0].detach().clone().flatten(0, -2))
+
+        handles.append(module.register_forward_pre_hook(keep))
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", [family for family, sites in SITES.items() if sites.down_projection])
+def test_one_pass_for_all_layers_equals_a_pass_a_layer_and_a_loop_over_keys(family, tmp_path):
+    lm = any_family_lm(family)
+    settings = MomentSettings(tokens=200, block=25)
+    with keys_seen(lm, range(lm.layers)) as seen:
+        together = second_moments(lm, range(lm.layers), settings, progress=False, cache=tmp_path / "a")
+    for layer, moment in together.items():
+        assert moment.count == len(seen[layer]) >= 200
+        alone = second_moments(lm, [layer], settings, progress=False, cache=tmp_path / "b")[layer]
+        scale = moment.matrix.abs().max()
+        assert (moment.matrix - alone.matrix).abs().max() <= 1e-6 * scale
+        assert (moment.matrix - moment_of(seen[layer])).abs().max() <= 1e-12 * scale
+        assert torch.equal(moment.matrix, moment.matrix.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_keys_in_half_precision_are_summed_in_float64(family, dtype, tmp_path):
+    lm = any_family_lm(family, dtype)
+    with keys_seen(lm, [1]) as seen:
+        moment = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
+    assert seen[1][0].dtype == dtype and moment.matrix.dtype == torch.float64
+    torch.testing.assert_close(moment.matrix, moment_of(seen[1]), rtol=1e-12, atol=1e-15)
+
+
+def test_the_pass_stops_after_the_last_asked_layer(tmp_path):
+    lm = tiny_lm("llama")
+    ran = []
+    handles = [
+        block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(lm.model.model.layers)
+    ]
+    second_moments(lm, [0, 1], SETTINGS, progress=False, cache=tmp_path)
+    assert set(ran) == {0}  # block 1 is left at its down-projection
+    for handle in handles:
+        handle.remove()
+
+
+def test_blocks_hold_the_text_in_order_without_padding():
     lm = tiny_lm("gpt2")
-    together = second_moments(lm, [0, 1], SETTINGS, progress=False, cache=tmp_path / "a")
-    alone = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path / "b")
-    torch.testing.assert_close(together[1].matrix, alone[1].matrix, rtol=1e-9, atol=0)
+    end, texts = lm.tokenizer.eos_token_id, ["one two three", "", "four " * 40, "five"]
+    joined = [token for text in texts for token in [*lm.tokenizer(text)["input_ids"], end]]
+    blocks = torch.stack(list(packed_blocks(lm, iter(texts), 7)))
+    assert blocks.flatten().tolist() == joined[: len(joined) // 7 * 7] and len(blocks) > 3
 
 
 def test_the_cache_belongs_to_one_model_and_one_setting(tmp_path, monkeypatch):
@@ -40,14 +110,16 @@ def test_the_cache_belongs_to_one_model_and_one_setting(tmp_path, monkeypatch):
     files = list(tmp_path.rglob("*.safetensors"))
     assert len(files) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("editkit.moments._collect", lambda *a: pytest.fail("collected again"))
+        patch.setattr("editkit.moments.cache.collect", lambda *a, **k: pytest.fail("collected again"))
         again = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
     assert torch.equal(first.matrix, again.matrix) and (again.count, again.source) == (first.count, "atlas")
     second_moments(tiny_lm("gpt2", seed=1), [1], SETTINGS, progress=False, cache=tmp_path)
     second_moments(lm, [1], MomentSettings(tokens=300, block=32), progress=False, cache=tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
     files[0].write_bytes(b"damaged")
-    assert torch.equal(second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1].matrix, first.matrix)
+    with pytest.warns(UserWarning, match="collected again") as told:
+        again = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
+    assert torch.equal(again.matrix, first.matrix) and len(told) == 1
 
 
 def test_solving_needs_no_inverse(tmp_path):
@@ -61,9 +133,53 @@ def test_solving_needs_no_inverse(tmp_path):
     assert factored.condition == pytest.approx(torch.linalg.cond(shifted).item(), rel=1e-6)
 
 
+def test_health_is_that_of_a_known_spectrum():
+    rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    flat = torch.tensor([2.0] * 4 + [0.0] * 4, dtype=torch.float64)
+    moment = SecondMoment("m", rotation @ flat.diag() @ rotation.T, 100, "text")
+    assert moment.effective_rank == pytest.approx(4) and moment.condition > 1e12
+    moment = SecondMoment("m", rotation @ torch.arange(1.0, 9, dtype=torch.float64).diag() @ rotation.T, 100, "text")
+    assert moment.condition == pytest.approx(8) and moment.vectors_per_dimension == 12.5
+    shares = [i / 36 for i in range(1, 9)]
+    assert moment.effective_rank == pytest.approx(torch.tensor([s**-s for s in shares]).prod().item())
+
+
+def test_the_effective_count_is_kishs(tmp_path):
+    lm = tiny_lm("gpt2")
+    with keys_seen(lm, [0]) as seen:
+        moment = second_moments(lm, [0], SETTINGS, progress=False, cache=tmp_path)[0]
+    weights = [sum(x**2 for x in k.double().tolist()) for k in seen[0]]
+    assert moment.effective_count == pytest.approx(sum(weights) ** 2 / sum(w**2 for w in weights), rel=1e-10)
+    assert moment.effective_count < moment.count
+
+
+def test_the_digest_is_of_the_values(tmp_path):
+    lm = tiny_lm("gpt2")
+    moment = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
+    before = moment.digest
+    moment.matrix[3, 4] += 1e-15 * moment.matrix[3, 4].abs() + 1e-300
+    assert moment.digest != before
+
+
+def test_too_few_keys_for_the_dimensions_is_a_warning_with_the_number_needed(tmp_path):
+    lm = tiny_lm("gpt2")
+    with pytest.warns(UserWarning, match=r"32 keys for 64 dimensions.*0\.5 each.*moments\.tokens to 128 or more\."):
+        few = MomentSettings(tokens=32, block=32, source=str(_text(tmp_path, "word " * 32)))
+        second_moments(lm, [1], few, progress=False, cache=tmp_path)
+    with pytest.warns(UserWarning, match="a longer text.*gave 32 of 500"):
+        few = MomentSettings(tokens=500, block=32, source=few.source)
+        second_moments(lm, [1], few, progress=False, cache=tmp_path)
+
+
+def _text(folder, text):
+    path = folder / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def test_too_few_keys_are_refused_with_the_number_needed(tmp_path):
     lm = tiny_lm("gpt2")
-    few = second_moments(lm, [1], MomentSettings(tokens=32, block=32), progress=False, cache=tmp_path)[1]
+    few = second_moments(lm, [1], MomentSettings(tokens=600, block=32), progress=False, cache=tmp_path)[1]
     few.matrix[0] = few.matrix[:, 0] = 0  # a dimension that never fired
     with pytest.raises(EditkitError, match=r"singular: \d+ keys.*moments\.tokens.*moments\.ridge"):
         few.factor(0.0)
@@ -78,6 +194,14 @@ def test_bad_input(tmp_path):
     short.write_text("few words\n", encoding="utf-8")
     with pytest.raises(EditkitError, match="fewer than 32 tokens"):
         second_moments(lm, [0], MomentSettings(source=str(short), block=32), progress=False, cache=tmp_path)
+
+
+def test_a_key_that_is_not_finite_ends_the_collection(tmp_path):
+    lm = tiny_lm("gpt2", dtype=torch.float16)
+    lm.model.get_submodule("transformer.h.1.mlp.c_fc").weight.data *= 6e4
+    with pytest.raises(EditkitError, match=r"h\.1\.mlp\.c_proj is not finite in float16.*bfloat16 or float32"):
+        second_moments(lm, [0, 1], SETTINGS, progress=False, cache=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):

@@ -1,0 +1,243 @@
+"""Second moments on the command line.
+
+    python -m editkit.moments collect --model atlas --layers 3,4,5 --source text.txt --tokens 100000
+    python -m editkit.moments info                        # what the cache holds, killed collections among it
+    python -m editkit.moments info FILE.safetensors       # count, condition, effective rank
+    python -m editkit.moments verify FILE.safetensors --model atlas
+    python -m editkit.moments export FILE.safetensors OUT.npz
+    python -m editkit.moments import FILE.npz --model gpt2-xl --layer 17     # then moments.source=imported:reference
+
+The cache is $EDITKIT_CACHE, else ~/.cache/editkit. Errors are one line and exit code 1, or 2 for a wrong command.
+"""
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from os import environ
+from pathlib import Path
+
+from editkit.errors import EditkitError
+from editkit.models.architecture import orientation
+from editkit.models.load import DTYPES, LanguageModel, load
+from editkit.moments.cache import IMPORTED, cache_folder, second_moments, stored_at
+from editkit.moments.collect import PARTIAL_FORMAT
+from editkit.moments.moment import ENOUGH, FORMAT, SecondMoment, read_header
+from editkit.moments.reference import SAMPLE_SIZE, from_npz, to_npz
+from editkit.nethook import get_module
+from editkit.settings import MomentSettings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"editkit: warning: {message}", file=sys.stderr)
+        try:
+            return command(options)
+        except EditkitError as error:
+            if environ.get("EDITKIT_TRACEBACK"):
+                traceback.print_exception(error)
+            print(f"editkit: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("interrupted: what was collected is kept; the same command goes on from there", file=sys.stderr)
+            return 130
+
+
+def info(options: argparse.Namespace) -> int:
+    """Count, condition and effective rank of one file, or a line for each file in a folder."""
+    path: Path = options.path or cache_folder()
+    if path.is_dir() or options.path is None:
+        return _info_folder(path)
+    moment = _sound(path)
+    made = moment.provenance
+    few = "" if moment.vectors_per_dimension >= ENOUGH else f"; 2 to 10 are needed: {ENOUGH * moment.d_ff} keys or more"
+    effective = "unknown" if moment.effective_count is None else f"{moment.effective_count:,.0f} keys carry C"
+    print(f"module           {moment.module}, d_ff {moment.d_ff}")
+    print(f"model            {made.get('model', '?')}, digest {made.get('model_digest', '?')[:16]}")
+    print(f"source           {moment.source}")
+    print(f"keys             {moment.count:,}, {moment.vectors_per_dimension:.3g} per dimension{few}")
+    print(f"effective count  {effective}")
+    print(f"effective rank   {moment.effective_rank:.1f} of {moment.d_ff}")
+    print(f"condition        {moment.condition:.3g} without a ridge")
+    print(f"digest           {moment.digest}")
+    return 0
+
+
+def _info_folder(folder: Path) -> int:
+    paths = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.partial")])
+    shown = 0
+    for path in paths:
+        kind = FORMAT if path.suffix == ".safetensors" else PARTIAL_FORMAT
+        try:
+            header = read_header(path, kind)
+        except EditkitError:
+            continue  # a cache holds other things too
+        shown += 1
+        where = path.relative_to(folder)
+        if kind == FORMAT:
+            made = header["provenance"].get("model", "?")
+            each = header["count"] / header["d_ff"]
+            what = (
+                f"{made} {header['module']}: {header['count']:,} keys ({each:.3g} per dimension) of {header['source']}"
+            )
+        else:
+            settings = header["settings"]
+            what = (
+                f"{header['model']}, {len(header['modules'])} modules: unfinished, {header['count']:,} of "
+                f"{settings['tokens']:,} keys of {settings['source']}"
+            )
+        print(f"{what}\n    {where}, {path.stat().st_size / 1e6:.1f} MB")
+    print(f"{shown} in {folder}" if shown else f"no second moments in {folder}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Recompute the digest; check count, finiteness, symmetry and positive semi-definiteness, and the model."""
+    moment = _sound(options.file)
+    against = ""
+    if options.model is not None:
+        lm = _load(options)
+        collected, found = moment.provenance.get("model_digest", ""), lm.digest
+        if collected != found:
+            raise EditkitError(
+                f"'{options.file}' belongs to a model with digest {collected[:16] or '?'}; {lm.name} in "
+                f"{str(lm.dtype).removeprefix('torch.')} has {found[:16]}. Collect its own, or give its --dtype."
+            )
+        against = f", collected on this {lm.name}"
+    print(f"sound: {moment.count:,} keys, finite, symmetric, positive semi-definite{against}\ndigest {moment.digest}")
+    return 0
+
+
+def _sound(path: Path) -> SecondMoment:
+    """The moment in the file. Raises EditkitError naming all that is wrong with it."""
+    moment = SecondMoment.load(path)
+    if faults := moment.faults():
+        raise EditkitError(f"'{path}' holds no second moment: {'; '.join(faults)}. Delete it and collect again.")
+    return moment
+
+
+def collect(options: argparse.Namespace) -> int:
+    """Collect the layers' second moments in one pass, into the cache."""
+    lm = _load(options)
+    settings = MomentSettings(source=options.source, tokens=options.tokens, block=options.block)
+    layers = range(lm.layers) if options.layers is None else options.layers
+    found = second_moments(lm, layers, settings, seed=options.seed)
+    for layer, moment in found.items():
+        print(f"layer {layer}: {moment.count:,} keys, {moment.vectors_per_dimension:.3g} per dimension")
+        print(f"    {stored_at(moment, settings, options.seed, cache_folder())}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write an .npz that the ROME authors' code reads."""
+    moment = SecondMoment.load(options.file)
+    print(to_npz(moment, options.out, options.sample_size))
+    return 0
+
+
+def import_(options: argparse.Namespace) -> int:
+    """Put a second moment from an .npz of the ROME authors' code into the cache."""
+    lm = _load(options)
+    module = lm.architecture.down(lm.check_layer(options.layer))
+    source = IMPORTED + options.name
+    made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
+    moment = from_npz(options.file, module, source, made)
+    holder = get_module(lm.model, module)
+    d_ff = holder.weight.shape[0 if orientation(holder, module) == "in_out" else 1]  # type: ignore[index]
+    if moment.d_ff != d_ff:
+        raise EditkitError(
+            f"'{options.file}' is of {moment.d_ff} dimensions, and {module} of {lm.name} takes keys of {d_ff}: it "
+            "belongs to another model or module."
+        )
+    print(f"{moment.save(stored_at(moment, MomentSettings(source=source), 0, cache_folder()))}")
+    print(f"use it with moments.source={source}")
+    return 0
+
+
+def _load(options: argparse.Namespace) -> LanguageModel:
+    return load(options.model, dtype=options.dtype, device=options.device)
+
+
+def _layers(text: str) -> list[int] | None:
+    """Layer numbers; None for all."""
+    if text == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': give numbers, as in 3,4,5, or all") from None
+
+
+def _name(text: str) -> str:
+    if not text or text.startswith(IMPORTED):
+        raise argparse.ArgumentTypeError(f"'{text}': give a word, without {IMPORTED}")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m editkit.moments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        does = (command.__doc__ or "").strip()
+        one = commands.add_parser(name, help=does, description=does)
+        one.set_defaults(command=command)
+        return one
+
+    def model(one: argparse.ArgumentParser, help: str, *, required: bool = True) -> None:
+        one.add_argument("--model", required=required, metavar="NAME", help=help)
+        one.add_argument("--dtype", choices=[*DTYPES, "auto"], default="float32", help="of the model; default: float32")
+        one.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: auto")
+
+    defaults = MomentSettings()
+    one = add("info", info)
+    one.add_argument("path", nargs="?", type=Path, help="a file or a folder; default: the cache")
+
+    one = add("verify", verify)
+    one.add_argument("file", type=Path, metavar="FILE.safetensors")
+    model(one, "also check that it was collected on this very model", required=False)
+
+    one = add("collect", collect)
+    model(one, "atlas, a local folder, or a Hub name")
+    one.add_argument("--layers", type=_layers, default=None, metavar="N,N|all", help="blocks from 0; default: all")
+    one.add_argument(
+        "--source",
+        default=defaults.source,
+        metavar="TEXT",
+        help="atlas, a text file, a folder saved by `datasets`, or hub:NAME[:CONFIG[:SPLIT]]; default: atlas",
+    )
+    one.add_argument("--tokens", type=int, default=defaults.tokens, help=f"keys; default: {defaults.tokens}")
+    one.add_argument("--block", type=int, default=defaults.block, help=f"tokens a block; default: {defaults.block}")
+    one.add_argument("--seed", type=int, default=0, help="of the atlas text's order; default: 0")
+
+    one = add("export", export)
+    one.add_argument("file", type=Path, metavar="FILE.safetensors")
+    one.add_argument("out", type=Path, metavar="OUT.npz")
+    one.add_argument(
+        "--sample-size",
+        type=int,
+        default=SAMPLE_SIZE,
+        help=f"the reader's mom2_n_samples: it takes no file with another number; default: {SAMPLE_SIZE}",
+    )
+
+    one = add("import", import_)
+    one.add_argument("file", type=Path, metavar="FILE.npz")
+    model(one, "the model it was collected on")
+    one.add_argument("--layer", type=int, required=True, help="the block whose down-projection it belongs to")
+    one.add_argument(
+        "--name",
+        type=_name,
+        default="reference",
+        help=f"moments.source={IMPORTED}NAME then stands for it, with any seed; default: reference",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""SecondMoment: C = E[k kᵀ] with its count, its file and its health. Factored: C ready to solve with."""
+
+import functools
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from editkit.errors import EditkitError
+from editkit.files import whole
+from editkit.snapshot import digest
+
+FORMAT = "editkit-moment/1"
+ENOUGH = 2  # keys per dimension of d_ff; 2 to 10 suffice (arXiv 2506.04226)
+TOLERANCE = 1e-6  # of C's largest entry or eigenvalue: what sums in float32 leave, as the reference's files have
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """C = E[k kᵀ] [d_ff, d_ff] in float64, uncentred, over `count` keys at `module`.
+
+    `provenance` is JSON: model, its digest, settings, seed.
+    """
+
+    module: str
+    matrix: Tensor
+    count: int
+    source: str
+    effective_count: float | None = None  # (Σ‖k‖²)² / Σ‖k‖⁴ (Kish 1965): keys that carry C; None where it is unknown
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def d_ff(self) -> int:
+        return self.matrix.shape[0]
+
+    @functools.cached_property
+    def vectors_per_dimension(self) -> float:
+        """Keys per dimension of d_ff: 2 to 10 suffice (arXiv 2506.04226); below 1, C is singular."""
+        return self.count / self.d_ff
+
+    @functools.cached_property
+    def eigenvalues(self) -> Tensor:
+        """[d_ff], ascending."""
+        return torch.linalg.eigvalsh(self.matrix)
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest eigenvalue, without a ridge; infinite where C is singular."""
+        smallest, largest = self.eigenvalues[0].item(), self.eigenvalues[-1].item()
+        return largest / smallest if smallest > 0 else math.inf
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the eigenvalues' shares (Roy and Vetterli 2007): from 1 to d_ff."""
+        share = self.eigenvalues.clamp_min(0)
+        return torch.special.entr(share / share.sum()).sum().exp().item()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the count and of the bits of C."""
+        return hashlib.sha256(f"{self.count} {digest(self.matrix)}".encode()).hexdigest()
+
+    def factor(self, ridge: float = 0.0) -> "Factored":
+        """Cholesky factor of C + ridge · mean(diag C) · I.
+
+        Raises EditkitError when it is not positive definite, saying how many keys there were.
+        """
+        shift = ridge * self.matrix.diagonal().mean()
+        ridged = self.matrix + shift * torch.eye(self.d_ff, dtype=self.matrix.dtype)
+        lower, failed = torch.linalg.cholesky_ex(ridged)
+        if failed:
+            raise EditkitError(
+                f"The second moment at {self.module} is singular: {self.count} keys for {self.d_ff} dimensions, ridge "
+                f"{ridge:g}. Collect at least {ENOUGH * self.d_ff} (moments.tokens), or set moments.ridge to 1e-4 or "
+                "more."
+            )
+        return Factored(lower)
+
+    def faults(self) -> list[str]:
+        """What makes this no second moment: an empty list where nothing does."""
+        if self.count < 1:
+            return [f"its count is {self.count}"]
+        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+            return [f"its shape {list(self.matrix.shape)} is not square"]
+        if bad := int((~self.matrix.isfinite()).sum()):
+            return [f"{bad} of its {self.matrix.numel()} entries are not finite"]
+        found = []
+        asymmetry, largest = (self.matrix - self.matrix.T).abs().max().item(), self.matrix.abs().max().item()
+        if asymmetry > TOLERANCE * largest:
+            found.append(f"it is not symmetric: C and its transpose differ by up to {asymmetry:.2g}")
+        smallest, top = self.eigenvalues[0].item(), self.eigenvalues[-1].item()
+        if top <= 0 or smallest < -TOLERANCE * top:
+            found.append(f"it is not positive semi-definite: eigenvalues from {smallest:.2g} to {top:.2g}")
+        return found
+
+    def save(self, path: Path | str) -> Path:
+        """Write a safetensors file: C, and everything else as JSON in its header. Raises OutputError."""
+        header = {
+            "format": FORMAT,
+            "module": self.module,
+            "count": self.count,
+            "source": self.source,
+            "effective_count": self.effective_count,
+            "d_ff": self.d_ff,
+            "digest": self.digest,
+            "provenance": self.provenance,
+        }
+        path = Path(path)
+        with whole(path) as temporary:
+            save_file({"matrix": self.matrix.contiguous()}, temporary, {"editkit": json.dumps(header, sort_keys=True)})
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> "SecondMoment":
+        """Read a file that `save` wrote. Raises EditkitError when it is another kind of file, or damaged."""
+        header, tensors = read_tensors(path, FORMAT)
+        kept = {k: header[k] for k in ("module", "count", "source", "effective_count", "provenance")}
+        moment = cls(matrix=tensors["matrix"], **kept)
+        if moment.digest != header["digest"]:
+            raise EditkitError(
+                f"'{path}' is damaged: its values have digest {moment.digest[:16]}, and {header['digest'][:16]} was "
+                "stored with them. Delete it and collect again."
+            )
+        return moment
+
+
+def read_header(path: Path | str, wanted: str) -> dict[str, Any]:
+    """The JSON in a file's header, whose format must be `wanted`. Raises EditkitError."""
+    return _read(path, wanted, tensors=False)[0]
+
+
+def read_tensors(path: Path | str, wanted: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a file whose format must be `wanted`. Raises EditkitError."""
+    return _read(path, wanted, tensors=True)
+
+
+def _read(path: Path | str, wanted: str, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("editkit", "{}"))
+            found = header.get("format")
+            if found == wanted:
+                return header, {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise EditkitError(f"'{path}' cannot be read as a second moment: {error}.") from error
+    raise EditkitError(
+        f"'{path}' holds no second moment: its format is {found!r}, and {wanted!r} is read here. Files of the "
+        "reference (.npz) come in through `python -m editkit.moments import`."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A lower Cholesky factor of C (float64). Solving with it never forms an inverse."""
+
+    lower: Tensor
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """C⁻¹ k for keys [d_ff] or [d_ff, n], in float64 on the CPU."""
+        k = keys.detach().double().cpu()
+        solved = torch.cholesky_solve(k[:, None] if k.ndim == 1 else k, self.lower)
+        return solved[:, 0] if k.ndim == 1 else solved
+
+    def matrix(self, size: int) -> Tensor:
+        """The factored matrix [size, size]."""
+        return self.lower @ self.lower.T
+
+    @functools.cached_property
+    def condition(self) -> float:
+        """Condition number of the factored matrix (largest over smallest eigenvalue)."""
+        values = torch.linalg.svdvals(self.lower)
+        return (values[0] / values[-1]).item() ** 2
+
+
+class Identity(Factored):
+    """C = I: what some ports of ROME use, and a null control."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.eye(1, dtype=torch.float64))
+
+    def solve(self, keys: Tensor) -> Tensor:
+        return keys.detach().double().cpu()
+
+    def matrix(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64)
