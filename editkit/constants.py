@@ -2,10 +2,13 @@
 
 from typing import Any
 
-# The authors' hparams files. The atlas model's are our own (its card): its early site is blocks 2 to 5.
+_ATLAS = {"steps": 60, "lr": 0.2, "weight_decay": 0.02}
+
+# The authors' hparams files. The atlas model's are our own, measured (its card): the parts of its state are as large as
+# ‖v0‖, and the published step of 0.5 in each coordinate takes the subject's other attributes along.
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "rome": {
-        "atlas": {"layer": 4, "clamp": 8.0, "steps": 60, "lr": 0.2, "weight_decay": 0.02},
+        "atlas": {"layer": 4, "clamp": 8.0} | _ATLAS,
         "gpt2-medium": {"layer": 8, "clamp": 3.0},
         "gpt2-large": {"layer": 12},
         "gpt2-xl": {"layer": 17},
@@ -14,7 +17,7 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         "Llama-3-8B": {"layer": 5},
     },
     "memit": {
-        "atlas": {"layers": (3, 4), "moment_weight": 100.0},
+        "atlas": {"layers": (3, 4), "clamp": 4.0, "moment_weight": 10.0} | _ATLAS,
         "gpt2-xl": {"layers": (13, 14, 15, 16, 17), "moment_weight": 20_000.0},
         "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8), "steps": 25},
         "Llama-3-8B": {"layers": (4, 5, 6, 7, 8), "lr": 0.1},
@@ -24,13 +27,13 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
     },
     "alphaedit": {
-        "atlas": {"layers": (3, 4), "lr": 0.5, "l2": 1.0, "fraction": 0.75},
+        "atlas": {"layers": (3, 4), "clamp": 4.0, "l2": 1.0, "fraction": 0.75} | _ATLAS,
         "gpt2-xl": {"layers": (13, 14, 15, 16, 17)},
         "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
         "Llama-3-8B": {"layers": (4, 5, 6, 7, 8)},
     },
     "emmet": {
-        "atlas": {"layers": (4,)},
+        "atlas": {"layers": (4,), "clamp": 4.0} | _ATLAS,
         "gpt2-xl": {"moment_weight": 1000.0},
         "gpt-j-6b": {"moment_weight": 1.0},
     },

@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=60, help="facts traced")
     parser.add_argument("--seed", type=int, default=0, help="of the facts drawn")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here; rows already there are kept")
     parser.add_argument("--card", type=Path, default=None, help="write the model card here")
     options = parser.parse_args()
 
@@ -187,12 +187,19 @@ def main() -> None:
     lm, atlas = load(options.model, device="cpu"), load_atlas()
     default = constants_of("rome", "atlas", lm.layers)["layer"]
     layers = [int(x) for x in options.layers.split(",")] if options.layers else [default, default - 1, default + 1]
-    found: dict = {"model": options.model, "digest": lm.digest, "seed": options.seed, "default_layer": default}
-    found["recall"] = recall(lm, atlas)
+    found: dict = {"digest": lm.digest, "seed": options.seed, "default_layer": default, "edits": {}}
+    if options.json and options.json.is_file():
+        measured = json.loads(options.json.read_text(encoding="utf-8"))
+        if measured["digest"] == lm.digest and measured["seed"] == options.seed:
+            found |= measured
+            print(f"going on with {options.json}")
+    if "recall" not in found:
+        found["recall"] = recall(lm, atlas)
     for name, value in found["recall"].items():
         print(f"{name:26} {value['value']:.4f}   n {value['n']}   {_verdict(value['value'] >= BARS[name])}")
 
-    found["tracing"] = trace(lm, atlas, options.traces)
+    if "tracing" not in found:
+        found["tracing"] = trace(lm, atlas, options.traces)
     print("\nindirect effect of restoring the residual stream, by block")
     for name, row in found["tracing"].items():
         print(f"  {name + ' token':16}" + "".join(f"{x:7.2f}" for x in row))
@@ -201,12 +208,13 @@ def main() -> None:
 
     cases = atlas_cases(options.n, seed=options.seed)
     first, *others = options.methods.split(",")
-    found["edits"] = {}
     print(f"\n{'':20}{'ES':>7}{'PS':>7}{'unseen':>8}{'NS was':>8}{'NS is':>7}{'same':>7}{'follows':>9}{'n':>6}")
     for method, layer in [(first, layer) for layer in layers] + [(m, default) for m in others]:
-        result = edit_all(lm, cases, method, layer, options.processes)
-        found["edits"][f"{method} layer {layer}"] = result
-        print(_line(f"{method} layer {layer}", result), flush=True)
+        name = f"{method} layer {layer}"
+        result = found["edits"].get(name)
+        if result is None or result[COLUMNS[0]]["n"] != len(cases):
+            result = found["edits"][name] = edit_all(lm, cases, method, layer, options.processes)
+        print(_line(name, result), flush=True)
         if options.json:
             write_text(options.json, json.dumps(found, indent=2) + "\n")
         if options.card:
