@@ -1,18 +1,18 @@
-"""What the tests of the hook layer share: sites of the tiny GPT-2, and small functions of a model."""
+"""What the tests of the hook layer and of what is built on it share: sites, texts, small functions of a model."""
+
+import contextlib
 
 import torch
 from torch import nn
 
+from editkit.models.tokens import tokenise
+from tests.families import SITES
+
 IDS = torch.arange(2, 16).view(2, 7)
-
-
 MLP = "transformer.h.1.mlp"
-
-
 DOWN = "transformer.h.1.mlp.c_proj"
-
-
 BLOCKS = [f"transformer.h.{i}" for i in range(3)]
+TEXTS = ["The Eiffel Tower is in Paris", "Rain", "The capital of the country France is the city of", "A cloud is fog."]
 
 
 def count_hooks(model: nn.Module) -> int:
@@ -31,3 +31,38 @@ def loss_of(output: torch.Tensor) -> torch.Tensor:
 def uneven(h: torch.Tensor) -> torch.Tensor:
     """A change that no normalisation takes out again."""
     return h + torch.linspace(-1, 1, h.shape[-1], dtype=h.dtype) ** 3
+
+
+def sites_of(family):
+    named = SITES[family]
+    return [named.block.format(1), named.mlp.format(0), named.attention.format(2)]
+
+
+@contextlib.contextmanager
+def by_hand(model, sites):
+    """{site: output of its last run}, through plain torch hooks."""
+    seen, handles = {}, []
+    for site in sites:
+
+        def keep(module, args, output, site=site):
+            seen[site] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(model.get_submodule(site).register_forward_hook(keep))
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def batch_of(lm, texts=TEXTS):
+    rows = tokenise(lm, texts)
+    return rows.inputs() | {"labels": rows.ids.masked_fill(rows.mask == 0, -100)}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name
