@@ -101,7 +101,7 @@ def prepare(overrides: list[str]) -> list[str]:
     """The overrides as Hydra shall see them, checked.
 
     - `model=NAME` for a NAME that is no option becomes `model.name=NAME`.
-    - Another subject clears target_true and the neighborhood of the chosen edit, another prompt its
+    - Another subject clears target_true, neighborhood and portability of the chosen edit, another prompt its
       paraphrases as well, unless they are given too: they belong to the fact that was replaced.
 
     Raises ConfigError for whatever does not fit, before anything is loaded.
@@ -111,7 +111,9 @@ def prepare(overrides: list[str]) -> list[str]:
     ready = [_renamed(o) for o in parsed]
     cleared = []
     if "edit.subject" in keys or "edit.prompt" in keys:
-        cleared = ["target_true=''", "neighborhood=[]"] + (["paraphrases=[]"] if "edit.prompt" in keys else [])
+        cleared = ["target_true=''", "neighborhood=[]", "portability=[]"] + (
+            ["paraphrases=[]"] if "edit.prompt" in keys else []
+        )
     ready += [f"edit.{text}" for text in cleared if f"edit.{text.split('=')[0]}" not in keys]
     _check([_parse(text) for text in ready])
     return ready

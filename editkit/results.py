@@ -98,17 +98,22 @@ def collect(folder: Path) -> pandas.DataFrame:
     records = sorted(folder.rglob(RECORD), key=lambda p: [int(s) if s.isdigit() else s for s in p.parts])
     if not records:
         raise OutputError(f"No {RECORD} in '{folder}': no run has finished there.")
-    rows = []
+    rows, configured = [], dict[str, None]()
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
-        row = {"run": str(path.parent.relative_to(folder))} | _flat(record["config"])
-        row |= record["metrics"] | {"reversal_exact": record["reversal"]["exact"]}
-        row |= {"seconds": round(record["timings"]["total"], 2)}
+        settings = _flat(record["config"])
+        configured |= dict.fromkeys(settings)
+        row = {"run": str(path.parent.relative_to(folder))} | settings
+        row |= record["metrics"] | {name: record["edit"][name] for name in ("rank", "norm", "relative_norm")}
+        row |= {"reversal_exact": record["reversal"]["exact"], "seconds": round(record["timings"]["total"], 2)}
         rows.append(row)
     table = pandas.DataFrame(rows)
-    settings = [c for c in _flat(record["config"]) if c in table and table[c].astype(str).nunique() > 1]
-    rest = [c for c in table.columns if c not in _flat(record["config"]) and c != "run"]
-    return table[["run", *settings, *rest]]
+    # A method brings its own settings: they are a difference only among the runs of one method.
+    by_method = table.astype(str).groupby(table["method.name"])
+    differ = [
+        c for c in configured if (c == "method.name" and table[c].nunique() > 1) or by_method[c].nunique().max() > 1
+    ]
+    return table[["run", *differ, *(c for c in table.columns[1:] if c not in configured)]]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

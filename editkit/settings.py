@@ -222,6 +222,15 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class PortabilitySettings:
+    """A prompt whose answer follows from the new fact, by one hop more."""
+
+    prompt: str = ""  # with {} for the subject
+    target_new: str = ""  # what follows
+    target_true: str = ""  # what was true
+
+
+@dataclass(frozen=True)
 class EditSettings:
     """The fact to write and the prompts that measure it. `{}` stands for the subject."""
 
@@ -231,6 +240,7 @@ class EditSettings:
     target_true: str = ""  # may stay empty: then only the new target is compared
     paraphrases: list[str] = field(default_factory=list)
     neighborhood: list[str] = field(default_factory=list)  # other subjects with the same true object
+    portability: list[PortabilitySettings] = field(default_factory=list)  # what follows from the new fact
 
 
 @dataclass(frozen=True)

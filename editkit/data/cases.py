@@ -33,10 +33,13 @@ class Case:
     probes: tuple[Probe, ...]
 
 
-def make_case(fact: Fact, paraphrases: Sequence[str] = (), neighborhood: Sequence[str] = ()) -> Case:
+def make_case(
+    fact: Fact, paraphrases: Sequence[str] = (), neighborhood: Sequence[str] = (), portability: Sequence[Fact] = ()
+) -> Case:
     """A case from texts: paraphrases may hold `{}` for the subject, neighborhood prompts name their own.
 
-    Raises FactError when a paraphrase does not hold the subject, or a neighborhood prompt does.
+    `portability`: facts about the subject that follow from the new one. Raises FactError when a paraphrase does not
+    hold the subject, or a neighborhood prompt does.
     """
     probes = [Probe(REWRITE, fact.text, fact.target_true, fact.target_new)]
     for text in map(fact.filled, paraphrases):
@@ -47,4 +50,5 @@ def make_case(fact: Fact, paraphrases: Sequence[str] = (), neighborhood: Sequenc
         if "{}" in text or fact.subject in text:
             raise FactError(f"The neighborhood prompt {text!r} must name another subject than {fact.subject!r}.")
         probes.append(Probe(NEIGHBORHOOD, text, fact.target_true, fact.target_new))
+    probes += [Probe(PORTABILITY, hop.text, hop.target_true, hop.target_new) for hop in portability]
     return Case(fact, tuple(probes))

@@ -12,7 +12,13 @@ from editkit.settings import Config
 from editkit.snapshot import Reversal
 
 WIDTH = 80
-NAMES = {"rewrite": "rewrite", "paraphrase": "paraphrases", "neighborhood": "neighborhood"}
+# What each kind of probe is called, and its score.
+NAMES = {
+    "rewrite": ("rewrite", "ES"),
+    "paraphrase": ("paraphrases", "PS"),
+    "neighborhood": ("neighborhood", "NS"),
+    "portability": ("what follows", "portability"),
+}
 
 
 def heading(lm: LanguageModel, config: Config, fact: Fact) -> str:
@@ -38,15 +44,13 @@ def probes(fact: Fact, before: list[ProbeScore], after: list[ProbeScore], metric
     for b, a in zip(before, after, strict=True):
         if b.probe.kind != kind:
             kind = b.probe.kind
-            lines.append(f"{NAMES[kind]}{_shares(kind, metrics)}")
-        lines.append(f"  {_clip(b.probe.prompt, 41):42}{_pair(b.true, a.true):>18}{_pair(b.new, a.new):>18}")
+            name, score = NAMES[kind]
+            lines.append(f"{name}   {score} {metrics[f'{score}_before']:.2f} → {metrics[f'{score}_after']:.2f}")
+        prompt = b.probe.prompt
+        if kind == "portability":  # its answers are not the fact's
+            prompt += f" {b.probe.target_true} → {b.probe.target_new}"
+        lines.append(f"  {_clip(prompt, 41):42}{_pair(b.true, a.true):>18}{_pair(b.new, a.new):>18}")
     return "\n".join(lines)
-
-
-def _shares(kind: str, metrics: dict[str, Any]) -> str:
-    name = {"rewrite": "ES", "paraphrase": "PS", "neighborhood": "NS"}[kind]
-    before, after = metrics[f"{name}_before"], metrics[f"{name}_after"]
-    return f"   {name} {before:.2f} → {after:.2f}"
 
 
 def texts(fact: Fact, before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -97,7 +97,8 @@ def case_of(settings: EditSettings) -> Case:
         )
     else:
         fact = Fact(prompt, settings.subject, *targets)
-    return make_case(fact, settings.paraphrases, settings.neighborhood)
+    hops = [Fact(p.prompt, fact.subject, p.target_new, p.target_true) for p in settings.portability]
+    return make_case(fact, settings.paraphrases, settings.neighborhood, hops)
 
 
 class _Clock:
@@ -130,12 +131,13 @@ def _spoken(look: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(before: list[ProbeScore], after: list[ProbeScore]) -> dict[str, Any]:
-    """ES, PS, NS before and after, with the number of probes of each."""
+    """ES, PS, NS and portability before and after, with the number of probes of each."""
     metrics: dict[str, Any] = {}
     for name, kind, wins in (
         ("ES", "rewrite", "new_wins"),
         ("PS", "paraphrase", "new_wins"),
         ("NS", "neighborhood", "true_wins"),
+        ("portability", "portability", "new_wins"),
     ):
         for when, scores in (("before", before), ("after", after)):
             metrics[f"{name}_{when}"] = share(getattr(s, wins) for s in scores if s.probe.kind == kind)
