@@ -91,6 +91,63 @@ class RRomeSettings(RomeSettings):
 
 
 @dataclass(frozen=True)
+class FtSettings:
+    """Fine-tuning of one weight (the FT of ROME, arXiv 2202.05262, appendix E, code `ft_main.py`)."""
+
+    layer: int | None = None  # block whose down-projection is trained; None: the block that ROME edits
+    steps: int = 25  # passes over the facts
+    lr: float = 5e-4  # Adam's learning rate; there is no weight decay
+    batch: int = 64  # facts a step
+    stop_loss: float = 1e-2  # mean NLL per target token; a batch under it takes no step, a pass under it is the last
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, "method.steps", self.steps, "positive")
+        require(self.lr > 0, "method.lr", self.lr, "positive")
+        require(self.batch > 0, "method.batch", self.batch, "positive")
+
+
+@dataclass(frozen=True)
+class FtLSettings(FtSettings):
+    """FT with every entry of ΔW held within ±epsilon (arXiv 2012.00363, as in ROME's FT+L)."""
+
+    epsilon: float | None = None  # None: the constant of this model (`FT_L_EPSILON`)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epsilon is None or self.epsilon > 0, "method.epsilon", self.epsilon, "positive")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Fine-tuning of a low-rank change ΔW = alpha/rank · B A through peft (Hu et al. 2021, arXiv 2106.09685)."""
+
+    layers: tuple[int, ...] | None = None  # blocks whose down-projection gets an adapter; None: the block ROME edits
+    rank: int = 8
+    alpha: float = 16.0
+    steps: int = 50  # passes over the facts
+    lr: float = 5e-3  # Adam's learning rate
+    batch: int = 64  # facts a step
+    stop_loss: float = 1e-2  # as for FT
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            require(len(self.layers) > 0, "method.layers", self.layers, "one block or more, or null")
+        require(self.rank > 0, "method.rank", self.rank, "positive")
+        require(self.alpha > 0, "method.alpha", self.alpha, "positive")
+        require(self.steps > 0, "method.steps", self.steps, "positive")
+        require(self.lr > 0, "method.lr", self.lr, "positive")
+        require(self.batch > 0, "method.batch", self.batch, "positive")
+
+
+@dataclass(frozen=True)
+class MendSettings:
+    """MEND (arXiv 2110.11309): everything else is in the file of the trained hypernetwork."""
+
+    hypernetwork: str | None = None  # the file; None: the bundled one of this model
+
+
+@dataclass(frozen=True)
 class TaskSettings:
     """What `editkit.run` does and shows."""
 
@@ -177,6 +234,19 @@ def constants_of(model_name: str, layers: int) -> Constants:
     if published is not None and published.layer < layers:
         return published
     return Constants(min(layers - 1, int(DEPTH_FRACTION * layers)))
+
+
+# The published ε of FT-L, by model. Elsewhere 1e-3; the atlas model's is measured (see conf/method/ft_l.yaml).
+FT_L_EPSILON = {"atlas": 8e-3, "gpt2-medium": 2e-3, "gpt2-large": 1e-3, "gpt2-xl": 5e-4, "gpt-j-6b": 5e-5}
+
+
+def ft_l_epsilon(model_name: str) -> float:
+    """FT-L's ε for the model with this name: max |ΔW_ij|, in units of the weight.
+
+    >>> ft_l_epsilon("openai-community/gpt2-xl")
+    0.0005
+    """
+    return FT_L_EPSILON.get(model_name.rstrip("/").rsplit("/", 1)[-1], 1e-3)
 
 
 def require(condition: bool, name: str, found: object, wanted: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from editkit.errors import ConfigError, did_you_mean
-from editkit.settings import RomeSettings, RRomeSettings
+from editkit.settings import FtLSettings, FtSettings, LoraSettings, MendSettings, RomeSettings, RRomeSettings
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Method:
 METHODS = {
     "rome": Method("editkit.methods.rome:rome", RomeSettings),
     "r_rome": Method("editkit.methods.rome:r_rome", RRomeSettings),
+    "ft": Method("editkit.methods.finetune:ft", FtSettings),
+    "ft_l": Method("editkit.methods.finetune:ft_l", FtLSettings),
+    "lora": Method("editkit.methods.lora:lora", LoraSettings),
+    "mend": Method("editkit.methods.mend:mend", MendSettings),
 }
 
 
