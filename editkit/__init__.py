@@ -21,6 +21,10 @@ _PUBLIC = {
     "RRomeSettings": "editkit.settings",
     "AlphaEditSettings": "editkit.settings",
     "EmmetSettings": "editkit.settings",
+    "FtLSettings": "editkit.settings",
+    "FtSettings": "editkit.settings",
+    "LoraSettings": "editkit.settings",
+    "MendSettings": "editkit.settings",
     "MemitSettings": "editkit.settings",
     "PmetSettings": "editkit.settings",
     "RomeSettings": "editkit.settings",
@@ -29,6 +33,10 @@ _PUBLIC = {
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
     "emmet": "editkit.methods.memit",
+    "ft": "editkit.methods.finetune",
+    "ft_l": "editkit.methods.finetune",
+    "lora": "editkit.methods.lora",
+    "mend": "editkit.methods.mend",
     "memit": "editkit.methods.memit",
     "pmet": "editkit.methods.pmet",
     "r_rome": "editkit.methods.rome",
@@ -41,8 +49,12 @@ if TYPE_CHECKING:
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
     from editkit.methods.alphaedit import alphaedit as alphaedit
+    from editkit.methods.finetune import ft as ft
+    from editkit.methods.finetune import ft_l as ft_l
+    from editkit.methods.lora import lora as lora
     from editkit.methods.memit import emmet as emmet
     from editkit.methods.memit import memit as memit
+    from editkit.methods.mend import mend as mend
     from editkit.methods.pmet import pmet as pmet
     from editkit.methods.rome import r_rome as r_rome
     from editkit.methods.rome import rome as rome
@@ -51,7 +63,11 @@ if TYPE_CHECKING:
     from editkit.nethook import Trace as Trace
     from editkit.settings import AlphaEditSettings as AlphaEditSettings
     from editkit.settings import EmmetSettings as EmmetSettings
+    from editkit.settings import FtLSettings as FtLSettings
+    from editkit.settings import FtSettings as FtSettings
+    from editkit.settings import LoraSettings as LoraSettings
     from editkit.settings import MemitSettings as MemitSettings
+    from editkit.settings import MendSettings as MendSettings
     from editkit.settings import MomentSettings as MomentSettings
     from editkit.settings import PmetSettings as PmetSettings
     from editkit.settings import RomeSettings as RomeSettings

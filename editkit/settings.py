@@ -64,7 +64,7 @@ class MethodSettings:
 
     constants: ClassVar[str]  # whose entry in constants.py fills what is None
 
-    transform: str | None = None  # of the finished edit: rect, prune
+    transform: str | None = field(default=None, kw_only=True)  # of the finished edit: rect, prune
 
     def __post_init__(self) -> None:
         if self.transform is not None:
@@ -199,6 +199,73 @@ class AlphaEditSettings(SpreadSettings):
         require(self.threshold > 0, "method.threshold", self.threshold, "positive")
         require(self.fraction is None or 0 < self.fraction <= 1, "method.fraction", self.fraction, "in (0, 1]")
         require(self.l2 is None or self.l2 > 0, "method.l2", self.l2, "positive")
+
+
+@dataclass(frozen=True)
+class FtSettings(MethodSettings):
+    """Fine-tuning of one weight (the FT of ROME, arXiv 2202.05262, appendix E, code `ft_main.py`)."""
+
+    constants: ClassVar[str] = "ft"
+
+    layer: int | None = None  # block whose down-projection is trained; None: the block that ROME edits
+    steps: int = 25  # passes over the facts
+    lr: float | None = None  # Adam's learning rate; there is no weight decay
+    batch: int = 64  # facts a step
+    stop_loss: float = 1e-2  # mean NLL per target token; a batch under it takes no step, a pass under it is the last
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.steps > 0, "method.steps", self.steps, "positive")
+        require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
+        require(self.batch > 0, "method.batch", self.batch, "positive")
+
+
+@dataclass(frozen=True)
+class FtLSettings(FtSettings):
+    """FT with every entry of ΔW held within ±epsilon (arXiv 2012.00363, as in ROME's FT+L)."""
+
+    constants: ClassVar[str] = "ft_l"
+
+    epsilon: float | None = None  # None: the constant of this model, in units of the weight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epsilon is None or self.epsilon > 0, "method.epsilon", self.epsilon, "positive")
+
+
+@dataclass(frozen=True)
+class LoraSettings(MethodSettings):
+    """Fine-tuning of a low-rank change ΔW = alpha/rank · B A through peft (Hu et al. 2021, arXiv 2106.09685)."""
+
+    constants: ClassVar[str] = "lora"
+
+    layers: tuple[int, ...] | None = None  # blocks whose down-projection gets an adapter; None: the block ROME edits
+    rank: int = 8
+    alpha: float = 16.0
+    steps: int = 50  # passes over the facts
+    lr: float = 5e-3  # Adam's learning rate
+    batch: int = 64  # facts a step
+    stop_loss: float = 1e-2  # as for FT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            require(len(self.layers) > 0, "method.layers", self.layers, "one block or more, or null")
+        require(self.rank > 0, "method.rank", self.rank, "positive")
+        require(self.alpha > 0, "method.alpha", self.alpha, "positive")
+        require(self.steps > 0, "method.steps", self.steps, "positive")
+        require(self.lr > 0, "method.lr", self.lr, "positive")
+        require(self.batch > 0, "method.batch", self.batch, "positive")
+
+
+@dataclass(frozen=True)
+class MendSettings(MethodSettings):
+    """MEND (arXiv 2110.11309): everything else is in the file of the trained hypernetwork."""
+
+    constants: ClassVar[str] = "mend"
+
+    hypernetwork: str | None = None  # the file; None: the bundled one of this model
 
 
 @dataclass(frozen=True)

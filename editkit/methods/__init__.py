@@ -13,7 +13,11 @@ from editkit.errors import ConfigError, did_you_mean
 from editkit.settings import (
     AlphaEditSettings,
     EmmetSettings,
+    FtLSettings,
+    FtSettings,
+    LoraSettings,
     MemitSettings,
+    MendSettings,
     MethodSettings,
     PmetSettings,
     RomeSettings,
@@ -41,6 +45,10 @@ METHODS = {
     "emmet": Method("editkit.methods.memit:emmet", EmmetSettings),
     "pmet": Method("editkit.methods.pmet:pmet", PmetSettings),
     "alphaedit": Method("editkit.methods.alphaedit:alphaedit", AlphaEditSettings, carries=True),
+    "ft": Method("editkit.methods.finetune:ft", FtSettings),
+    "ft_l": Method("editkit.methods.finetune:ft_l", FtLSettings),
+    "lora": Method("editkit.methods.lora:lora", LoraSettings),
+    "mend": Method("editkit.methods.mend:mend", MendSettings),
 }
 
 

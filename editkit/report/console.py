@@ -80,7 +80,7 @@ def update(edit: Edit, relative_norm: float) -> str:
             parts.append(f"k·u {report['k_dot_u']:.3g}")
         if "cos_bare_mean" in report:
             parts.append(f"cos(bare key, mean key) {report['cos_bare_mean']:.3f}")
-        lines += _wrapped("  ", "value: " + ", ".join(parts))
+        lines += _wrapped("  ", ("value: " if "v0_norm" in report else "tuning: ") + ", ".join(parts))
     for report in edit.provenance.get("layers", []):
         text = f"block {report['layer']}: {report['written']:.0%} of the residual written, ‖R‖ {report['missing']:.3g}"
         if "null_space" in report:

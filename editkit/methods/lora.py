@@ -1,0 +1,130 @@
+"""LoRA: fine-tuning of a low-rank change (Hu et al. 2021, arXiv 2106.09685), through peft.
+
+    W x  ->  W x + (alpha / rank) B A x,      A [rank, d_ff] uniform in ±1/√d_ff, B [d_model, rank] zero at first
+
+at the down-projection of the chosen blocks; A and B are trained with Adam on the facts alone, the target tokens
+scored at their own positions (likelihood.py), in float32 (float64 for a float64 model). No dropout. peft puts its
+layers around the modules while it trains, and they are taken off again on every exit. The Edit holds
+left = alpha/rank · B and right = A. A is drawn with the run's seed here and not by peft, so that it is the same on
+every device and in every version.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from editkit.edit import Edit, base_of, low_rank_delta
+from editkit.errors import EditkitError
+from editkit.facts import Fact
+from editkit.methods.common import checked_facts, provenance
+from editkit.methods.likelihood import descend, kept_grads
+from editkit.models.architecture import orientation
+from editkit.models.load import LanguageModel
+from editkit.nethook import get_module, replace_module, requires_grad
+from editkit.settings import LoraSettings
+from editkit.snapshot import Snapshot
+
+ADAPTER = "editkit"
+
+
+def lora(
+    lm: LanguageModel,
+    facts: Fact | Sequence[Fact],
+    settings: LoraSettings | None = None,
+    *,
+    seed: int = 0,
+    moments: object = None,
+    contexts: object = None,
+    progress: bool = True,
+) -> Edit:
+    """Fine-tune LoRA adapters on one fact, or on several at once; a low-rank Edit.
+
+    - `settings`: see LoraSettings.
+    - `seed`: of the first A. `moments`, `contexts`: of other methods.
+    - `progress`: show a bar with the loss of each pass.
+
+    The model is left as it was: the same module and parameter objects, the same bits, flags and `.grad`. Raises
+    EditkitError without peft or for an update that is not finite, ModelError for a layer the model does not have,
+    FactError for a target without tokens.
+    """
+    found = checked_facts(lm, facts)
+    settings = (settings or LoraSettings()).resolved(lm.name, lm.layers)
+    assert settings.layers is not None
+    sites = [lm.architecture.down(lm.check_layer(layer)) for layer in settings.layers]
+    base = base_of(lm)
+    with (
+        Snapshot.take(lm.model, []),  # verifies on exit that peft wrote to nothing
+        kept_grads(lm.model),
+        requires_grad(lm.model, only=[]),
+        adapters(lm, sites, settings, seed) as factors,
+    ):
+        trained = [factor for pair in factors.values() for factor in pair]
+        optimizer = torch.optim.Adam(trained, lr=settings.lr)
+
+        def step() -> None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        steps = descend(lm, found, settings, step=step, progress=progress)
+    scaling = settings.alpha / settings.rank
+    deltas = tuple(low_rank_delta(lm, site, scaling * b.detach(), a.detach()) for site, (a, b) in factors.items())
+    how = provenance("lora", settings, found, seed, reports=[{"steps": steps}], peft=_peft().__version__)
+    return Edit(deltas, base, how)
+
+
+@contextmanager
+def adapters(
+    lm: LanguageModel, sites: Sequence[str], settings: LoraSettings, seed: int
+) -> Iterator[dict[str, tuple[nn.Parameter, nn.Parameter]]]:
+    """peft's adapters around the modules `sites` while the body runs; yields A and B of each.
+
+    On every exit the modules themselves are back in their places. Raises EditkitError for a model that
+    holds adapters already.
+    """
+    peft, model = _peft(), lm.model
+    if hasattr(model, "peft_config"):
+        raise EditkitError(
+            f"'{lm.name}' holds adapters of peft already; lora edits a plain model. Merge them (merge_and_unload) or "
+            "load the model without."
+        )
+    plain = {site: get_module(model, site) for site in sites}
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=sites,
+        fan_in_fan_out=orientation(plain[sites[0]], sites[0]) == "in_out",
+    )
+    try:
+        with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        generator = torch.Generator().manual_seed(seed)
+        yield {site: _start(get_module(model, site), module, generator) for site, module in plain.items()}
+    finally:
+        for site, module in plain.items():
+            replace_module(model, site, module)
+        model.__dict__.pop("peft_config", None)
+
+
+def _start(layer: nn.Module, plain: nn.Module, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of one of peft's layers at their first values, wide enough to be trained."""
+    a: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[index,union-attr]
+    b: nn.Parameter = layer.lora_B[ADAPTER].weight  # type: ignore[index,union-attr]
+    weight = plain.weight
+    assert isinstance(weight, Tensor)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    first = (2 * torch.rand(a.shape, generator=generator, dtype=wide) - 1) / a.shape[1] ** 0.5
+    a.data, b.data = first.to(weight.device), torch.zeros(b.shape, dtype=wide, device=weight.device)
+    return a, b
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise EditkitError(
+            "method=lora trains through peft, which is not installed. Install it with: pip install 'editkit[peft]'"
+        ) from error
+    return peft

@@ -1,0 +1,204 @@
+"""MEND: what it captures, what an untrained network does, that training helps, and its file."""
+
+import copy
+import importlib.util
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from editkit import Fact
+from editkit.corpora import load_atlas
+from editkit.errors import EditFileError, EditkitError, ModelError
+from editkit.methods.mend import Mend, mend, rank_one_gradients
+from editkit.nethook import requires_grad
+from editkit.settings import MendSettings
+from tests.conftest import tiny_lm
+from tests.oracles import dense
+from tests.test_snapshot import random_edit
+from tests.untouched import TARGETS, plain_nll, tokens_of, untouched
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train_mend.py"
+spec = importlib.util.spec_from_file_location("train_mend", SCRIPT)
+assert spec is not None and spec.loader is not None
+train_mend = importlib.util.module_from_spec(spec)
+sys.modules["train_mend"] = train_mend  # dataclasses look their module up
+spec.loader.exec_module(train_mend)
+
+FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
+FACTS = [FACT, replace(FACT, subject="Big Ben", target_new=TARGETS[1])]
+FAMILIES = ["gpt2", "llama"]
+SMALL = train_mend.Recipe(layers=(1, 2), rank=8, steps=20, edits=2, warm=10, lr=1e-2, c_edit=1.0)
+
+
+def weight_gradients(lm, sites, facts):
+    """autograd's own gradient [d_model, d_ff] of the sum of the facts' losses, per weight, on a float64 copy."""
+    model = copy.deepcopy(lm.model).double()
+    rows = [tokens_of(lm, f.text, f.target_new) for f in facts]
+    (plain_nll(model, rows) * len(rows)).backward()
+    found = {}
+    for site in sites:
+        module = model.get_submodule(site)
+        transposed = dense(module) is not module.weight
+        found[site] = module.weight.grad.T if transposed else module.weight.grad
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_captured_pairs_sum_to_autograds_weight_gradient(family):
+    lm = tiny_lm(family, dtype=torch.float64)
+    sites = [lm.architecture.down(layer) for layer in (0, 2)]
+    pairs, losses = rank_one_gradients(lm, sites, FACTS)
+    for site, gradient in weight_gradients(lm, sites, FACTS).items():
+        k, g = pairs[site]
+        assert len(k) == len(g) <= sum(len(tokens_of(lm, f.text, f.target_new)[0]) for f in FACTS)
+        torch.testing.assert_close(g.T @ k, gradient, rtol=1e-9, atol=1e-12)
+    rows = [tokens_of(lm, f.text, f.target_new) for f in FACTS]
+    assert losses.tolist() == pytest.approx([plain_nll(lm.model, [row]).item() for row in rows])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_network_takes_one_step_of_sgd(family, tmp_path):
+    """Whatever the tokens were normalised by."""
+    lm = tiny_lm(family, dtype=torch.float64)
+    network = Mend.for_model(lm, (0, 2), rank=4)
+    network.normalise_by([rank_one_gradients(lm, network.sites, FACTS)[0]])
+    path = network.save(tmp_path / "mend.safetensors")
+    edit = mend(lm, FACTS, MendSettings(str(path)), progress=False)
+    for site, gradient in weight_gradients(lm, network.sites, FACTS).items():
+        (delta,) = (d for d in edit.deltas if d.module == site)
+        ours = delta.left.double() @ delta.right.double()
+        assert (ours + gradient).norm() / gradient.norm() <= 1e-5
+
+
+def test_the_network_is_the_papers_formula():
+    """Token by token, row by row of the matrices, with nothing at its starting value."""
+    torch.manual_seed(0)
+    network = Mend(["a", "b"], 5, 3, rank=2, base="").double()
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor))
+        network.std.abs_().add_(0.1)
+    k, g = torch.randn(4, 5).double(), torch.randn(4, 3).double()
+    left, right = network("b", k, g)
+    for t in range(4):
+        raw = torch.cat((k[t], g[t]))
+        z = (raw - network.mean[1]) / network.std[1]
+        h = z.clone()
+        low = torch.stack([network.v[0, r] @ z for r in range(2)])
+        for i in range(8):
+            h[i] += max(
+                0.0, network.scale[1, 0, i] * (network.u[0, i] @ low + network.b[0, i]) + network.offset[1, 0, i]
+            )
+        y = h + network.scale[1, 1] * (network.u[1] @ (network.v[1] @ h) + network.b[1]) + network.offset[1, 1]
+        new = raw + network.std[1] * (y - z)
+        torch.testing.assert_close(right[t], new[:5])
+        torch.testing.assert_close(left[:, t], -network.log_lr[1].exp() * new[5:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_lowers_its_loss(family, tmp_path):
+    """Mean over the same 12 edits, before and after 20 steps."""
+    lm, atlas = tiny_lm(family), load_atlas()
+    with untouched(lm, lm.architecture.down(1)):
+        trained = train_mend.train(lm, SMALL, tmp_path / "checkpoint.pt")
+    untrained = train_mend.train(lm, replace(SMALL, steps=0), tmp_path / "none.pt")
+    facts, _ = train_mend.split(atlas, SMALL)
+
+    def loss(network):
+        rng, total = random.Random(1), 0.0
+        with requires_grad(lm.model, only=[]), torch.no_grad():
+            for fact in rng.sample(facts, 12):
+                each = train_mend.example(atlas, fact, rng, SMALL)
+                with torch.enable_grad():
+                    edit, locality = train_mend.losses_after(lm, network, each)
+                total += (SMALL.c_edit * edit + locality).item() / 12
+        return total
+
+    assert loss(trained) < 0.98 * loss(untrained)
+
+
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    lm, calls = tiny_lm("gpt2"), []
+    recipe = replace(SMALL, steps=6, edits=1)
+    whole = train_mend.train(lm, recipe, tmp_path / "a.pt", every=2)
+    original = train_mend.losses_after
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(train_mend, "losses_after", killed)
+    with untouched(lm, lm.architecture.down(1)), pytest.raises(KeyboardInterrupt):
+        train_mend.train(lm, recipe, tmp_path / "b.pt", every=2)
+    resumed = train_mend.train(lm, recipe, tmp_path / "b.pt", every=2)
+    assert len(calls) == 8  # steps 5 and 6 again, not the first four
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    with pytest.raises(SystemExit, match="another recipe"):
+        train_mend.train(lm, replace(recipe, lr=1.0), tmp_path / "b.pt")
+
+
+def test_held_out_subjects_are_edited_by_no_example():
+    atlas = load_atlas()
+    facts, held = train_mend.split(atlas, SMALL)
+    assert not {f.subject for f in facts} & {f.subject for f in held} and len(facts) + len(held) == len(atlas.facts)
+    fact, rng = facts[0], random.Random(0)
+    unseen = {p.format(fact.subject) for p in atlas.unseen_phrasings(fact)}
+    for _ in range(20):
+        each = train_mend.example(atlas, fact, rng, SMALL)
+        assert all(fact.subject in p and p not in unseen and a == each.fact.target_new for p, a in each.changed)
+        assert each.changed[0][0] == each.fact.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_left_as_it_was(family, tmp_path, monkeypatch):
+    lm = tiny_lm(family)
+    site = lm.architecture.down(1)
+    path = Mend.for_model(lm, (1,), rank=2).save(tmp_path / "mend.safetensors")
+    with untouched(lm, site):
+        edit = mend(lm, FACTS, MendSettings(str(path)), progress=False)
+    assert edit.norm() > 0 and edit.rank <= sum(len(tokens_of(lm, f.text, f.target_new)[0]) for f in FACTS)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for where in ("editkit.methods.likelihood.log_softmax", "torch.Tensor.backward"):
+        with monkeypatch.context() as patch, untouched(lm, site), pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, interrupted)
+            mend(lm, FACTS, MendSettings(str(path)), progress=False)
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    lm = tiny_lm("gpt2")
+    how = "Train one with: python scripts/train_mend.py"
+    with pytest.raises(EditFileError, match=f"tiny-gpt2_mend.safetensors.*No such file.*{how}"):
+        mend(lm, FACT, progress=False)
+    edit = random_edit(lm).save(tmp_path / "edit.safetensors")
+    noise = tmp_path / "noise.safetensors"
+    noise.write_bytes(b"noise" * 100)
+    for path in (edit, noise):
+        with pytest.raises(EditFileError, match=f"{path}.*{how}"):
+            mend(lm, FACT, MendSettings(str(path)), progress=False)
+    path = Mend.for_model(tiny_lm("gpt2", seed=1), (1,), rank=2).save(tmp_path / "mend.safetensors")
+    with pytest.raises(EditkitError, match=f"trained for a model with digest.*{how}"):
+        mend(lm, FACT, MendSettings(str(path)), progress=False)
+    with pytest.raises(ModelError, match="Layer 9"):
+        Mend.for_model(lm, (9,), rank=2)
+
+
+def test_the_file_holds_the_network(tmp_path):
+    lm = tiny_lm("gpt2")
+    network = Mend.for_model(lm, (0, 1), rank=2, lr=0.5, seed=3)
+    network.normalise_by([rank_one_gradients(lm, network.sites, FACTS)[0]])
+    path = network.save(tmp_path / "mend.safetensors")
+    again = Mend.load(path)
+    assert (again.sites, again.base) == (network.sites, lm.digest)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert again.save(tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
