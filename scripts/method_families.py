@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -43,7 +44,12 @@ SETTINGS: dict[str, Any] = {
     "l2": 0.1,
     "contexts": ContextSettings(lengths=(5,), counts=(2,)),
 }
-FITTED: dict[str, dict[str, Any]] = {}  # what single methods need besides
+FITTED: dict[str, dict[str, Any]] = {  # where a weight is trained, not a value
+    "ft": {"lr": 5e-3},
+    "ft_l": {"lr": 5e-3, "epsilon": 0.05},
+    "lora": {"lr": 0.02},
+}
+UNTRAINED_LR = 0.05  # of the untrained hypernetwork, with which MEND is a step of SGD
 
 
 def log_p(lm: LanguageModel, facts: list[Fact]) -> torch.Tensor:
@@ -65,9 +71,13 @@ def fitted(method: Method, name: str, several: bool) -> Any:
     return method.settings(**values | FITTED.get(name, {}))
 
 
-def check(lm: LanguageModel, name: str) -> dict[str, Any]:
+def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
     """One cell: {"rise": …} with "failures", or {"refused": reason}."""
     method = METHODS[name]
+    if name == "mend":
+        mend: Any = importlib.import_module("editkit.methods.mend")
+        path = mend.Mend.for_model(lm, [1], rank=2, lr=UNTRAINED_LR).save(folder / "mend.safetensors")
+        FITTED["mend"] = {"hypernetwork": str(path)}
     facts = FACTS if "layers" in method.settings.__dataclass_fields__ else FACTS[:1]
     settings = fitted(method, name, several=lm.architecture.mlp_norm is None)
     before, state = log_p(lm, facts), digests(tensors_of(lm.model))
@@ -112,7 +122,8 @@ def main() -> None:
     for family in options.families or sites:
         try:
             lm = tests.tiny_lm(family)
-            found[family] = {name: check(lm, name) for name in options.methods}
+            with tempfile.TemporaryDirectory() as folder:
+                found[family] = {name: check(lm, name, Path(folder)) for name in options.methods}
         except EditkitError as error:  # the whole family
             found[family] = {name: {"refused": str(error)} for name in options.methods}
         cells = [

@@ -20,10 +20,10 @@ sys.modules["method_families"] = method_families
 spec.loader.exec_module(method_families)
 
 
-@pytest.mark.parametrize("method", ["r_rome", "memit"])
+@pytest.mark.parametrize("method", ["r_rome", "memit", "lora"])
 @pytest.mark.parametrize("family", [family for family in SITES if family not in REFUSED])
-def test_an_edit_lands_and_comes_off(family, method):
-    cell = method_families.check(tiny_lm(family), method)
+def test_an_edit_lands_and_comes_off(family, method, tmp_path):
+    cell = method_families.check(tiny_lm(family), method, tmp_path)
     assert cell["failures"] == [] and cell["rise"] > 0.5
 
 
