@@ -233,10 +233,11 @@ def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
         for name, value in found["recall"].items()
     )
     edits = "\n".join(
-        f"| {name} | " + " | ".join(f"{_get(r, column):.3f}" for column in COLUMNS) + f" | {_verdict(_passes(r))} |"
+        f"| {name} | {r[COLUMNS[0]]['n']} | "
+        + " | ".join(f"{_get(r, column):.3f}" for column in COLUMNS)
+        + f" | {_verdict(_passes(r))} |"
         for name, r in found["edits"].items()
     )
-    n = next(iter(found["edits"].values()))[COLUMNS[0]]["n"]
     traced = "\n".join(
         f"| {name} token | " + " | ".join(f"{x:.2f}" for x in row) + " |" for name, row in found["tracing"].items()
     )
@@ -250,7 +251,6 @@ def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
         relations=len(atlas.relations),
         settings="\n".join(f"    {key}: {value}" for key, value in recipe.items()),
         recalls=recalls,
-        n=n,
         constants=", ".join(f"{k} {v}" for k, v in constants_of("rome", "atlas", lm.layers).items() if k != "layer"),
         edits=edits,
         bar_es=BARS["ES"],

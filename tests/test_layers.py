@@ -18,7 +18,7 @@ LAYERS = [
     {"settings", "files", "nethook", "corpora"},
     {"snapshot"},
     {"models"},
-    {"facts", "edit"},
+    {"facts", "edit", "peft_folder"},
     {"moments"},
     {"data", "methods", "metrics", "probes", "shaping"},
     {"results"},

@@ -25,7 +25,7 @@ def rect(lm: LanguageModel, edit: Edit, *, kept: float = RECT_KEPT) -> Edit:
     """The edit with all but the share `kept` of each ΔW's entries set to 0. `lm` holds the weights before it."""
 
     def one(delta: Delta) -> Delta:
-        w, change = _weight(lm, delta), _change(delta)
+        w, change = _weight(lm, delta), delta.change()
         relative = (change / w).abs().nan_to_num(nan=0.0, posinf=float("inf"))  # 0 / 0 changes nothing
         count = max(1, round(kept * change.numel()))
         threshold = relative.flatten().kthvalue(change.numel() - count + 1).values
@@ -39,7 +39,7 @@ def prune(lm: LanguageModel, edit: Edit) -> Edit:
 
     def one(delta: Delta) -> Delta:
         largest = torch.linalg.matrix_norm(_weight(lm, delta), ord=2)
-        u, s, vt = _svd(delta)
+        u, s, vt = delta.svd()
         if not (s > largest).any():
             return delta
         s = torch.where(s > largest, s.log() - largest.log() + largest, s)
@@ -57,21 +57,6 @@ def _weight(lm: LanguageModel, delta: Delta) -> Tensor:
     """W [d_model, d_ff] in float64 on the CPU."""
     weight = get_parameter(lm.model, delta.parameter).detach().double().cpu()
     return weight.T if delta.orientation == "in_out" else weight
-
-
-def _change(delta: Delta) -> Tensor:
-    """ΔW [d_model, d_ff] in float64."""
-    return delta.left.double() if delta.right is None else delta.left.double() @ delta.right.double()
-
-
-def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of ΔW; of factors through their QR decompositions, so that ΔW is never formed."""
-    if delta.right is None:
-        return torch.linalg.svd(delta.left.double(), full_matrices=False)
-    ql, rl = torch.linalg.qr(delta.left.double())
-    qr, rr = torch.linalg.qr(delta.right.double().T)
-    u, s, vt = torch.linalg.svd(rl @ rr.T)
-    return ql @ u, s, vt @ qr.T
 
 
 def _transformed(edit: Edit, deltas: tuple[Delta, ...], how: dict) -> Edit:

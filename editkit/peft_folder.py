@@ -1,0 +1,110 @@
+"""An edit as a LoRA adapter: a folder that `peft.PeftModel.from_pretrained(base, folder)` loads, ready to be uploaded.
+
+A low-rank edit *is* a LoRA with A = right [r, d_ff], B = left [d_model, r] and scaling 1 (arXiv 2106.09685). peft reads
+A and B in this orientation for Linear and, with fan_in_fan_out, for Conv1D. Writing needs no peft.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from editkit.errors import EditkitError
+from editkit.files import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from editkit.edit import Edit
+
+NEGLIGIBLE = 1e-7  # of the largest singular value: less than float32 holds beside it
+
+
+def write_adapter(edit: "Edit", folder: Path, rank: int | None = None) -> dict[str, float]:
+    """Write adapter_config.json, adapter_model.safetensors and README.md; the relative error of each weight's ΔW.
+
+    A factored ΔW is written as it is. `rank` cuts each ΔW to its largest singular values; a dense ΔW is cut to its
+    numerical rank where `rank` is None. Raises EditkitError for an edit without deltas or of mixed orientations,
+    OutputError when the folder cannot be written.
+    """
+    if not edit.deltas:
+        raise EditkitError("This edit changes nothing: there is no adapter to write.")
+    if len({delta.orientation for delta in edit.deltas}) > 1:
+        raise EditkitError("This edit changes Conv1D and Linear weights; peft has one fan_in_fan_out for an adapter.")
+    tensors: dict[str, Tensor] = {}
+    ranks, errors = {}, {}
+    for delta in edit.deltas:
+        left, right, error = delta.left, delta.right, 0.0
+        if right is None or (rank is not None and delta.rank > rank):
+            u, s, vt = delta.svd()
+            kept = rank if rank is not None else max(1, int((s > NEGLIGIBLE * s[0]).sum()))
+            left, right = (u[:, :kept] * s[:kept]).float(), vt[:kept].float()
+            error = (s[kept:].norm() / s.norm()).item() if s[0] > 0 else 0.0
+        prefix = f"base_model.model.{delta.module}"
+        tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
+        ranks[delta.module], errors[delta.parameter] = right.shape[0], error
+    largest = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": Path(edit.base.name).name if Path(edit.base.name).is_absolute() else edit.base.name,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": edit.deltas[0].orientation == "in_out",
+        "target_modules": list(ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+    }
+    write_bytes(folder / "adapter_model.safetensors", save_tensors(tensors))
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "README.md", _card(edit, config["base_model_name_or_path"], ranks, errors))
+    return errors
+
+
+def _card(edit: "Edit", base: Any, ranks: dict[str, int], errors: dict[str, float]) -> str:
+    how = edit.provenance
+    facts = "\n".join(f"- {_fact(fact)}" for fact in how.get("facts", [])) or "- not recorded"
+    weights = "\n".join(
+        f"| {parameter} | {rank} | {error:.1e} |"
+        for (parameter, error), rank in zip(errors.items(), ranks.values(), strict=True)
+    )
+    settings = json.dumps(how.get("settings", {}), indent=2, ensure_ascii=False)
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [model-editing]
+---
+
+# An edit of {base}
+
+A knowledge edit by {how.get("method", "an unknown method")}, computed with editkit and exported as a LoRA adapter.
+It belongs on the base with digest `{edit.base.digest[:16]}` ({edit.base.dtype}) and on no other.
+
+    import peft
+    model = peft.PeftModel.from_pretrained(base_model, "THIS FOLDER")
+
+## Facts
+
+{facts}
+
+## Weights
+
+| weight | rank | relative error of the export |
+|---|---|---|
+{weights}
+
+## Settings
+
+```json
+{settings}
+```
+"""
+
+
+def _fact(fact: dict[str, str]) -> str:
+    was = f" (was: {fact['target_true']})" if fact.get("target_true") else ""
+    return f"{fact['prompt'].replace('{}', fact['subject'])} → {fact['target_new']}{was}"
