@@ -28,10 +28,12 @@ _PUBLIC = {
     "MemitSettings": "editkit.settings",
     "PmetSettings": "editkit.settings",
     "RomeSettings": "editkit.settings",
+    "Session": "editkit.session",
     "Snapshot": "editkit.snapshot",
     "Trace": "editkit.nethook",
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
+    "apply_files": "editkit.arithmetic",
     "emmet": "editkit.methods.memit",
     "ft": "editkit.methods.finetune",
     "ft_l": "editkit.methods.finetune",
@@ -45,6 +47,7 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
+    from editkit.arithmetic import apply_files as apply_files
     from editkit.edit import Edit as Edit
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from editkit.models.load import LanguageModel as LanguageModel
     from editkit.models.load import load as load
     from editkit.nethook import Trace as Trace
+    from editkit.session import Session as Session
     from editkit.settings import AlphaEditSettings as AlphaEditSettings
     from editkit.settings import EmmetSettings as EmmetSettings
     from editkit.settings import FtLSettings as FtLSettings

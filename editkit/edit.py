@@ -9,8 +9,8 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +123,21 @@ class Edit:
         return sum(delta.norm() ** 2 for delta in self.deltas) ** 0.5
 
     def __add__(self, other: "Edit") -> "Edit":
-        return combined([self, other])
-
-    def __neg__(self) -> "Edit":
-        return combined([self], [-1.0])
+        return self._combined([self, other], [1.0, 1.0])
 
     def __sub__(self, other: "Edit") -> "Edit":
-        return combined([self, other], [1.0, -1.0])
+        return self._combined([self, other], [1.0, -1.0])
+
+    def __neg__(self) -> "Edit":
+        return self._combined([self], [-1.0])
 
     def __mul__(self, factor: float) -> "Edit":
-        return combined([self], [factor])
+        return self._combined([self], [factor])
+
+    def _combined(self, edits: list["Edit"], factors: list[float]) -> "Edit":
+        from editkit.arithmetic import combined
+
+        return combined(edits, factors)
 
     __rmul__ = __mul__
 
@@ -307,45 +312,6 @@ def _delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | None) -
     bias = getattr(found, "bias", None) is not None
     right = None if right is None else right.float().cpu()
     return Delta(module, left.float().cpu(), right, kind, bias, digest(weight))
-
-
-def combined(edits: Sequence[Edit], factors: Sequence[float] | None = None) -> Edit:
-    """Σ factor · edit, as one edit of the base that all of them were computed for.
-
-    Factors stay factors (their ranks add); with a dense change among them, the sum is dense. Raises EditkitError
-    when the edits are of different bases.
-    """
-    factors = [1.0] * len(edits) if factors is None else list(factors)
-    deltas: dict[str, Delta] = {}
-    for edit, factor in zip(edits, factors, strict=True):
-        if edit.base.digest != edits[0].base.digest:
-            raise EditkitError(
-                f"Edits of different bases cannot be added: '{edits[0].base.name}' {edits[0].base.digest[:12]} and "
-                f"'{edit.base.name}' {edit.base.digest[:12]}. Edits computed one on top of the other go into a "
-                "Session, or through editkit.apply_files in their order."
-            )
-        for delta in edit.deltas:
-            scaled = replace(delta, left=factor * delta.left)
-            deltas[delta.module] = _sum(deltas[delta.module], scaled) if delta.module in deltas else scaled
-    of = [{"factor": f, "digest": e.digest, "provenance": e.provenance} for e, f in zip(edits, factors, strict=True)]
-    return Edit(tuple(deltas.values()), edits[0].base, {"method": "combined", "of": of}, edits[0].parents)
-
-
-def _sum(a: Delta, b: Delta) -> Delta:
-    if a.right is None or b.right is None:
-        return replace(a, left=(a.change() + b.change()).float(), right=None)
-    return replace(a, left=torch.cat([a.left, b.left], 1), right=torch.cat([a.right, b.right]))
-
-
-def compressed(edit: Edit, rank: int) -> Edit:
-    """The edit with each ΔW cut to its `rank` largest singular values; provenance has the relative error made."""
-    deltas, errors = [], {}
-    for delta in edit.deltas:
-        u, s, vt = delta.svd()
-        deltas.append(replace(delta, left=(u[:, :rank] * s[:rank]).float(), right=vt[:rank].float()))
-        errors[delta.parameter] = (s[rank:].norm() / s.norm().clamp_min(1e-300)).item()
-    cut = {"rank": rank, "relative_error": errors}
-    return replace(edit, deltas=tuple(deltas), provenance=edit.provenance | {"compressed": cut})
 
 
 def base_of(lm: LanguageModel) -> Base:

@@ -65,12 +65,14 @@ def texts(fact: Fact, before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update(edit: Edit, relative_norm: float) -> str:
+def update(edit: Edit, relative_norm: float, lost: float) -> str:
     """Size and rank of the update, and its health."""
     lines = ["", "update"]
     for delta in edit.deltas:
         lines += _wrapped("  ", f"{delta.parameter} {list(delta.shape)}: rank {delta.rank}, ‖ΔW‖ {delta.norm():.4g}")
     lines += _wrapped("  ", f"‖ΔW‖/‖W‖ {relative_norm:.4f}; {len(edit.to_bytes()) / 1024:.0f} KiB as a file")
+    if lost > 1e-4:  # float32 loses less
+        lines += _wrapped("  ", f"rounding to {edit.base.dtype} changes ΔW by {lost:.1%} of its norm")
     for report in edit.provenance.get("reports", []):
         first, last = report["steps"][0]["loss"], report["steps"][-1]["loss"]
         parts = [f"{len(report['steps'])} steps, loss {first:.3f} → {last:.3f}"]

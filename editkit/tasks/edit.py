@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit import results
+from editkit.arithmetic import spectra
 from editkit.data.cases import Case, make_case
 from editkit.edit import Edit, weight_norm
 from editkit.errors import FactError
@@ -47,6 +48,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         edit = TRANSFORMS[config.method.transform](lm, edit)
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
+    lost = {spectrum.parameter: spectrum.achieved for spectrum in spectra(edit, lm)}
     with edit.applied(lm) as applied:
         after = _look(lm, case, config)
         clock.lap("measure_after")
@@ -56,7 +58,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     metrics = _metrics(before["scores"], after["scores"])
     say(console.probes(case.fact, before["scores"], after["scores"], metrics))
     say(console.texts(case.fact, before, after))
-    say(console.update(edit, relative_norm))
+    say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None)))
     say(console.reversal(applied.reversal))
 
     edit.save(folder / results.EDIT)
@@ -71,6 +73,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "rank": edit.rank,
             "norm": edit.norm(),
             "relative_norm": relative_norm,
+            "lost_in_rounding": lost,
             "provenance": edit.provenance,
         },
         metrics=metrics,
