@@ -82,8 +82,9 @@ def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Appl
         if not alone and not (before and edit.parents == tuple(before)):
             raise EditkitError(
                 f"'{path}' was computed for '{edit.base.name}' {edit.base.digest[:12]} on top of "
-                f"{[d[:12] for d in edit.parents] or 'nothing'}; here it comes on '{lm.name}' {base.digest[:12]} on top of "
-                f"{[d[:12] for d in before] or 'nothing'}. Give all files in the order they were made, on their base."
+                f"{[d[:12] for d in edit.parents] or 'nothing'}; here it comes on '{lm.name}' {base.digest[:12]}, "
+                f"on top of {[d[:12] for d in before] or 'nothing'}. Give all files in the order they were made, "
+                "on their own base."
             )
         before.append(edit.digest)
         deltas += list(edit.deltas)
