@@ -1,4 +1,4 @@
-"""The python blocks of docs/ run as they stand: each file's in order, as one session in an empty folder."""
+"""The python blocks of docs/ and of the README run as they stand: each file's in order, as one session in an empty folder."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILES = sorted(DOCS.glob("*.md"))
+FILES = [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"]
 
 
 def test_there_are_docs_to_run():
