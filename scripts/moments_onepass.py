@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from machine import processor
 from tqdm import tqdm
 
 from editkit.files import write_text
@@ -53,14 +54,6 @@ def counted(lm: LanguageModel, block: int) -> float:
     sums = 2 * d_ff * d_ff * (PANELS + 1) / (2 * PANELS)
     passes = sum(range(1, layers + 1)) * one_block
     return (passes + layers * sums) / (layers * one_block + layers * sums)
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), sys.platform)
 
 
 def main() -> None:

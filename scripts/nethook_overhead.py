@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from machine import processor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -111,14 +112,6 @@ def measure(
             "difference_ms": quartiles([a - b for a, b in pairs]),
         }
     return found
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), sys.platform)
 
 
 def size(text: str) -> tuple[int, int]:

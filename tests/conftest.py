@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from editkit.corpora import atlas_prose, load_atlas
+from editkit.facts import lookup_position
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, LanguageModel, load
+from editkit.models.tokens import continued, spaced, tokenise
 from tests.families import build
 from tests.hooking import count_hooks
 
@@ -80,6 +82,18 @@ def tiny_lm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -
     tokenizer = byte_level_tokenizer() if family.startswith("gpt") else llama_like_tokenizer()
     model = build(family, vocab_size=len(tokenizer), dtype=dtype, seed=seed)
     return LanguageModel(f"tiny-{family}", model, tokenizer, architecture_of(model.config.model_type))
+
+
+def inputs_of(lm, fact, templates):
+    """(rows, kl row) of a fact for the oracles, which take token ids."""
+    prompts = [t.replace("{}", fact.prompt) for t in templates]
+    scored = continued(lm, [fact.filled(p) for p in prompts], [spaced(fact.target_new)] * len(prompts))
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ids = scored.rows.ids[i, : len(scored.rows.offsets[i])].tolist()
+        rows.append((ids, lookup_position(scored.rows, i, prompt, fact.subject), len(scored.positions[i])))
+    kl = tokenise(lm, [f"{fact.subject} is a"])
+    return rows, (kl.ids[0].tolist(), lookup_position(kl, 0, "{} is a", fact.subject))
 
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"

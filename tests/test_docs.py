@@ -1,4 +1,4 @@
-"""The python blocks of docs/ and of the README run as they stand: each file's in order, as one session in an empty folder."""
+"""The python blocks of docs/ and of the README run as they stand: each file's in order, in an empty folder."""
 
 import re
 from pathlib import Path

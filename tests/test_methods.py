@@ -8,11 +8,10 @@ import torch
 
 from editkit import Fact
 from editkit.errors import ConfigError, EditkitError, FactError, ModelError
-from editkit.facts import lookup_position
 from editkit.methods import METHODS
 from editkit.methods.alphaedit import constrained, null_space
 from editkit.methods.memit import equality, least_squares
-from editkit.models.tokens import continued, spaced, tokenise
+from editkit.models.tokens import continued, spaced
 from editkit.moments import Factored, SecondMoment, second_moments
 from editkit.settings import (
     AlphaEditSettings,
@@ -22,7 +21,7 @@ from editkit.settings import (
     MomentSettings,
     PmetSettings,
 )
-from tests.conftest import tiny_lm
+from tests.conftest import inputs_of, tiny_lm
 from tests.oracles import spread_updates
 from tests.test_snapshot import everything
 
@@ -39,18 +38,6 @@ SETTINGS = {
     "pmet": PmetSettings(moment_weight=30.0, weight_decay=1e-3, kl_factor=0.5, stop_kl=0.0),
     "alphaedit": AlphaEditSettings(fraction=0.5, l2=0.5, weight_decay=1e-3),
 }
-
-
-def inputs_of(lm, fact, templates):
-    """(rows, kl row) of a fact for the oracle, tokenised here from the texts."""
-    prompts = [t.replace("{}", fact.prompt) for t in templates]
-    scored = continued(lm, [fact.filled(p) for p in prompts], [spaced(fact.target_new)] * len(prompts))
-    rows = []
-    for i, prompt in enumerate(prompts):
-        ids = scored.rows.ids[i, : len(scored.rows.offsets[i])].tolist()
-        rows.append((ids, lookup_position(scored.rows, i, prompt, fact.subject), len(scored.positions[i])))
-    kl = tokenise(lm, [f"{fact.subject} is a"])
-    return rows, (kl.ids[0].tolist(), lookup_position(kl, 0, "{} is a", fact.subject))
 
 
 @pytest.mark.parametrize("method", SETTINGS)

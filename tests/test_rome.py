@@ -8,12 +8,11 @@ import torch
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
 from editkit.constants import constants_of
 from editkit.errors import EditkitError, FactError, ModelError
-from editkit.facts import lookup_position
 from editkit.methods.contexts import context_templates
-from editkit.models.tokens import continued, spaced, tokenise
+from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.settings import ContextSettings, MomentSettings
-from tests.conftest import tiny_lm
+from tests.conftest import inputs_of, tiny_lm
 from tests.oracles import rome_update
 from tests.test_snapshot import everything
 
@@ -28,14 +27,7 @@ def lm_named(name, request):
 
 def oracle_of(lm, fact, settings, templates, matrix):
     """The oracle's ΔW for the same contexts, tokenised here from the texts."""
-    prompts = [t.replace("{}", fact.prompt) for t in templates]
-    scored = continued(lm, [fact.filled(p) for p in prompts], [spaced(fact.target_new)] * len(prompts))
-    rows = []
-    for i, prompt in enumerate(prompts):
-        ids = scored.rows.ids[i, : len(scored.rows.offsets[i])].tolist()
-        rows.append((ids, lookup_position(scored.rows, i, prompt, fact.subject), len(scored.positions[i])))
-    kl = tokenise(lm, [f"{fact.subject} is a"])
-    kl_row = (kl.ids[0].tolist(), lookup_position(kl, 0, "{} is a", fact.subject))
+    rows, kl_row = inputs_of(lm, fact, templates)
     site = lm.architecture.down(settings.layer)
     names = ("steps", "lr", "weight_decay", "kl_factor", "clamp", "stop_loss")
     constants = {name: getattr(settings, name) for name in names}
