@@ -26,6 +26,14 @@ PROCESSES.set_forkserver_preload(["tests.test_moments_resume"])
 
 
 @pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """A job that a shell started in the background ignores SIGINT, and so would the tests that send it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr(moments_collect, "BATCH", BATCH)
 

@@ -54,7 +54,7 @@ def test_the_run_folder_is_named_on_the_last_line_and_complete(finished):
     config = yaml.safe_load((found / "config.yaml").read_text())
     assert config["method"]["name"] == "r_rome" and config["seed"] == 0
     cases = pandas.read_parquet(found / "cases.parquet")
-    assert set(cases.kind) == {"rewrite", "paraphrase", "neighborhood"}
+    assert set(cases.kind) == {"rewrite", "paraphrase", "neighborhood", "portability"}
     assert (cases.probability_new_after[cases.kind == "rewrite"] > 0.5).all()
 
 
@@ -157,5 +157,9 @@ def test_a_kill_leaves_no_half_file_and_the_next_run_works(how, tmp_path):
 def test_help_names_the_groups(tmp_path):
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for expected in ("edit=gpt2_fact", "method: r_rome, rome", "moments"):
+    for expected in (
+        "edit=gpt2_fact",
+        "method: alphaedit, emmet, ft, ft_l, lora, memit, mend, pmet, r_rome, rome",
+        "moments",
+    ):
         assert expected in done.stdout
