@@ -220,8 +220,11 @@ def main() -> None:
         if options.card:
             write_text(options.card, card(found, lm, atlas))
     print(f"\n{time.time() - began:.0f} s")
-    if not all(_passes(r) for name, r in found["edits"].items() if name.startswith(first)):
-        sys.exit("some bar is not met")
+    below = [name for name, r in found["edits"].items() if name.startswith(first) and not _passes(r)]
+    if below:
+        print(f"below some bar: {', '.join(below)}")
+    if f"{first} layer {default}" in below:
+        sys.exit("the default block does not meet every bar")
 
 
 def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
