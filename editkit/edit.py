@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -172,7 +173,8 @@ class Edit:
 
         W + ΔW is added in float32 (float64 for float64 weights) and cast once to the weight's dtype. If
         anything fails, the weights are put back before the exception leaves. `check=False` skips
-        the comparison with the base. Raises EditkitError for another base or a result that is not finite.
+        the comparison with the base. Warns of an update larger than its weight. Raises EditkitError for another base
+        or a result that is not finite.
         """
         if check:
             self.check_base(lm)
@@ -187,6 +189,12 @@ class Edit:
                         raise EditkitError(
                             f"The edited {delta.parameter} is not finite in {weight.dtype}; the model was left as it "
                             "was. Lower the clamp or the learning rate, or load the model in float32."
+                        )
+                    if (size := delta.norm()) > (whole := weight.float().norm().item()):
+                        warnings.warn(
+                            f"the update of {delta.parameter} is larger than the weight (‖ΔW‖ {size:.3g}, ‖W‖ {whole:.3g}): "
+                            "edits of this size usually break the model",
+                            stacklevel=2,
                         )
                     weight.copy_(changed)
         except BaseException:

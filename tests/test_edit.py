@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from editkit.edit import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditFileError, EditkitError, OutputError
+from editkit.nethook import get_parameter
 from tests.conftest import tiny_lm
 from tests.test_snapshot import random_edit
 
@@ -67,6 +69,18 @@ def test_a_dense_change_is_the_same_edit_as_its_factors(family, tmp_path):
         assert torch.equal(lm.model.get_parameter(edit.parameters[0]), before + factors.matrix())
     with pytest.raises(EditkitError, match="does not fit"):
         dense_delta(lm, factors.module, torch.zeros(2, 2))
+
+
+def test_an_update_larger_than_its_weight_is_named(lm):
+    edit = random_edit(lm)
+    weight = get_parameter(lm.model, edit.parameters[0]).norm().item()
+    small, large = (0.9 * weight / edit.norm() * edit, 1.1 * weight / edit.norm() * edit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with small.applied(lm):
+            pass
+    with pytest.warns(UserWarning, match=f"{edit.parameters[0]} is larger than the weight"), large.applied(lm):
+        pass
 
 
 def test_another_base_is_refused(lm):
