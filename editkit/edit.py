@@ -192,8 +192,8 @@ class Edit:
                         )
                     if (size := delta.norm()) > (whole := weight.float().norm().item()):
                         warnings.warn(
-                            f"the update of {delta.parameter} is larger than the weight (‖ΔW‖ {size:.3g}, ‖W‖ {whole:.3g}): "
-                            "edits of this size usually break the model",
+                            f"the update of {delta.parameter} is larger than the weight (‖ΔW‖ {size:.3g}, ‖W‖ "
+                            f"{whole:.3g}): edits of this size usually break the model",
                             stacklevel=2,
                         )
                     weight.copy_(changed)
