@@ -118,12 +118,18 @@ def main() -> None:
     parser.add_argument("--singles", type=int, default=30, help="facts edited one at a time; 0: none")
     parser.add_argument("--batch", type=int, default=200, help="facts in one batch; 0: none")
     parser.add_argument("--session", default="10x20", metavar="STEPSxFACTS", help="0x0: none")
+    parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here; rows already there are kept")
     options = parser.parse_args()
     steps, size = (int(part) for part in options.session.split("x"))
 
-    lm = load("atlas", device="cpu")
-    found: dict[str, Any] = {"digest": lm.digest, "threads": torch.get_num_threads(), "rows": {}}
+    lm = load("atlas", device="cpu", dtype=options.dtype)
+    found: dict[str, Any] = {
+        "digest": lm.digest,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "rows": {},
+    }
     if options.json and options.json.is_file():
         kept = json.loads(options.json.read_text(encoding="utf-8"))
         found = kept if kept["digest"] == lm.digest else found
@@ -131,7 +137,7 @@ def main() -> None:
     parts: list[tuple[str, int, Callable[..., dict[str, Any]]]] = [
         (f"{options.singles} singles", options.singles, singles),
         (f"batch of {options.batch}", options.batch, batch),
-        (f"session {steps} × {size}", steps * size, lambda *given: session(*given, size=size)),
+        (f"session {steps} × {size}", steps * size, lambda *given: session(*given, size)),
     ]
     for what, count, measure in parts:
         cases = distinct(count)
