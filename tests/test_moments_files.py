@@ -60,6 +60,17 @@ def test_a_saved_moment_is_loaded_bit_for_bit(moment, tmp_path):
     assert (again.effective_count, again.provenance) == (150.0, {"model": "m"})
 
 
+def test_a_file_is_opened_once(moment, tmp_path, monkeypatch):
+    """A collection replaces its file while others read: opened twice, the two halves may be of two files."""
+    moment.save(tmp_path / "c.safetensors")
+
+    def opened_again(*_, **__):
+        raise AssertionError("the path was opened a second time")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", opened_again)
+    assert torch.equal(SecondMoment.load(tmp_path / "c.safetensors").matrix, moment.matrix)
+
+
 def test_a_changed_byte_is_found(moment, tmp_path):
     path = moment.save(tmp_path / "c.safetensors")
     data = bytearray(path.read_bytes())

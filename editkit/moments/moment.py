@@ -142,12 +142,14 @@ def read_tensors(path: Path | str, wanted: str) -> tuple[dict[str, Any], dict[st
 
 
 def _read(path: Path | str, wanted: str, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    # Through numpy: for torch safetensors opens the path a second time, and a collection may have replaced it meanwhile.
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("editkit", "{}"))
             found = header.get("format")
             if found == wanted:
-                return header, {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+                names = file.keys() if tensors else ()
+                return header, {name: torch.from_numpy(file.get_tensor(name)) for name in names}
     except (OSError, SafetensorError) as error:
         raise EditkitError(f"'{path}' cannot be read as a second moment: {error}.") from error
     raise EditkitError(
