@@ -12,6 +12,7 @@ from editkit.errors import ConfigError
 
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 TRANSFORMS = ("rect", "prune")
+ENGINES = ("replay", "full")
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -88,9 +89,11 @@ class ValueSettings(MethodSettings):
     clamp: float | None = None  # ‖δ‖ is held under clamp · ‖v0‖
     stop_loss: float = 0.05  # stop when the loss falls under this
     contexts: ContextSettings = field(default_factory=ContextSettings)
+    engine: str = "replay"  # replay: only the work that δ changes; full: every row, token and block, as the reference
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_one_of(self.engine, "method.engine", ENGINES)
         require_one_of(self.token, "method.token", LOOKUP_TOKENS)
         require(self.steps is None or self.steps > 0, "method.steps", self.steps, "positive")
         require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")

@@ -51,9 +51,9 @@ class Recipe:
     first_lr: float = 0.1  # α of every weight before training
     lr: float = 1e-3  # Adam's, for the network; cosine to a tenth
     lr_lr: float = 1e-2  # Adam's, for log α
-    c_edit: float = 0.1
-    steps: int = 500
-    edits: int = 4  # a step
+    c_edit: float = 0.5
+    steps: int = 1500
+    edits: int = 8  # a step
     rephrased: int = 2  # other phrasings an edit
     kept: int = 4  # prompts of other facts an edit
     held_out: float = 0.15  # share of the subjects

@@ -19,7 +19,7 @@ LAYERS = [
     {"snapshot"},
     {"models"},
     {"facts", "edit", "peft_folder", "arithmetic"},
-    {"moments"},
+    {"moments", "replay"},
     {"data", "methods", "metrics", "probes", "shaping"},
     {"session"},
     {"results"},

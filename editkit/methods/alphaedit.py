@@ -51,7 +51,8 @@ def alphaedit(
     bases = {layer: null_space(found[layer], layer, settings.threshold, settings.fraction) for layer in layers}
     templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
     aim = lm.architecture.aim(layers[-1])
-    z, reports = values_of(lm, facts, [lm.architecture.down(layers[-1])], aim, settings, templates, progress)
+    sites = [lm.architecture.down(layers[-1])]
+    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress)
 
     def solve(layer: int, keys: Tensor) -> Tensor:
         name = lm.architecture.down(layer)

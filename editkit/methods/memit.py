@@ -77,7 +77,7 @@ def _write(
     templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
     aim = lm.architecture.aim(layers[-1])
     sites = [lm.architecture.down(layers[-1])]
-    z, reports = values_of(lm, facts, sites, aim, settings, templates, progress)
+    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress)
     weight = settings.moment_weight
     assert weight is not None  # resolved
 

@@ -47,13 +47,14 @@ def pmet(
     z, reports = values_of(
         lm,
         facts,
+        layers[-1],
         sites,
         down,
         settings,
         templates,
         progress,
         said_weight=settings.said_weight,
-        stop=lambda said, kl: said and kl <= stop_kl,
+        stop=lambda said, kl: said & (kl <= stop_kl),
     )
     deltas, _, written = spread(
         lm,

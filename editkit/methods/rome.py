@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edit import Edit, base_of, low_rank_delta
+from editkit.edit import Base, Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
 from editkit.methods.contexts import context_templates
-from editkit.methods.value import keys_and_values, optimise, rows_of
+from editkit.methods.engine import rows_of
+from editkit.methods.value import Optimised, at_lookup, optimise
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import RomeSettings, RRomeSettings
+
+Update = tuple[Tensor, Tensor, dict[str, Any]]  # left [d_model] and right [d_ff] in float64, and a health report
 
 
 def rome(
@@ -59,22 +62,46 @@ def rome(
     base = base_of(lm)
     factored, described = factor_moments(lm, [layer], moments, seed, progress)
     templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
-    lefts: list[Tensor] = []
-    rights: list[Tensor] = []
-    reports: list[dict[str, Any]] = []
+    updates: list[Update] = []
     with ExitStack() as undo:  # earlier facts stay applied while the later ones are computed
         for number, fact in enumerate(facts):
-            left, right, report = _one(lm, site, fact, settings, templates, factored[layer], progress)
-            lefts.append(left)
-            rights.append(right)
-            reports.append(report)
+            updates += _updates(lm, layer, [fact], settings, templates, factored[layer], progress)
             if number + 1 < len(facts):
+                left, right, _ = updates[-1]
                 step = Edit((low_rank_delta(lm, site, left[:, None], right[None]),), base)
                 undo.enter_context(step.applied(lm, check=False))
-    delta = low_rank_delta(lm, site, torch.stack(lefts, 1), torch.stack(rights))
-    name = "r_rome" if settings.keys == "mean" else "rome"
-    how = provenance(name, settings, facts, seed, moments=described, contexts=templates, reports=reports)
-    return Edit((delta,), base, how)
+    return _edit(lm, site, base, facts, updates, settings, seed, moments=described, contexts=templates)
+
+
+def rome_each(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    settings: RomeSettings | None = None,
+    *,
+    seed: int = 0,
+    moments: Moments = None,
+    contexts: Sequence[str] | None = None,
+    progress: bool = True,
+) -> list[Edit]:
+    """An edit for each fact alone: `[rome(lm, fact) for fact in facts]`, with all values optimised together.
+
+    Each edit is for the model as it is; the facts may contradict each other. R-ROME with RRomeSettings. Arguments
+    and errors as for `rome`.
+    """
+    for fact in facts:
+        fact.check_targets(lm)
+    settings = (settings or RomeSettings()).resolved(lm.name, lm.layers)
+    assert settings.layer is not None
+    layer = lm.check_layer(settings.layer)
+    base = base_of(lm)
+    factored, described = factor_moments(lm, [layer], moments, seed, progress)
+    templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
+    updates = _updates(lm, layer, facts, settings, templates, factored[layer], progress)
+    site, said = lm.architecture.down(layer), {"moments": described, "contexts": templates}
+    return [
+        _edit(lm, site, base, [fact], [update], settings, seed, **said)
+        for fact, update in zip(facts, updates, strict=True)
+    ]
 
 
 def r_rome(
@@ -87,20 +114,46 @@ def r_rome(
     return rome(lm, facts, settings or RRomeSettings(), **options)
 
 
-def _one(
+def _edit(
     lm: LanguageModel,
     site: str,
-    fact: Fact,
+    base: Base,
+    facts: Sequence[Fact],
+    updates: Sequence[Update],
+    settings: RomeSettings,
+    seed: int,
+    **said: Any,
+) -> Edit:
+    """The updates of one weight as one Edit."""
+    lefts, rights, reports = zip(*updates, strict=True)
+    delta = low_rank_delta(lm, site, torch.stack(lefts, 1), torch.stack(rights))
+    name = "r_rome" if settings.keys == "mean" else "rome"
+    return Edit((delta,), base, provenance(name, settings, facts, seed, **said, reports=list(reports)))
+
+
+def _updates(
+    lm: LanguageModel,
+    layer: int,
+    facts: Sequence[Fact],
     settings: RomeSettings,
     templates: list[str],
     factored: Factored,
     progress: bool,
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """One rank-one update as (left [d_model], right [d_ff]) in float64, with its health report."""
-    rows = rows_of(lm, fact, settings.token, templates)
-    keys, values = keys_and_values(lm, site, rows)  # [contexts, d_ff], [contexts, d_model], float64
-    v0_norm = values[0].norm().item()
-    found = optimise(lm, [site], rows, [v0_norm], settings, name=fact.subject, progress=progress)
+) -> list[Update]:
+    """A rank-one update for each fact, all for the model as it is now."""
+    site = lm.architecture.down(layer)
+    keys, values = at_lookup(lm, site, facts, templates, settings.token)  # [facts, contexts, d_ff or d_model], float64
+    norms = values[:, 0].norm(dim=-1, keepdim=True)  # [facts, 1 site]
+    jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
+    name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
+    found = optimise(lm, layer, [site], jobs, norms, settings, name=name, progress=progress)
+    return [_update(*each, settings, factored) for each in zip(facts, keys, values, found, strict=True)]
+
+
+def _update(
+    fact: Fact, keys: Tensor, values: Tensor, found: Optimised, settings: RomeSettings, factored: Factored
+) -> Update:
+    """One update with its health report. Raises EditkitError for a degenerate key."""
     delta = found.delta[0]
     k_mean, k_bare = keys.mean(0), keys[0]
     u = factored.solve(k_mean)
@@ -119,7 +172,7 @@ def _one(
         "k_dot_u": k_dot_u,
         "k_norm": k.norm().item(),
         "cos_bare_mean": torch.cosine_similarity(k_bare, k_mean, dim=0).item(),
-        "v0_norm": v0_norm,
+        "v0_norm": values[0].norm().item(),
         "delta_norm": delta.norm().item(),
         "clamp_hit": found.clamp_hit,
         "steps": found.steps,

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from editkit.edit import Base, Delta, Edit, dense_delta, low_rank_delta
 from editkit.errors import ModelError
 from editkit.facts import Fact
-from editkit.methods.value import at_lookup, optimise, rows_of
+from editkit.methods.engine import rows_of
+from editkit.methods.value import at_lookup, optimise
 from editkit.models.load import LanguageModel
 from editkit.settings import SpreadSettings
 
@@ -46,6 +46,7 @@ def layers_of(lm: LanguageModel, settings: SpreadSettings) -> list[int]:
 def values_of(
     lm: LanguageModel,
     facts: Sequence[Fact],
+    layer: int,
     sites: Sequence[str],
     aim: str,
     settings: SpreadSettings,
@@ -53,18 +54,24 @@ def values_of(
     progress: bool,
     **options: Any,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Z [n, d_model] at `aim`: what it gives for the bare prompt, plus the δ of the last of `sites`."""
-    start = at_lookup(lm, aim, facts, templates[:1], settings.token)[:, 0]  # [n, d_model]
-    deltas, reports = [], []
-    for number, fact in enumerate(tqdm(facts, desc="values", disable=not progress or len(facts) == 1, leave=False)):
-        rows = rows_of(lm, fact, settings.token, templates)
-        own = [at_lookup(lm, site, [fact], templates[:1], settings.token)[0, 0].norm().item() for site in sites[:-1]]
-        norms = [*own, start[number].norm().item()]
-        found = optimise(lm, sites, rows, norms, settings, name=fact.subject, progress=progress, **options)
-        deltas.append(found.delta[-1])
-        size = found.delta[-1].norm().item()
-        reports.append({"steps": found.steps, "clamp_hit": found.clamp_hit, "delta_norm": size, "v0_norm": norms[-1]})
-    return start + torch.stack(deltas), reports
+    """Z [n, d_model] at `aim`: what it gives for the bare prompt, plus the δ of the last of `sites` (of `layer`)."""
+    start, *own = (
+        at_lookup(lm, site, facts, templates[:1], settings.token).output[:, 0] for site in (aim, *sites[:-1])
+    )  # each [n, d_model]
+    norms = torch.stack([values.norm(dim=-1) for values in (*own, start)], 1)  # [n, sites]
+    jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
+    name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
+    found = optimise(lm, layer, sites, jobs, norms, settings, name=name, progress=progress, **options)
+    reports = [
+        {
+            "steps": each.steps,
+            "clamp_hit": each.clamp_hit,
+            "delta_norm": each.delta[-1].norm().item(),
+            "v0_norm": norm.item(),
+        }
+        for each, norm in zip(found, norms[:, -1], strict=True)
+    ]
+    return start + torch.stack([each.delta[-1] for each in found]), reports
 
 
 def spread(
@@ -86,9 +93,9 @@ def spread(
     with ExitStack() as undo:  # lower blocks stay written while the higher ones are computed
         for number, layer in enumerate(layers):
             site = lm.architecture.down(layer)
-            keys = at_lookup(lm, site, facts, templates, token, inputs=True)  # [n, templates, d_ff]
+            keys = at_lookup(lm, site, facts, templates, token).input  # [n, templates, d_ff]
             keys = (keys * weights[:, None].double()).sum(1).T
-            missing = (z - at_lookup(lm, aim, facts, templates[:1], token)[:, 0]).T  # [d_model, n]
+            missing = (z - at_lookup(lm, aim, facts, templates[:1], token).output[:, 0]).T  # [d_model, n]
             left, right = missing / share(len(layers) - number), solve(layer, keys)
             small = left.shape[1] * (left.shape[0] + right.shape[1]) < left.shape[0] * right.shape[1]
             delta = low_rank_delta(lm, site, left, right) if small else dense_delta(lm, site, left @ right)

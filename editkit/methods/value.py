@@ -5,11 +5,15 @@ of every row, and minimises, over rows = contexts × prompt and one row "{subjec
 
     −mean log p(target) + kl_factor · KL(before ‖ after, at the subject) + weight_decay · ‖δ‖ / ‖v0‖²
 
-with Adam; ‖δ‖ is held under clamp · ‖v0‖ after each step (ROME section 3.1 and the authors' code).
+with Adam; ‖δ‖ is held under clamp · ‖v0‖ after each step (ROME section 3.1 and the authors' code). The δ of many
+facts are optimised side by side, each with its own rows, clamp and stop; an engine (engine.py) runs the model.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,146 +21,215 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from editkit.facts import Fact, lookup_position
+from editkit.methods.engine import Batch, Engine, FactRows, FullDepth, Replayed, by_token, bytes_of
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Rows, Scored, continued, spaced, tokenise
+from editkit.models.tokens import tokenise
 from editkit.nethook import Trace, requires_grad
+from editkit.replay import CannotReplay
 from editkit.settings import ValueSettings
 
-KL_PROMPT = "{} is a"
+CPU_BYTES = 2**30  # a batch's share of memory; a larger one is not faster
+Show = Callable[[float, int, int], None]  # (mean loss, steps taken since, facts ended since)
+READ_EVERY = {"cpu": 1, "cuda": 5}  # steps between two looks at the losses: each look waits for an accelerator
 
 
-@dataclass(frozen=True)
-class FactRows:
-    """The rows of one fact's optimisation: contexts × (prompt + target), then the KL row."""
+class AtLookup(NamedTuple):
+    """What passes through a module at the lookup token, [facts, templates, d] in float64 on the CPU."""
 
-    scored: Scored
-    lookup: Tensor  # [rows] position of the lookup token
-    contexts: int  # rows before the KL row
-
-    @property
-    def index(self) -> tuple[Tensor, Tensor]:
-        """(row, lookup position) of every row."""
-        return torch.arange(len(self.lookup), device=self.lookup.device), self.lookup
-
-
-def rows_of(lm: LanguageModel, fact: Fact, token: str, templates: Sequence[str]) -> FactRows:
-    """Rows of `fact` in `templates` (the bare "{}" first). Raises FactError when a lookup token cannot be found."""
-    prompts = [context.replace("{}", fact.prompt) for context in templates] + [KL_PROMPT]
-    targets = [spaced(fact.target_new)] * len(templates) + [""]
-    scored = continued(lm, [fact.filled(prompt) for prompt in prompts], targets)
-    lookup = [lookup_position(scored.rows, row, prompt, fact.subject, token) for row, prompt in enumerate(prompts)]
-    return FactRows(scored, torch.tensor(lookup, device=lm.device), len(templates))
-
-
-def by_token(tensor: Tensor, rows: Rows) -> Tensor:
-    """A view [rows, tokens, d] of what passed through a module, where the family (OPT) flattens rows and tokens too."""
-    return tensor.view(*rows.ids.shape, -1)
+    input: Tensor
+    output: Tensor
 
 
 @torch.no_grad()
-def keys_and_values(lm: LanguageModel, site: str, rows: FactRows) -> tuple[Tensor, Tensor]:
-    """k [contexts, d_ff] and m = W k + b [contexts, d_model] at the lookup token, float64 on the CPU."""
-    with Trace(lm.model, site, inputs=True, outputs=True, stop=True) as trace:
-        lm.model(**rows.scored.rows.inputs(), use_cache=False)
-    kept = slice(0, rows.contexts)
-    keys = by_token(trace[site].input, rows.scored.rows)[rows.index][kept]
-    values = by_token(trace[site].output, rows.scored.rows)[rows.index][kept]
-    return keys.double().cpu(), values.double().cpu()
+def at_lookup(lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Sequence[str], token: str) -> AtLookup:
+    """Input and output of `site` at the lookup token of each fact in each template.
 
-
-@torch.no_grad()
-def at_lookup(
-    lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Sequence[str], token: str, *, inputs: bool = False
-) -> Tensor:
-    """The input or output of `site` at the lookup token, [facts, templates, d] in float64 on the CPU."""
+    The pass ends at the site and at the lookup token: nothing behind either can reach it.
+    """
     asked = [(fact, context.replace("{}", fact.prompt)) for fact in facts for context in templates]
-    found = []
-    for first in range(0, len(asked), 64):
-        part = asked[first : first + 64]
-        rows = tokenise(lm, [fact.filled(prompt) for fact, prompt in part])
-        at = [lookup_position(rows, i, prompt, fact.subject, token) for i, (fact, prompt) in enumerate(part)]
-        with Trace(lm.model, site, inputs=inputs, outputs=not inputs, stop=True) as trace:
-            lm.model(**rows.inputs(), use_cache=False)
-        captured = by_token(trace.input if inputs else trace.output, rows)
-        found.append(captured[torch.arange(len(part)), torch.tensor(at)].double().cpu())
-    return torch.cat(found).view(len(facts), len(templates), -1)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i][1]) + len(asked[i][0].subject))
+    for begin in range(0, len(order), 64):
+        part = order[begin : begin + 64]
+        rows = tokenise(lm, [asked[i][0].filled(asked[i][1]) for i in part])
+        at = [lookup_position(rows, row, asked[i][1], asked[i][0].subject, token) for row, i in enumerate(part)]
+        inputs = {name: value[:, : max(at) + 1] for name, value in rows.inputs().items()}
+        with Trace(lm.model, site, inputs=True, outputs=True, stop=True) as trace:
+            lm.model(**inputs, use_cache=False)
+        index = torch.arange(len(part)), torch.tensor(at)
+        both = [by_token(each, len(part))[index].double().cpu() for each in (trace.input, trace.output)]
+        found |= {i: (both[0][row], both[1][row]) for row, i in enumerate(part)}
+    shape = (len(facts), len(templates), -1)
+    return AtLookup(*(torch.stack([found[i][side] for i in range(len(asked))]).view(shape) for side in (0, 1)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Optimised:
-    """What the optimisation found."""
+    """What the optimisation found for one fact."""
 
     delta: Tensor  # [sites, d_model] float64 on the CPU
-    steps: list[dict[str, float]]  # loss terms before each step
-    clamp_hit: bool
+    steps: list[dict[str, float]] = field(default_factory=list)  # loss terms before each step
+    clamp_hit: bool = False
 
 
 def optimise(
     lm: LanguageModel,
+    layer: int,
     sites: Sequence[str],
-    rows: FactRows,
-    norms: Sequence[float],
+    jobs: Sequence[FactRows],
+    norms: Tensor,
     settings: ValueSettings,
     *,
     name: str,
     progress: bool,
     said_weight: float = 1.0,
-    stop: Callable[[bool, float], bool] = lambda said, kl: False,
-) -> Optimised:
-    """A δ for each of `sites`, optimised together, by Adam. `settings` are resolved.
+    stop: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> list[Optimised]:
+    """For each of `jobs` a δ for each of `sites` (modules of block `layer`) by Adam. `settings` are resolved.
 
-    Each step is one forward with δ added, and a backward down to the first site: the gradient of δ is the
-    captured output gradient summed over the lookup tokens. `norms` are the ‖v0‖ of each site. The NLL counts
-    `said_weight` once the target is the likeliest answer in every row; `stop(said, kl)` ends the loop besides the loss.
+    `norms` [facts, sites] are the ‖v0‖. The NLL counts `said_weight` once the target is the likeliest answer in
+    every row; `stop(said, kl)`, both [facts], ends a fact besides its loss. As many facts go together as memory
+    takes; a batch that runs out of it is halved.
     """
-    row, at, token = rows.scored.pick()
-    per_row = torch.bincount(row, minlength=rows.contexts)  # target tokens a row
-    kl_row, kl_at = rows.contexts, rows.lookup[-1]
-    kl_before: Tensor | None = None
-    limit, lr, decay_factor = settings.clamp, settings.lr, settings.weight_decay
-    assert settings.steps and limit and lr and decay_factor is not None  # resolved by the method
-    width = lm.model.config.get_text_config().hidden_size
-    wide = torch.promote_types(lm.dtype, torch.float32)  # losses and δ, whatever the model's dtype
-    deltas = [torch.zeros(width, dtype=wide, device=lm.device) for _ in sites]
-    v0_norm = torch.tensor(norms, dtype=wide, device=lm.device)  # [sites]
-    optimizer = torch.optim.Adam(deltas, lr=lr)
-    steps: list[dict[str, float]] = []
-    clamp_hit = False
+    found: dict[int, Optimised] = {}
+    engine: type[FullDepth] | type[Replayed] = FullDepth if settings.engine == "full" else Replayed
+    waiting = sorted(range(len(jobs)), key=lambda i: max(map(len, jobs[i].scored.rows.offsets)))
+    most = len(jobs)
+    assert settings.steps
+    single = len(jobs) == 1
+    total = settings.steps if single else len(jobs)
+    bar = tqdm(total=total, desc=f"value for {name}", disable=not progress, leave=False)
 
-    def add_delta(output: Tensor, site: str) -> Tensor:
-        changed = output.clone()
-        by_token(changed, rows.scored.rows)[rows.index] += deltas[sites.index(site)].to(output.dtype)
-        return changed
+    def show(loss: float, steps: int, ended: int) -> None:
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update(steps if single else ended)
 
-    bar = tqdm(range(settings.steps), desc=f"value for {name}", disable=not progress, leave=False)
     with requires_grad(lm.model, only=[]), bar:
-        for step in bar:
-            with Trace(lm.model, sites, outputs=False, edit=add_delta, grads=True, leaf=True) as trace:
-                logits = lm.model(**rows.scored.rows.inputs(), use_cache=False).logits
-                log_p = log_softmax(logits[row, at].to(wide), -1)
-                said = bool((log_p.argmax(-1) == token).all())
-                log_p = log_p.gather(1, token[:, None])[:, 0]
-                nll = -(log_p.new_zeros(rows.contexts).index_add(0, row, log_p) / per_row).mean()
-                after = log_softmax(logits[kl_row, kl_at].to(wide), -1)
-                kl_before = after.detach() if kl_before is None else kl_before
-                kl = kl_div(after, kl_before, log_target=True, reduction="sum")
-                weight = said_weight if said else 1.0
-                (weight * nll + settings.kl_factor * kl).backward()
-            sizes = torch.stack([delta.norm() for delta in deltas])
-            decay = (decay_factor * sizes / v0_norm**2).sum()
-            terms = {"nll": nll.item(), "kl": settings.kl_factor * kl.item(), "weight_decay": decay.item()}
-            loss = weight * terms["nll"] + terms["kl"] + terms["weight_decay"]
-            steps.append({"loss": loss} | terms)
-            bar.set_postfix(loss=f"{loss:.3f}", p_new=f"{torch.exp(-nll).item():.3f}")
-            if loss < settings.stop_loss or stop(said, kl.item()) or step == settings.steps - 1:
+        while waiting:
+            part = waiting[: 1 if engine is FullDepth else min(most, _fitting(lm, layer, [jobs[i] for i in waiting]))]
+            try:
+                with torch.no_grad():
+                    ready = engine(lm, layer, sites, Batch([jobs[i] for i in part]))
+                results = _together(lm, ready, norms[part], settings, said_weight, stop, show)
+            except CannotReplay as error:
+                warnings.warn(
+                    f"The family '{lm.architecture.family}' runs at full depth, which is slow: {error}", stacklevel=2
+                )
+                engine = FullDepth
+                continue
+            except RuntimeError as error:
+                if len(part) == 1 or not _out_of_memory(error):
+                    raise
+                most = len(part) // 2
+                continue
+            found |= dict(zip(part, results, strict=True))
+            waiting = waiting[len(part) :]
+    return [found[i] for i in range(len(jobs))]
+
+
+def _together(
+    lm: LanguageModel,
+    engine: Engine,
+    norms: Tensor,
+    settings: ValueSettings,
+    said_weight: float,
+    stop: Callable[[Tensor, Tensor], Tensor] | None,
+    show: Show,
+) -> list[Optimised]:
+    """The facts of one batch. Those that have ended are frozen, and leave when the losses are read."""
+    limit, lr, decay_factor, steps = settings.clamp, settings.lr, settings.weight_decay, settings.steps
+    assert steps and limit and lr and decay_factor is not None  # resolved by the method
+    device, count = lm.device, len(norms)
+    wide = torch.promote_types(lm.dtype, torch.float32)  # losses and δ, whatever the model's dtype
+    v0 = norms.T[..., None].to(device, wide)  # [sites, facts, 1]
+    delta = torch.zeros(*v0.shape[:2], lm.model.config.get_text_config().hidden_size, dtype=wide, device=device)
+    optimizer = torch.optim.Adam([delta], lr=lr)
+    found = [Optimised(delta[:, i]) for i in range(count)]
+    running = list(range(count))  # which facts the rows of `delta` belong to
+    alive = torch.ones(count, dtype=torch.bool, device=device)
+    hit = torch.zeros_like(alive)
+    kl_before: Tensor | None = None
+    unread: list[tuple[Tensor, Tensor]] = []  # (loss terms [4, facts], alive before)
+    every = READ_EVERY.get(device.type, 5)
+
+    for step in range(steps):
+        batch = engine.batch
+        log_p = log_softmax(engine.logits(delta).to(wide), -1)
+        log_p, after = log_p.split([len(batch.fact), len(running)])
+        said = torch.ones(len(running), dtype=torch.bool, device=device)
+        said = said.index_put((batch.fact[log_p.argmax(-1) != batch.token],), said.new_zeros(()))
+        log_p = log_p.gather(1, batch.token[:, None])[:, 0] * batch.share.to(wide)
+        nll = -log_p.new_zeros(len(running)).index_add(0, batch.fact, log_p)  # [facts]
+        kl_before = after.detach() if kl_before is None else kl_before
+        kl = kl_div(after, kl_before, log_target=True, reduction="none").sum(-1)
+        sizes = delta.norm(dim=-1, keepdim=True)  # [sites, facts, 1]
+        decay = (decay_factor * sizes / v0**2).sum((0, 2))
+        weight = torch.where(said, said_weight, 1.0)
+        loss = weight * nll + settings.kl_factor * kl
+        terms = torch.stack((loss + decay, nll, settings.kl_factor * kl, decay)).detach()
+        unread.append((terms, alive))
+        alive = alive & ~(terms[0] < settings.stop_loss)
+        if stop is not None:
+            alive = alive & ~stop(said, kl.detach())
+        if (step + 1) % every == 0 or step == steps - 1:
+            over = step == steps - 1
+            kept = [i for i, on in enumerate(alive.tolist()) if on and not over]
+            show(_read(found, running, unread, delta, hit, set(kept)), len(unread), len(running) - len(kept))
+            unread = []
+            if not kept:
                 break
-            for site, delta, size, norm in zip(sites, deltas, sizes, v0_norm, strict=True):
-                delta.grad = by_token(trace[site].grad, rows.scored.rows)[rows.index].to(wide).sum(0)
-                if size > 0:  # the norm has no gradient at 0; torch takes 0 there
-                    delta.grad += decay_factor / norm**2 * delta / size
-            optimizer.step()
-            for delta, norm in zip(deltas, v0_norm, strict=True):
-                if delta.norm() > limit * norm:
-                    delta.mul_(limit * norm / delta.norm())
-                    clamp_hit = True
-    return Optimised(torch.stack(deltas).double().cpu(), steps, clamp_hit)
+            gradient = engine.gradient(loss[kept].sum())[:, kept]
+            if len(kept) < len(running):
+                state = optimizer.state[delta]
+                delta, v0, sizes, hit, alive = delta[:, kept], v0[:, kept], sizes[:, kept], hit[kept], alive[kept]
+                optimizer = torch.optim.Adam([delta], lr=lr)
+                if state:
+                    optimizer.state[delta] = {k: v if v.ndim == 0 else v[:, kept] for k, v in state.items()}
+                running, kl_before = [running[i] for i in kept], kl_before[kept]
+                with torch.no_grad():
+                    engine = engine.some(kept)
+        else:
+            gradient = engine.gradient(loss.sum())
+        # The norm has no gradient at 0; torch takes 0 there.
+        delta.grad = gradient + decay_factor / v0**2 * delta / torch.where(sizes > 0, sizes, 1.0)
+        before = delta.clone()
+        optimizer.step()
+        over_limit = delta.norm(dim=-1, keepdim=True) / (limit * v0)
+        delta.div_(over_limit.clamp_min(1.0))
+        torch.where(alive[:, None], delta, before, out=delta)
+        hit = hit | (alive & (over_limit[..., 0] > 1).any(0))
+    return found
+
+
+def _read(
+    found: list[Optimised],
+    running: list[int],
+    unread: list[tuple[Tensor, Tensor]],
+    delta: Tensor,
+    hit: Tensor,
+    kept: set[int],
+) -> float:
+    """Bring the losses of the latest steps, and the facts that have ended, to the CPU. The latest mean loss."""
+    values = torch.stack([terms for terms, _ in unread]).tolist()  # [steps, 4, facts]
+    was_alive = torch.stack([alive for _, alive in unread]).tolist()
+    deltas, hits = delta.detach().double().cpu(), hit.tolist()
+    for place, fact in enumerate(running):
+        for terms, alive in zip(values, was_alive, strict=True):
+            if alive[place]:
+                of = [each[place] for each in terms]
+                found[fact].steps.append(dict(zip(("loss", "nll", "kl", "weight_decay"), of, strict=True)))
+        if place not in kept:
+            found[fact].delta, found[fact].clamp_hit = deltas[:, place].clone(), hits[place]
+    losses = [values[-1][0][place] for place in range(len(running))]
+    return sum(losses) / len(losses)
+
+
+def _fitting(lm: LanguageModel, layer: int, jobs: Sequence[FactRows]) -> int:
+    """How many of `jobs`, at least one, fit into the memory that a batch may take."""
+    room = torch.cuda.mem_get_info(lm.device)[0] // 2 if lm.device.type == "cuda" else CPU_BYTES
+    needed = accumulate(bytes_of(lm, job, layer) for job in jobs)
+    return max(1, sum(1 for _ in takewhile(lambda each: each <= room, needed)))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

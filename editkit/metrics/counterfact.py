@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from editkit.data.cases import Probe
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import continued, spaced
+from editkit.models.tokens import Scored, continued, spaced
+from editkit.replay import CannotReplay, columns, logits_of
 
 BATCH = 64  # rows; sorted by length so that little is padding
 
@@ -51,15 +53,14 @@ class ProbeScore:
 
 
 def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
-    """Each target after its prompt, in the order given."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(targets[i]))
+    """Each target after its prompt, in the order given. A prompt is run once for all of its targets."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i], len(targets[i])))
     scores: dict[int, TargetScore] = {}
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         scored = continued(lm, [prompts[i] for i in chunk], [spaced(targets[i]) for i in chunk])
         row, at, token = scored.pick()
-        with torch.inference_mode():
-            logits = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float()
+        logits = _picked(lm, scored, row, at)
         log_p = log_softmax(logits, -1).gather(1, token[:, None])[:, 0].double().cpu()
         best = (logits.argmax(-1) == token).cpu()
         row = row.cpu()
@@ -68,6 +69,17 @@ def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[s
             total, count = log_p[mine].sum(), int(mine.sum())
             scores[i] = TargetScore(-total.item() / count, total.exp().item(), bool(best[mine].all()))
     return [scores[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _picked(lm: LanguageModel, scored: Scored, row: Tensor, at: Tensor) -> Tensor:
+    """[picked, vocabulary] in float32: the logits of those tokens and no other."""
+    first, last = [found[0] for found in scored.positions], [found[-1] - 1 for found in scored.positions]
+    try:
+        clean = columns(lm, scored.rows, first, last)
+    except CannotReplay:
+        return lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float()
+    return logits_of(lm, clean.final[clean.at(row, at)]).float()
 
 
 def score_probes(lm: LanguageModel, probes: Sequence[Probe]) -> list[ProbeScore]:

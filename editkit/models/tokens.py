@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from editkit.errors import FactError
 from editkit.models.load import LanguageModel
@@ -26,6 +27,17 @@ class Rows:
     ids: Tensor
     mask: Tensor
     offsets: list[list[tuple[int, int]]]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Rows]") -> "Rows":
+        """The rows of all parts, one part after the other."""
+        width = max(part.ids.shape[1] for part in parts)
+        ids, mask = (
+            torch.cat([pad(each, (0, width - each.shape[1])) for each in side])
+            for side in ([part.ids for part in parts], [part.mask for part in parts])
+        )
+        texts = tuple(text for part in parts for text in part.texts)
+        return cls(texts, ids, mask, [offsets for part in parts for offsets in part.offsets])
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments for a transformers model."""

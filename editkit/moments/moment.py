@@ -142,7 +142,7 @@ def read_tensors(path: Path | str, wanted: str) -> tuple[dict[str, Any], dict[st
 
 
 def _read(path: Path | str, wanted: str, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    # Through numpy: for torch safetensors opens the path a second time, and a collection may have replaced it meanwhile.
+    # Through numpy: for torch, safetensors opens the path twice, and a collection may have replaced it in between.
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("editkit", "{}"))

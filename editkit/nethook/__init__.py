@@ -21,7 +21,7 @@ from .names import (
     select,
     select_all,
 )
-from .trace import Record, Trace, TraceDict, hidden, with_hidden
+from .trace import Record, Trace, TraceDict, hidden, with_hidden, with_input
 
 __all__ = [
     "ActivationStatistics",
@@ -46,4 +46,5 @@ __all__ = [
     "select",
     "select_all",
     "with_hidden",
+    "with_input",
 ]

@@ -56,10 +56,10 @@ def with_hidden(output: Any, h: Tensor) -> Any:
     return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 
-def _with_input(site: str, change: Change, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def with_input(args: tuple, kwargs: dict, change: Change, site: str = "") -> tuple[tuple, dict]:
     """Call arguments with `change` applied to the hidden tensor: the first among args, else hidden_states."""
     named = {**dict(enumerate(args)), "hidden_states": kwargs.get("hidden_states"), **kwargs}
-    key, h = _locate(named, f"The call of '{site}'")
+    key, h = _locate(named, f"The call of '{site}'" if site else "The call")
     if isinstance(key, str):
         return args, kwargs | {key: change(h)}
     return (*args[:key], change(h), *args[key + 1 :]), kwargs
@@ -260,9 +260,9 @@ class Trace(_Readable):
             if early:
                 running.append(Record(site, self._asked, self._stored))
             if early == self._record_early and self._asked["input"]:
-                given = _with_input(site, partial(running[-1].keep, "input"), args, kwargs)
+                given = with_input(args, kwargs, partial(running[-1].keep, "input"), site)
                 running[-1]._kept["inputs"] = _detached(given) if self._detach else given
-            return _with_input(site, edits["edit_input"], args, kwargs) if early and "edit_input" in edits else None
+            return with_input(args, kwargs, edits["edit_input"], site) if early and "edit_input" in edits else None
 
         def after(early: bool, called: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if not mine(called) or not running:  # not running: the trace was entered midway

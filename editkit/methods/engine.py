@@ -1,0 +1,191 @@
+"""How a value is tried out: logits under a δ for each fact, and the gradient of δ.
+
+`FullDepth` does what the reference does: every row, token, block and logit. `Replayed` gives the same from the edited
+block and the lookup token on (replay.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from editkit.facts import Fact, lookup_position
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import Rows, Scored, continued, spaced
+from editkit.nethook import Trace
+from editkit.replay import Replay, logits_of, replay
+
+KL_PROMPT = "{} is a"
+
+
+@dataclass(frozen=True)
+class FactRows:
+    """The rows of one fact's optimisation: contexts × (prompt + target), then the KL row."""
+
+    scored: Scored
+    lookup: list[int]  # of each row, the position of its lookup token
+    contexts: int  # rows before the KL row
+
+    @property
+    def last(self) -> list[int]:
+        """Of each row, the last token whose logits or value are used."""
+        asked = [max([at - 1 for at in found], default=0) for found in self.scored.positions]
+        return [max(pair) for pair in zip(asked, self.lookup, strict=True)]
+
+
+def rows_of(lm: LanguageModel, fact: Fact, token: str, templates: Sequence[str]) -> FactRows:
+    """Rows of `fact` in `templates` (the bare "{}" first). Raises FactError when a lookup token cannot be found."""
+    prompts = [context.replace("{}", fact.prompt) for context in templates] + [KL_PROMPT]
+    targets = [spaced(fact.target_new)] * len(templates) + [""]
+    scored = continued(lm, [fact.filled(prompt) for prompt in prompts], targets)
+    lookup = [lookup_position(scored.rows, row, prompt, fact.subject, token) for row, prompt in enumerate(prompts)]
+    return FactRows(scored, lookup, len(templates))
+
+
+def by_token(tensor: Tensor, rows: int) -> Tensor:
+    """A view [rows, tokens, d] of what passed through a module, where the family (OPT) flattens rows and tokens too."""
+    return tensor.view(rows, -1, tensor.shape[-1])
+
+
+class Batch:
+    """The rows of several facts, one fact after the other, and the logits that their losses ask for."""
+
+    def __init__(self, facts: Sequence[FactRows]) -> None:
+        self.facts = list(facts)
+        self.rows = Rows.joined([each.scored.rows for each in facts])
+        device = self.rows.ids.device
+        counts = [len(each.lookup) for each in facts]
+        self.begins = [sum(counts[:i]) for i in range(len(counts))]  # of each fact, its first row
+        picks, kl = [], []
+        for number, (begin, each) in enumerate(zip(self.begins, facts, strict=True)):
+            for row, found in enumerate(each.scored.positions):
+                share = 1 / (len(found) * each.contexts) if found else 0.0
+                picks += [(begin + row, at - 1, number, share) for at in found]
+            kl.append((begin + each.contexts, each.lookup[-1]))
+        read = [(row, at) for row, at, *_ in picks] + kl  # the targets', then one a fact for the KL
+        self.row, self.at = torch.tensor(read, device=device).T  # of each logit that is read
+        self.fact = torch.tensor([fact for *_, fact, _ in picks], device=device)  # [targets]
+        self.share = torch.tensor([share for *_, share in picks], device=device)  # [targets] of a fact's mean NLL
+        self.token = self.rows.ids[self.row[: len(picks)], self.at[: len(picks)] + 1]
+        self.lookup = torch.tensor([at for each in facts for at in each.lookup], device=device)  # [rows]
+        self.of_row = torch.arange(len(facts), device=device).repeat_interleave(torch.tensor(counts, device=device))
+
+    def some(self, kept: Sequence[int]) -> tuple["Batch", Tensor]:
+        """The batch of some of the facts, and which rows those are."""
+        rows = [self.begins[i] + row for i in kept for row in range(len(self.facts[i].lookup))]
+        return Batch([self.facts[i] for i in kept]), torch.tensor(rows, device=self.lookup.device)
+
+
+class Engine(Protocol):
+    """What the optimisation asks of either engine. δ: [sites, facts, d_model]."""
+
+    batch: Batch
+
+    def logits(self, delta: Tensor) -> Tensor:
+        """[logits that are read, vocabulary], as `batch.row` and `batch.at` list them."""
+        ...
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of δ, [sites, facts, d_model]; `loss` comes from the latest logits."""
+        ...
+
+    def some(self, kept: Sequence[int]) -> "Engine":
+        """The engine of some of the facts."""
+        ...
+
+
+class _Hooked:
+    """δ added to the outputs of modules, and its gradient captured there, by the hook layer."""
+
+    def __init__(self, lm: LanguageModel, sites: Sequence[str], batch: Batch, at: Tensor) -> None:
+        self._lm, self._sites, self._batch, self._at = lm, list(sites), batch, at
+        self._rows = torch.arange(len(at), device=at.device)
+
+    def traced(self, delta: Tensor) -> Trace:
+        def add(output: Tensor, site: str) -> Tensor:
+            changed = output.clone()
+            each = delta[self._sites.index(site)].detach()[self._batch.of_row]
+            by_token(changed, len(self._at))[self._rows, self._at] += each.to(output.dtype)
+            return changed
+
+        self._like = delta
+        self._trace = Trace(self._lm.model, self._sites, outputs=False, grads=True, edit=add, leaf=True)
+        return self._trace
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        loss.backward()
+        found = [by_token(self._trace[site].grad, len(self._at))[self._rows, self._at] for site in self._sites]
+        grad = torch.zeros_like(self._like)
+        return grad.index_add(1, self._batch.of_row, torch.stack(found).to(grad.dtype))
+
+
+class FullDepth:
+    """The whole model on whole rows, as the reference runs it: the oracle of `Replayed`, and what it falls back to."""
+
+    def __init__(self, lm: LanguageModel, layer: int, sites: Sequence[str], batch: Batch) -> None:
+        self._lm, self._layer, self._sites, self.batch = lm, layer, sites, batch
+        self._hooked = _Hooked(lm, sites, batch, batch.lookup)
+
+    def logits(self, delta: Tensor) -> Tensor:
+        with self._hooked.traced(delta):
+            logits = self._lm.model(**self.batch.rows.inputs(), use_cache=False).logits
+        return logits[self.batch.row, self.batch.at]
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        return self._hooked.gradient(loss)
+
+    def some(self, kept: Sequence[int]) -> "FullDepth":
+        return FullDepth(self._lm, self._layer, self._sites, self.batch.some(kept)[0])
+
+
+class Replayed:
+    """The same from the edited block and the lookup token on, with logits only where they are read.
+
+    δ of the down-projection alone is added to the residual stream behind the block. Where that is not the same (a
+    norm lies between, or attention has a δ too) the block itself is replayed, with δ added by hooks.
+    Raises CannotReplay.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, layer: int, sites: Sequence[str], batch: Batch, ready: Replay | None = None
+    ) -> None:
+        self._lm, self._layer, self._sites, self.batch = lm, layer, sites, batch
+        self._behind = lm.architecture.mlp_norm is None and list(sites) == [lm.architecture.down(layer)]
+        if ready is None:
+            first = [at for each in batch.facts for at in each.lookup]
+            last = [at for each in batch.facts for at in each.last]
+            ready = replay(lm, batch.rows, first, last, layer + self._behind)
+        self._ready = ready
+        self._picks = ready.at(batch.row, batch.at)
+        self._hooked = _Hooked(lm, sites, batch, torch.zeros_like(batch.lookup))
+
+    def logits(self, delta: Tensor) -> Tensor:
+        stream = self._ready.stream
+        if self._behind:
+            self._delta = delta.detach().requires_grad_()
+            here = stream[:, :1].to(delta.dtype) + self._delta[0][self.batch.of_row][:, None]
+            final = self._ready.run(torch.cat((here.to(stream.dtype), stream[:, 1:]), 1))
+        else:
+            with self._hooked.traced(delta):
+                final = self._ready.run(stream)
+        return logits_of(self._lm, final[self._picks])
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, self._delta)[0] if self._behind else self._hooked.gradient(loss)
+
+    def some(self, kept: Sequence[int]) -> "Replayed":
+        batch, rows = self.batch.some(kept)
+        return Replayed(self._lm, self._layer, self._sites, batch, self._ready.of(rows))
+
+
+def bytes_of(lm: LanguageModel, fact: FactRows, layer: int) -> int:
+    """About what one more fact takes in a replayed batch: what backward keeps of each block, prefixes, and logits."""
+    config = lm.model.config.get_text_config()
+    wide, d, rows = torch.promote_types(lm.dtype, torch.float32).itemsize, config.hidden_size, len(fact.lookup)
+    columns = max(last - at for last, at in zip(fact.last, fact.lookup, strict=True)) + 1
+    prefix, above = max(fact.lookup), lm.layers - layer
+    logits = sum(map(len, fact.scored.positions)) + 1
+    kept = rows * (above * (columns * 16 * d + (prefix + columns) * 4 * d) + lm.layers * prefix * 2 * d)
+    return kept * lm.dtype.itemsize + logits * config.vocab_size * wide * 5

@@ -1,0 +1,213 @@
+"""Replay: a model from one block on, over the tokens from one on, with everything before them held fixed.
+
+What is changed at block L and token t reaches no block below L and, attention being causal, no token before t. So
+one clean pass is enough for those: its residual stream enters block `start`, and its keys and values of the earlier
+tokens stand in for them. Rows are laid out around their first token that runs again, which is column 0 of all:
+
+    clean pass 1    texts before column 0, padded on the left; equal ones once       -> keys and values of each block
+    clean pass 2    columns 0, 1, …, padded on the right, all blocks                 -> how each block is called
+    run             blocks `start`, … on columns 0, 1, …, called as in pass 2, then the final norm; logits where asked
+
+Masks, positions, windows and cache rules are those that transformers itself made in pass 2, so no family has code
+here. Whether that holds for the model at hand is measured each time: one row is compared with the whole model.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from editkit.errors import ModelError
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import Rows
+from editkit.nethook import Trace, get_module, hidden, with_input
+
+# How far a replayed row may be from the whole model, relative to its largest logit; some families attend in float32.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+_CACHE = object()  # in a kept call: here goes the cache
+
+
+class CannotReplay(ModelError):
+    """This model does not do what replay relies on; the message says where it differs."""
+
+
+class _Prefix:
+    """In place of a cache: the keys and values of earlier columns, in front of those given; keeps nothing."""
+
+    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self._kept = kept
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        before = self._kept[layer]
+        return torch.cat((before[0], keys), -2), torch.cat((before[1], values), -2)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A clean run over columns 0, 1, … of each row, where column 0 is token `first[row]`.
+
+    `final`: [rows, columns, d_model] after the final norm; columns behind a row's last token hold nothing of use.
+    """
+
+    lm: LanguageModel
+    first: Tensor  # [rows]
+    final: Tensor
+
+    def at(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """(row, column) of token `position` of `row`."""
+        return row, position - self.first[row]
+
+
+@dataclass(frozen=True)
+class Replay(Columns):
+    """Blocks `start`, … of a model, ready to run again on any residual stream that enters the first of them."""
+
+    start: int
+    stream: Tensor  # [rows, columns, d_model] that entered block `start`; after the last block where start = layers
+    calls: list[tuple[tuple, dict[str, Any]]]  # of the blocks from `start` on
+    kept: dict[int, tuple[Tensor, Tensor]]  # block: keys and values before column 0, [rows, heads, tokens, d_head]
+
+    def run(self, stream: Tensor) -> Tensor:
+        """[rows, columns, d_model] after the final norm, from the stream entering block `start`. Differentiable."""
+        prefix = _Prefix(self.kept)
+        for number, (args, kwargs) in enumerate(self.calls):
+            block = get_module(self.lm.model, self.lm.architecture.block.format(self.start + number))
+            args, kwargs = _mapped((args, kwargs), lambda value: prefix if value is _CACHE else value)
+            args, kwargs = with_input(args, kwargs, lambda _, stream=stream: stream)
+            stream = hidden(block(*args, **kwargs))
+        return get_module(self.lm.model, self.lm.architecture.final_norm)(stream)
+
+    def of(self, rows: Tensor) -> "Replay":
+        """The same for some of the rows, [kept] indices."""
+        count = len(self.first)
+
+        def pick(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) % count or len(value) < count:
+                return value  # shared by all rows
+            each = value.view(count, -1, *value.shape[1:])  # Bloom's biases: rows × heads in one dimension
+            return each[rows].flatten(0, 1)
+
+        calls = [_mapped(call, pick) for call in self.calls]
+        kept = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.kept.items()}
+        picked = replace(self, first=self.first[rows], final=self.final[rows], stream=self.stream[rows])
+        return replace(picked, calls=calls, kept=kept)
+
+
+def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
+    """[.., vocabulary] from the residual stream after the final norm, [.., d_model]."""
+    logits = get_module(lm.model, lm.architecture.head)(final)
+    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.no_grad()
+def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns:
+    """One clean run of `rows` up to token `last[row]`, each distinct text before token `first[row]` (1 or more) once.
+
+    Column 0 is the token before `first[row]`. Raises CannotReplay for a model that does not give the same so.
+    """
+    ids = rows.ids.tolist()
+    of, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
+    final = before.last_hidden_state[of, -1:]
+    longer = [row for row in range(len(ids)) if last[row] >= first[row]]
+    if longer:
+        cache, begins = before.past_key_values, [first[row] for row in longer]
+        cache.batch_select_indices(of[longer].to(lm.device))
+        parts = [ids[row][first[row] : last[row] + 1] for row in longer]
+        after = _second_pass(lm, parts, begins, seen[of[longer]], cache)
+        final = torch.cat((final, final.new_zeros(len(ids), after.shape[1], after.shape[2])), 1)
+        final[longer, 1:] = after
+    clean = Columns(lm, torch.tensor(first, device=lm.device) - 1, final)
+    row = longer[0] if longer else 0
+    _check(clean, rows, last, row, final[row, last[row] - first[row] + 1])
+    return clean
+
+
+@torch.no_grad()
+def replay(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int], start: int) -> Replay:
+    """Get ready to run blocks `start`, … again from token `first[row]` to `last[row]`.
+
+    Raises CannotReplay for a model that does not give the same so.
+    """
+    ids = rows.ids.tolist()
+    of, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
+    cache, kept = None, {}
+    if before is not None:
+        cache = before.past_key_values
+        cache.batch_select_indices(of.to(lm.device))
+        kept = {layer: (each.keys, each.values) for layer, each in enumerate(cache.layers) if layer >= start}
+    blocks = [lm.architecture.block.format(layer) for layer in range(start, lm.layers)]
+    with Trace(lm.model, [*blocks, lm.architecture.final_norm], inputs=True, outputs=False) as trace:
+        parts = [ids[row][begin : end + 1] for row, (begin, end) in enumerate(zip(first, last, strict=True))]
+        final = _second_pass(lm, parts, first, seen[of], cache)
+    stream = trace[next(iter(trace))].input
+    calls = [with_input(*trace[block].inputs, lambda _: stream.new_empty(0)) for block in blocks]
+    calls = [_mapped(call, lambda value: _CACHE if hasattr(value, "get_seq_length") else value) for call in calls]
+    ready = Replay(lm, torch.tensor(first, device=lm.device), final, start, stream, calls, kept)
+    row = max(range(len(first)), key=first.__getitem__)  # of the longest prefix
+    one = ready.of(torch.tensor([row], device=lm.device))
+    _check(ready, rows, last, row, one.run(one.stream)[0, last[row] - first[row]])
+    return ready
+
+
+def _first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Any]:
+    """Each distinct text once: which one each row has, their mask [distinct, tokens], and the output with its cache."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
+    of = torch.tensor([number[tuple(text)] for text in texts])
+    ids, seen = _padded(list(number), left=True)
+    if not ids.shape[1]:
+        return of, seen, None
+    output = lm.model.base_model(**_inputs(lm, ids, seen, (seen.cumsum(1) - 1).clamp_min(0)), use_cache=True)
+    if not isinstance(getattr(output, "past_key_values", None), DynamicCache):
+        raise CannotReplay("it keeps no keys and values of earlier tokens")
+    return of, seen, output
+
+
+def _second_pass(
+    lm: LanguageModel, parts: Sequence[Sequence[int]], first: Sequence[int], seen: Tensor, cache: Any
+) -> Tensor:
+    """[rows, columns, d_model] after the final norm, of `parts` that follow what `cache` holds under mask `seen`."""
+    ids, live = _padded(parts)
+    positions = torch.tensor(first)[:, None] + (live.cumsum(1) - 1).clamp_min(0)  # padding stays within the model's
+    given = _inputs(lm, ids, torch.cat((seen, live), 1), positions)
+    return lm.model.base_model(**given, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+
+def _inputs(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    given = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(lm.model.base_model.forward).parameters:  # Bloom counts the mask itself
+        given["position_ids"] = positions
+    return {name: value.to(lm.device) for name, value in given.items()}
+
+
+def _padded(texts: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(ids, mask), each [texts, longest], padded on the right or the left."""
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        place = slice(ids.shape[1] - len(text), None) if left else slice(len(text))
+        ids[row, place], mask[row, place] = torch.tensor(text, dtype=torch.long), 1
+    return ids, mask
+
+
+def _check(clean: Columns, rows: Rows, last: Sequence[int], row: int, final: Tensor) -> None:
+    """Raise CannotReplay unless `final` [d_model] gives the logits of the whole model for the last token of `row`, and
+    every row is finite: where softmax takes a row of padding amiss, it is not."""
+    at = clean.at(torch.arange(len(last), device=clean.first.device), torch.tensor(last, device=clean.first.device))
+    wanted = clean.lm.model(input_ids=rows.ids[row : row + 1, : last[row] + 1], use_cache=False).logits[0, -1]
+    apart = ((logits_of(clean.lm, final) - wanted).abs().max() / wanted.abs().max()).item()
+    if not (apart <= TOLERANCE[clean.lm.dtype] and clean.final[at].isfinite().all()):
+        raise CannotReplay("run in parts it gives other logits than as a whole")
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The arguments of a call with `change` applied to each, inside tuples, lists and dicts too."""
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return type(value)(_mapped(item, change) for item in value) if type(value) in (tuple, list) else change(value)
