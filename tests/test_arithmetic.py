@@ -12,6 +12,8 @@ from editkit.snapshot import same_bits
 from tests.conftest import tiny_lm
 from tests.test_snapshot import everything
 
+pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
+
 
 def made(lm, layer, rank=2, seed=0, size=1.0, dense=False, parents=()):
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,8 @@ from editkit.nethook import get_parameter
 from tests.conftest import tiny_lm
 from tests.test_snapshot import random_edit
 
+pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
+
 
 @pytest.fixture(scope="module")
 def lm():

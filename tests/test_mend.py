@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from editkit import Fact
+from editkit import Fact, Session
 from editkit.corpora import load_atlas
+from editkit.data.cases import make_case
 from editkit.errors import EditFileError, EditkitError, ModelError
 from editkit.methods.mend import Mend, mend, rank_one_gradients
+from editkit.metrics.counterfact import score_probes
 from editkit.nethook import requires_grad
 from editkit.settings import MendSettings
 from tests.conftest import tiny_lm
@@ -174,6 +176,25 @@ def test_the_model_is_left_as_it_was(family, tmp_path, monkeypatch):
             mend(lm, FACTS, MendSettings(str(path)), progress=False)
 
 
+def test_the_network_of_the_base_goes_on_editing_what_it_edited(tmp_path):
+    lm = tiny_lm("gpt2")
+    settings = MendSettings(str(Mend.for_model(lm, (1,), rank=2).save(tmp_path / "mend.safetensors")))
+    with Session(lm, "mend", settings, progress=False) as session:
+        for fact in FACTS[:2]:
+            session.edit([fact])
+        assert len(session.steps) == 2
+        with pytest.raises(EditkitError, match="trained for a model with digest"):
+            mend(lm, FACT, settings, progress=False)
+
+
+def test_the_bundled_network_edits_the_atlas_model(atlas_lm):
+    fact = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
+    paraphrase, neighbor = "{} stands in the city of", "The Louvre is located in the city of"
+    case = make_case(fact, [paraphrase], [neighbor])
+    with mend(atlas_lm, fact, progress=False).applied(atlas_lm):
+        assert [score.new_wins for score in score_probes(atlas_lm, case.probes)] == [True, True, False]
+
+
 def test_files_that_cannot_be_used(tmp_path):
     lm = tiny_lm("gpt2")
     how = "Train one with: python scripts/train_mend.py"
@@ -188,6 +209,8 @@ def test_files_that_cannot_be_used(tmp_path):
     path = Mend.for_model(tiny_lm("gpt2", seed=1), (1,), rank=2).save(tmp_path / "mend.safetensors")
     with pytest.raises(EditkitError, match=f"trained for a model with digest.*{how}"):
         mend(lm, FACT, MendSettings(str(path)), progress=False)
+    with pytest.raises(EditkitError, match="trained for a model with digest"):
+        mend(lm, FACT, MendSettings(str(path)), progress=False, earlier=[random_edit(lm)])
     with pytest.raises(ModelError, match="Layer 9"):
         Mend.for_model(lm, (9,), rank=2)
 

@@ -12,6 +12,8 @@ from editkit.models.architecture import FAMILIES, REFUSED, architecture_of
 from tests.conftest import tiny_lm
 from tests.families import SITES
 
+pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "method_families.py"
 spec = importlib.util.spec_from_file_location("method_families", SCRIPT)
 assert spec is not None and spec.loader is not None

@@ -48,7 +48,7 @@ METHODS = {
     "ft": Method("editkit.methods.finetune:ft", FtSettings),
     "ft_l": Method("editkit.methods.finetune:ft_l", FtLSettings),
     "lora": Method("editkit.methods.lora:lora", LoraSettings),
-    "mend": Method("editkit.methods.mend:mend", MendSettings),
+    "mend": Method("editkit.methods.mend:mend", MendSettings, carries=True),
 }
 
 

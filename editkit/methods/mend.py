@@ -123,9 +123,10 @@ class Mend(nn.Module):
             ) from error
         return network
 
-    def check_base(self, lm: LanguageModel) -> None:
-        """Raise EditkitError unless the network was trained for `lm` as it is now."""
-        if self.base != (found := lm.digest):
+    def check_base(self, lm: LanguageModel, earlier: Sequence[Edit] = ()) -> None:
+        """Raise EditkitError unless the network was trained for `lm` as it is now, or as it was before `earlier`."""
+        found = earlier[0].base.digest if earlier else lm.digest
+        if self.base != found:
             raise EditkitError(
                 f"This hypernetwork of MEND was trained for a model with digest {self.base[:12]}; '{lm.name}' is "
                 f"{found[:12]}. {HOW_TO_TRAIN}"
@@ -165,10 +166,12 @@ def mend(
     moments: object = None,
     contexts: object = None,
     progress: bool = True,
+    earlier: Sequence[Edit] = (),
 ) -> Edit:
     """The MEND edit for one fact, or for several at once (their transformed gradients summed).
 
     - `settings.hypernetwork`: the file of a trained network; None takes the bundled one of this model.
+    - `earlier`: edits that `lm` already holds. The network is that of the model before them.
     - `seed`, `moments`, `contexts`, `progress`: of other methods; nothing here is random, or takes long.
 
     The model is left bit for bit as it was; its weights are never written. Raises EditFileError for a missing or
@@ -178,7 +181,7 @@ def mend(
     settings = settings or MendSettings()
     path = Path(settings.hypernetwork) if settings.hypernetwork else BUNDLED / f"{lm.name}_mend.safetensors"
     network = Mend.load(path)
-    network.check_base(lm)
+    network.check_base(lm, earlier)
     found = checked_facts(lm, facts)
     pairs, losses = rank_one_gradients(lm, network.sites, found)
     deltas = []

@@ -1,10 +1,13 @@
-"""Every method on the atlas model: facts one at a time, in one batch, and in a session of batches.
+"""Every method on the atlas model: facts one at a time, in one batch, and in a session of batches; and null controls.
 
-    python experiments/methods/compare.py --singles 30 --batch 50 --session 5x10 --json experiments/methods/results.json
+    python experiments/methods/compare.py --json experiments/methods/results.json       # 50 singles, 200, 10 × 20
 
 After each, all probes of all its facts are asked. Shares are of CounterFact's comparisons (ES, PS, NS) and of answers
-still said (same subject); "follows" are two-hop prompts whose new answer is likelier than the old. Rows that are in
-the JSON file already are kept, so a run that was stopped goes on.
+still said (same subject); "follows" are two-hop prompts whose new answer is likelier than the old. Intervals are 95 %
+by bootstrap over facts. Rows that are in the JSON file already are kept, so a run that was stopped goes on.
+
+The controls are of single facts: a random residual of R-ROME's norm on R-ROME's key; C = I; another block; and no edit
+at all but the new fact put in front of every prompt.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +28,23 @@ from editkit.data.cases import Case
 from editkit.edit import Edit, weight_norm
 from editkit.files import write_text
 from editkit.methods import METHODS
+from editkit.methods.rome import rome_each
 from editkit.metrics.counterfact import ProbeScore, score_probes
 from editkit.models.load import LanguageModel
+from editkit.settings import MomentSettings, RRomeSettings
 
 COLUMNS = ("ES", "PS", "unseen", "NS", "same", "follows")
 TITLES = (*COLUMNS, "rank", "norm", "seconds")
 NAMES = {"rewrite": "ES", "paraphrase": "PS", "unseen_paraphrase": "unseen", "neighborhood": "NS"}
+CONTROLS = ("random residual", "C = I", "block 0", "block 7", "fact in front")
+RESAMPLES = 2000
+Outcomes = dict[str, list[bool]]  # of one case
 NAMES |= {"same_subject": "same", "portability": "follows"}
 
 
-def tally(outcomes: dict[str, list[bool]], before: Sequence[ProbeScore], after: Sequence[ProbeScore]) -> None:
-    """Add one case's probes: whether the new answer wins, or the old one is kept where it was there before."""
+def tally(before: Sequence[ProbeScore], after: Sequence[ProbeScore]) -> Outcomes:
+    """One case's probes: whether the new answer wins, or the old one is kept where it was there before."""
+    outcomes: Outcomes = defaultdict(list)
     for b, a in zip(before, after, strict=True):
         name = NAMES[b.probe.kind]
         if name == "NS":
@@ -44,64 +54,101 @@ def tally(outcomes: dict[str, list[bool]], before: Sequence[ProbeScore], after: 
                 outcomes[name].append(a.true.greedy)
         elif name != "follows" or (b.true is not None and b.true.greedy):
             outcomes[name].append(bool(a.new_wins))
+    return outcomes
 
 
-def row_of(outcomes: dict[str, list[bool]], rank: int, norm: float, seconds: float) -> dict[str, Any]:
-    shares = {name: sum(outcomes[name]) / len(outcomes[name]) if outcomes[name] else None for name in COLUMNS}
-    return shares | {
-        "n": {name: len(outcomes[name]) for name in COLUMNS},
-        "rank": rank,
-        "norm": norm,
-        "seconds": seconds,
-    }
+def row_of(cases: Sequence[Outcomes], rank: int, norm: float, seconds: float) -> dict[str, Any]:
+    """Shares over all probes of all cases, with n, and a bootstrap over cases."""
+    counts = {name: ([sum(case[name]) for case in cases], [len(case[name]) for case in cases]) for name in COLUMNS}
+    drawn = torch.randint(len(cases), (RESAMPLES, len(cases)), generator=torch.Generator().manual_seed(0))
+    shares, intervals = {}, {}
+    for name, (hits, asked) in counts.items():
+        shares[name] = sum(hits) / sum(asked) if sum(asked) else None
+        each = torch.tensor([hits, asked], dtype=torch.double)[:, drawn].sum(-1)  # [2, resamples]
+        found = (each[0] / each[1])[each[1] > 0]
+        intervals[name] = found.quantile(torch.tensor([0.025, 0.975]).double()).tolist() if len(found) else None
+    n = {name: sum(asked) for name, (_, asked) in counts.items()}
+    return shares | {"n": n, "interval": intervals, "rank": rank, "norm": norm, "seconds": seconds}
 
 
-def measured(lm: LanguageModel, edit: Edit, cases: Sequence[Case], before: Sequence[list[ProbeScore]], seconds: float):
-    """The row of one edit of all `cases`."""
-    outcomes: dict[str, list[bool]] = defaultdict(list)
-    norm = edit.norm() / weight_norm(lm, edit)
-    with edit.applied(lm):
-        for case, scores in zip(cases, before, strict=True):
-            tally(outcomes, scores, score_probes(lm, case.probes))
-    return row_of(outcomes, edit.rank, norm, seconds)
+def each_alone(
+    lm: LanguageModel, edits: Sequence[Edit], cases: Sequence[Case], before: Sequence[list[ProbeScore]], seconds: float
+) -> dict[str, Any]:
+    """The row of one edit a case: shares over all probes, means of norm and seconds."""
+    outcomes = []
+    for edit, case, scores in zip(tqdm(edits, desc="applied", leave=False), cases, before, strict=True):
+        with edit.applied(lm, check=False):
+            outcomes.append(tally(scores, score_probes(lm, case.probes)))
+    norm = sum(edit.norm() / weight_norm(lm, edit) for edit in edits) / len(edits)
+    return row_of(outcomes, max(edit.rank for edit in edits), norm, seconds / len(edits))
 
 
 def singles(
     lm: LanguageModel, method: str, cases: Sequence[Case], before: Sequence[list[ProbeScore]]
 ) -> dict[str, Any]:
-    """Each fact alone: shares over all probes; rank, norm and seconds are means."""
-    outcomes: dict[str, list[bool]] = defaultdict(list)
-    ranks, norms, times = [], [], []
-    for case, scores in zip(tqdm(cases, desc=f"{method}, one at a time", leave=False), before, strict=True):
-        began = time.perf_counter()
-        edit = METHODS[method].load()(lm, case.fact, progress=False)
-        times.append(time.perf_counter() - began)
-        ranks.append(edit.rank)
-        norms.append(edit.norm() / weight_norm(lm, edit))
-        with edit.applied(lm):
-            tally(outcomes, scores, score_probes(lm, case.probes))
-    return row_of(outcomes, max(ranks), sum(norms) / len(norms), sum(times) / len(times))
+    """Each fact alone."""
+    began = time.perf_counter()
+    if method in ("rome", "r_rome"):
+        edits = rome_each(lm, [case.fact for case in cases], METHODS[method].settings(), progress=False)
+    else:
+        compute = METHODS[method].load()
+        edits = [compute(lm, case.fact, progress=False) for case in tqdm(cases, desc=method, leave=False)]
+    return each_alone(lm, edits, cases, before, time.perf_counter() - began)
 
 
 def batch(lm: LanguageModel, method: str, cases: Sequence[Case], before: Sequence[list[ProbeScore]]) -> dict[str, Any]:
     """All facts in one edit."""
     began = time.perf_counter()
     edit = METHODS[method].load()(lm, [case.fact for case in cases], progress=False)
-    return measured(lm, edit, cases, before, time.perf_counter() - began)
+    seconds, norm = time.perf_counter() - began, edit.norm() / weight_norm(lm, edit)
+    with edit.applied(lm):
+        outcomes = [tally(scores, score_probes(lm, case.probes)) for case, scores in zip(cases, before, strict=True)]
+    return row_of(outcomes, edit.rank, norm, seconds)
 
 
-def session(lm: LanguageModel, method: str, cases: Sequence[Case], before: Sequence[list[ProbeScore]], size: int):
+def session(
+    lm: LanguageModel, method: str, cases: Sequence[Case], before: Sequence[list[ProbeScore]], size: int
+) -> dict[str, Any]:
     """Facts in steps of `size`, each computed on what the earlier ones left; asked at the end."""
-    outcomes: dict[str, list[bool]] = defaultdict(list)
     began = time.perf_counter()
     with Session(lm, method, progress=False) as steps:
-        for first in range(0, len(cases), size):
+        for first in tqdm(range(0, len(cases), size), desc=f"{method}, steps", leave=False):
             steps.edit([case.fact for case in cases[first : first + size]])
         seconds = time.perf_counter() - began
-        for case, scores in zip(cases, before, strict=True):
-            tally(outcomes, scores, score_probes(lm, case.probes))
+        outcomes = [tally(scores, score_probes(lm, case.probes)) for case, scores in zip(cases, before, strict=True)]
         total = steps.total()
     return row_of(outcomes, total.rank, total.norm() / weight_norm(lm, total), seconds)
+
+
+def random_residual(lm: LanguageModel, edit: Edit, seed: int) -> Edit:
+    """The edit with a random direction in place of each residual, of the same norm."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = []
+    for delta in edit.deltas:
+        left = torch.randn(delta.left.shape, generator=generator)
+        deltas.append(replace(delta, left=left * (delta.left.norm(dim=0) / left.norm(dim=0))))
+    return replace(edit, deltas=tuple(deltas))
+
+
+def control(lm: LanguageModel, name: str, cases: Sequence[Case], before: Sequence[list[ProbeScore]]) -> dict[str, Any]:
+    """A null control of single facts; see the top."""
+    facts, began = [case.fact for case in cases], time.perf_counter()
+    if name == "fact in front":
+        outcomes = []
+        for case, scores in zip(cases, before, strict=True):
+            said = f"{case.fact.text} {case.fact.target_new}. "
+            after = score_probes(lm, [replace(probe, prompt=said + probe.prompt) for probe in case.probes])
+            outcomes.append(tally(scores, after))
+        return row_of(outcomes, 0, 0.0, (time.perf_counter() - began) / len(cases))
+    settings, moments = RRomeSettings(), None
+    if name == "C = I":
+        moments = MomentSettings(enabled=False)
+    if name.startswith("block"):
+        settings = RRomeSettings(layer=int(name.split()[1]))
+    edits = rome_each(lm, facts, settings, moments=moments, progress=False)
+    if name == "random residual":
+        edits = [random_residual(lm, edit, seed) for seed, edit in enumerate(edits)]
+    return each_alone(lm, edits, cases, before, time.perf_counter() - began)
 
 
 def distinct(n: int) -> list[Case]:
@@ -114,8 +161,10 @@ def distinct(n: int) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != "mend"], choices=METHODS)
-    parser.add_argument("--singles", type=int, default=30, help="facts edited one at a time; 0: none")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--singles", type=int, default=50, help="facts edited one at a time, by the controls too; 0: none"
+    )
     parser.add_argument("--batch", type=int, default=200, help="facts in one batch; 0: none")
     parser.add_argument("--session", default="10x20", metavar="STEPSxFACTS", help="0x0: none")
     parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16")
@@ -142,10 +191,12 @@ def main() -> None:
     for what, count, measure in parts:
         cases = distinct(count)
         before = [score_probes(lm, case.probes) for case in cases]
-        for method in options.methods if count else ():
+        asked = [(method, measure) for method in options.methods]
+        asked += [(name, control) for name in CONTROLS if measure is singles]
+        for method, compute in asked if count else ():
             name = f"{method}, {what}"
             if name not in found["rows"]:
-                found["rows"][name] = measure(lm, method, cases, before)
+                found["rows"][name] = compute(lm, method, cases, before)
                 if options.json:
                     write_text(options.json, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             row = found["rows"][name]
