@@ -11,7 +11,7 @@ import json
 import struct
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,8 @@ class Edit:
                 raise EditkitError(
                     f"This edit was computed for '{self.base.name}' with {delta.parameter} = {delta.before[:12]}; "
                     f"the weight in '{lm.name}' is {found[:12]}. Load the base it was made for (dtype "
-                    f"{self.base.dtype}), and restore other edits first."
+                    f"{self.base.dtype}), and restore other edits first. The same base in another dtype takes "
+                    "edit.in_dtype_of(lm)."
                 )
         if whole and self.base.digest != (found := lm.digest):
             raise EditkitError(
@@ -201,6 +202,27 @@ class Edit:
             snapshot.restore()
             raise
         return snapshot
+
+    def in_dtype_of(self, lm: LanguageModel) -> "Edit":
+        """This edit for `lm`, the same base loaded in another dtype: an edit of float32 weights on bfloat16 ones.
+
+        That the weights are the same but for rounding cannot be read off a digest: whoever calls this vouches for it.
+        The former base stays in `provenance["computed_for"]`. Raises EditkitError when the dtypes are equal, or a
+        weight has another name, shape or orientation.
+        """
+        if base_of(lm).dtype == self.base.dtype:
+            raise EditkitError(
+                f"'{lm.name}' and the base of this edit are both {self.base.dtype}: apply the edit as it is."
+            )
+        deltas = tuple(_delta(lm, each.module, each.left, each.right) for each in self.deltas)
+        for old, new in zip(self.deltas, deltas, strict=True):
+            if (old.orientation, old.bias) != (new.orientation, new.bias):
+                raise EditkitError(
+                    f"{old.module} is stored {old.orientation} with bias={old.bias} in the base of this edit, and "
+                    f"{new.orientation} with bias={new.bias} in '{lm.name}': another model, not another dtype."
+                )
+        how = self.provenance | {"computed_for": asdict(self.base)}
+        return replace(self, deltas=deltas, base=base_of(lm), provenance=how)
 
     @contextlib.contextmanager
     def applied(self, lm: LanguageModel, *, check: bool = True) -> Iterator["Applied"]:

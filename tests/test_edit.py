@@ -100,6 +100,26 @@ def test_a_base_that_differs_elsewhere_is_refused():
         edit.apply(changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_dtype_of_the_base_is_taken_when_asked(lm, dtype):
+    edit, half = random_edit(lm), tiny_lm("gpt2", dtype=dtype)
+    name = edit.parameters[0]
+    with pytest.raises(EditkitError, match=r"another dtype takes edit\.in_dtype_of"):
+        edit.apply(half)
+    with edit.applied(lm):
+        wanted = lm.model.get_parameter(name).detach().clone()
+    moved = edit.in_dtype_of(half)
+    with moved.applied(half) as applied:
+        found = half.model.get_parameter(name).float()
+    assert applied.reversal.exact
+    assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
+    assert moved.provenance["computed_for"]["digest"] == edit.base.digest
+    with pytest.raises(EditkitError, match="both float32: apply the edit as it is"):
+        edit.in_dtype_of(lm)
+    with pytest.raises(EditkitError, match="another model"):
+        edit.in_dtype_of(tiny_lm("gpt_neo", dtype=dtype))
+
+
 def test_applying_twice_is_refused(lm):
     edit = random_edit(lm)
     with edit.applied(lm), pytest.raises(EditkitError, match="restore other edits first"):
