@@ -43,6 +43,7 @@ _PUBLIC = {
     "pmet": "editkit.methods.pmet",
     "r_rome": "editkit.methods.rome",
     "rome": "editkit.methods.rome",
+    "rome_each": "editkit.methods.rome",
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from editkit.methods.pmet import pmet as pmet
     from editkit.methods.rome import r_rome as r_rome
     from editkit.methods.rome import rome as rome
+    from editkit.methods.rome import rome_each as rome_each
     from editkit.models.load import LanguageModel as LanguageModel
     from editkit.models.load import load as load
     from editkit.nethook import Trace as Trace

@@ -88,13 +88,17 @@ class Replay(Columns):
         count = len(self.first)
 
         def pick(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) % count or len(value) < count:
+            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) == 0 or len(value) % count:
                 return value  # shared by all rows
+            if len(value) == count:
+                return value[rows.to(value.device)]
+            if value.ndim != 3:
+                return value
             each = value.view(count, -1, *value.shape[1:])  # Bloom's biases: rows × heads in one dimension
-            return each[rows].flatten(0, 1)
+            return each[rows.to(value.device)].flatten(0, 1)
 
         calls = [_mapped(call, pick) for call in self.calls]
-        kept = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.kept.items()}
+        kept = {layer: (pick(keys), pick(values)) for layer, (keys, values) in self.kept.items()}
         picked = replace(self, first=self.first[rows], final=self.final[rows], stream=self.stream[rows])
         return replace(picked, calls=calls, kept=kept)
 
