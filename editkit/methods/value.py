@@ -153,13 +153,7 @@ def _together(
     every = READ_EVERY.get(device.type, 5)
 
     for step in range(steps):
-        batch = engine.batch
-        log_p = log_softmax(engine.logits(delta).to(wide), -1)
-        log_p, after = log_p.split([len(batch.fact), len(running)])
-        said = torch.ones(len(running), dtype=torch.bool, device=device)
-        said = said.index_put((batch.fact[log_p.argmax(-1) != batch.token],), said.new_zeros(()))
-        log_p = log_p.gather(1, batch.token[:, None])[:, 0] * batch.share.to(wide)
-        nll = -log_p.new_zeros(len(running)).index_add(0, batch.fact, log_p)  # [facts]
+        nll, after, said = _answers(log_softmax(engine.logits(delta).to(wide), -1), engine.batch)
         kl_before = after.detach() if kl_before is None else kl_before
         kl = kl_div(after, kl_before, log_target=True, reduction="none").sum(-1)
         sizes = delta.norm(dim=-1, keepdim=True)  # [sites, facts, 1]
@@ -199,6 +193,16 @@ def _together(
         torch.where(alive[:, None], delta, before, out=delta)
         hit = hit | (alive & (over_limit[..., 0] > 1).any(0))
     return found
+
+
+def _answers(log_p: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """From the log-probabilities that `batch` lists, for each fact: the mean NLL of the target, the distribution at the
+    KL position, and whether the target is the likeliest answer in every row. Nothing here waits for an accelerator."""
+    count = len(batch.facts)
+    targets, after = log_p.split([len(batch.fact), count])
+    missed = log_p.new_zeros(count).index_add(0, batch.fact, (targets.argmax(-1) != batch.token).to(log_p.dtype))
+    of_token = targets.gather(1, batch.token[:, None])[:, 0] * batch.share.to(log_p.dtype)
+    return -log_p.new_zeros(count).index_add(0, batch.fact, of_token), after, missed == 0
 
 
 def _read(
