@@ -311,8 +311,11 @@ class Applied:
 def low_rank_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor) -> Delta:
     """A Delta for `module` of `lm` as it is now, from left [d_model, r] and right [r, d_ff].
 
-    Raises EditkitError when a factor is not finite or does not fit the weight.
+    Factors that hold more numbers than their product are multiplied out. Raises EditkitError when a factor is not
+    finite or does not fit the weight.
     """
+    if left.ndim == right.ndim == 2 and left.numel() + right.numel() > left.shape[0] * right.shape[1]:
+        return dense_delta(lm, module, left @ right)
     return _delta(lm, module, left, right)
 
 

@@ -73,6 +73,14 @@ def test_a_dense_change_is_the_same_edit_as_its_factors(family, tmp_path):
         dense_delta(lm, factors.module, torch.zeros(2, 2))
 
 
+def test_factors_larger_than_their_product_are_multiplied_out(lm):
+    site = lm.architecture.down(1)
+    left, right = torch.randn(32, 22), torch.randn(22, 64)
+    few, many = low_rank_delta(lm, site, left[:, :21], right[:21]), low_rank_delta(lm, site, left, right)
+    assert few.rank == 21 and many.right is None and many.rank == 32
+    assert torch.equal(many.left, left @ right)
+
+
 def test_an_update_larger_than_its_weight_is_named(lm):
     edit = random_edit(lm)
     weight = get_parameter(lm.model, edit.parameters[0]).norm().item()

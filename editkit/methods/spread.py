@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edit import Base, Delta, Edit, dense_delta, low_rank_delta
+from editkit.edit import Base, Delta, Edit, low_rank_delta
 from editkit.errors import ModelError
 from editkit.facts import Fact
 from editkit.methods.engine import rows_of
@@ -97,8 +97,7 @@ def spread(
             keys = (keys * weights[:, None].double()).sum(1).T
             missing = (z - at_lookup(lm, aim, facts, templates[:1], token).output[:, 0]).T  # [d_model, n]
             left, right = missing / share(len(layers) - number), solve(layer, keys)
-            small = left.shape[1] * (left.shape[0] + right.shape[1]) < left.shape[0] * right.shape[1]
-            delta = low_rank_delta(lm, site, left, right) if small else dense_delta(lm, site, left @ right)
+            delta = low_rank_delta(lm, site, left, right)
             deltas.append(delta)
             all_keys[layer] = keys
             reports.append(

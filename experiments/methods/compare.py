@@ -159,6 +159,24 @@ def distinct(n: int) -> list[Case]:
     return list(cases.values())[:n]
 
 
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of the README: shares with half the width of their intervals."""
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        if row[name] is None:
+            return "-"
+        low, high = row["interval"][name]
+        return f"{row[name]:.3f} ±{(high - low) / 2:.2f}".replace("±0.", "±.")
+
+    lines = ["| | " + " | ".join((*COLUMNS, "rank", "‖ΔW‖/‖W‖", "seconds")) + " |", "|---" * (len(TITLES) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [cell(row, column) for column in COLUMNS]
+        lines.append(
+            f"| {name} | " + " | ".join(cells) + f" | {row['rank']} | {row['norm']:.2f} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -168,8 +186,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=200, help="facts in one batch; 0: none")
     parser.add_argument("--session", default="10x20", metavar="STEPSxFACTS", help="0x0: none")
     parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16")
+    parser.add_argument("--markdown", action="store_true", help="print the rows of the JSON file as a table, and stop")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here; rows already there are kept")
     options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.json.read_text(encoding="utf-8"))["rows"]))
+        return
     steps, size = (int(part) for part in options.session.split("x"))
 
     lm = load("atlas", device="cpu", dtype=options.dtype)
