@@ -84,12 +84,13 @@ def facts_of(count: int) -> list[Case]:
 
 
 def evaluated_as_the_reference(lm: LanguageModel, case: Case) -> list[float]:
-    """A record in one batch of whole rows, log-probabilities of every token over the whole vocabulary."""
+    """A record in one batch of whole rows, with logits of every token."""
     asked = [(p.prompt, target) for p in case.probes for target in (p.target_new, p.target_true) if target]
     scored = continued(lm, [prompt for prompt, _ in asked], [spaced(target) for _, target in asked])
     row, at, token = scored.pick()
     with torch.inference_mode():
-        log_p = log_softmax(lm.model(**scored.rows.inputs(), use_cache=False).logits.float(), -1)[row, at, token]
+        logits = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float()
+        log_p = log_softmax(logits, -1).gather(1, token[:, None])[:, 0]
     return (torch.zeros(len(asked)).index_add(0, row.cpu(), -log_p.cpu()) / torch.bincount(row.cpu())).tolist()
 
 
