@@ -51,7 +51,8 @@ from editkit.settings import MemitSettings, MomentSettings, RRomeSettings
 # blocks, d_model, heads, and the block that is edited
 SHAPES = {"gpt2-small": (12, 768, 12, 5), "gpt2-medium": (24, 1024, 16, 8), "gpt2-xl": (48, 1600, 25, 17)}
 NO_MOMENTS = MomentSettings(enabled=False)
-STEPS: dict[str, Any] = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 4.0, "stop_loss": -1.0}  # never stops early
+# Never stops early.
+STEPS: dict[str, Any] = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 4.0, "stop_loss": -1.0}
 PARTS = ("edit", "loop", "batch", "memit", "evaluation")
 
 
