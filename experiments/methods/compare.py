@@ -185,6 +185,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=200, help="facts in one batch; 0: none")
     parser.add_argument("--session", default="10x20", metavar="STEPSxFACTS", help="0x0: none")
+    parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="null controls too")
     parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16")
     parser.add_argument("--markdown", action="store_true", help="print the rows of the JSON file as a table, and stop")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here; rows already there are kept")
@@ -214,7 +215,7 @@ def main() -> None:
         cases = distinct(count)
         before = [score_probes(lm, case.probes) for case in cases]
         asked = [(method, measure) for method in options.methods]
-        asked += [(name, control) for name in CONTROLS if measure is singles]
+        asked += [(name, control) for name in CONTROLS if measure is singles and options.controls]
         for method, compute in asked if count else ():
             name = f"{method}, {what}"
             if name not in found["rows"]:
