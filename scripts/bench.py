@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def evaluated_as_the_reference(lm: LanguageModel, case: Case) -> list[float]:
 
 
 class Bench:
-    """Times two ways of doing one thing, in turns, after a warm-up of each; what is done to many facts, once."""
+    """Times two ways of doing one thing, in turns after a warm-up; what is done to many facts, once and cold."""
 
     def __init__(self, device: str, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -135,13 +136,20 @@ class Bench:
         self, full: Callable[[], Any], fast: Callable[[], Any], *, full_facts: int = 1, fast_facts: int = 1
     ) -> dict[str, Any]:
         """Seconds and operations for each fact (record) either way."""
-        counts, peaks = [], []
-        for work in (full, fast):  # the warm-up
+        counts: list[int] = []
+        peaks: list[float | None] = []
+        times: tuple[list[float], list[float]] = ([], [])
+
+        def counted(work: Callable[[], Any]) -> None:
             with FlopCounterMode(display=False) as counter:
                 peaks.append(self.peak(work))
             counts.append(counter.get_total_flops())
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in tqdm(range(self.repeats if fast_facts == 1 else 1), desc="repeats", leave=False, delay=1):
+
+        for work, into in zip((full, fast), times, strict=True):
+            into.append(self.seconds(partial(counted, work)))
+        if fast_facts == 1:  # that was the warm-up
+            times = ([], [])
+        for _ in tqdm(range(self.repeats if fast_facts == 1 else 0), desc="repeats", leave=False, delay=1):
             for work, into in zip((full, fast), times, strict=True):
                 into.append(self.seconds(work))
         slow, quick = (statistics.median(each) / n for each, n in zip(times, (full_facts, fast_facts), strict=True))

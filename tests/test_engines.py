@@ -150,18 +150,25 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
         return Replayed(*given, ready)
 
     monkeypatch.setattr(value, "Replayed", small)
+    monkeypatch.setattr(value, "LIKE", 100)
     for one, other in zip(rome_each(lm, FACTS, settings, **options), wanted, strict=True):
         same(one, other, tolerance=1e-4)
-    assert sizes == [4, 2, 1, 1, 1, 1]
+    assert sizes == [4, 2, 1, 1, 1, 1]  # told to take all, then half
 
 
 def test_the_batch_is_sized_from_memory(monkeypatch):
     lm = tiny_lm("gpt2")
-    jobs = [rows_of(lm, fact, "subject_last", CONTEXTS) for fact in FACTS]
-    need = [value.bytes_of(lm, job, 1) for job in jobs]
-    for room, fits in [(1, 1), (need[0] + need[1], 2), (sum(need), 4)]:
+    jobs = [rows_of(lm, FACTS[0], "subject_last", CONTEXTS)] * 4
+    for room, fits in [(1, 1), (value.bytes_of(lm, jobs[:2], 1), 2), (value.bytes_of(lm, jobs, 1), 4)]:
         monkeypatch.setattr(value, "CPU_BYTES", room)
         assert value._fitting(lm, 1, jobs) == fits
+
+
+def test_a_batch_is_of_like_lengths():
+    lm = tiny_lm("gpt2")
+    jobs = sorted((rows_of(lm, fact, "subject_last", CONTEXTS) for fact in FACTS * 2), key=lambda job: job.columns)
+    taken = value._fitting(lm, 1, jobs)
+    assert jobs[taken - 1].columns <= value.LIKE * jobs[0].columns + 1 < jobs[taken].columns
 
 
 def test_what_cannot_be_replayed_runs_at_full_depth_and_says_so_once():

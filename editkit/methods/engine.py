@@ -34,6 +34,11 @@ class FactRows:
         asked = [max([at - 1 for at in found], default=0) for found in self.scored.positions]
         return [max(pair) for pair in zip(asked, self.lookup, strict=True)]
 
+    @property
+    def columns(self) -> int:
+        """The most tokens that a row has from its lookup token on."""
+        return max(last - at for last, at in zip(self.last, self.lookup, strict=True)) + 1
+
 
 def rows_of(lm: LanguageModel, fact: Fact, token: str, templates: Sequence[str]) -> FactRows:
     """Rows of `fact` in `templates` (the bare "{}" first). Raises FactError when a lookup token cannot be found."""
@@ -180,12 +185,12 @@ class Replayed:
         return Replayed(self._lm, self._layer, self._sites, batch, self._ready.of(rows))
 
 
-def bytes_of(lm: LanguageModel, fact: FactRows, layer: int) -> int:
-    """About what one more fact takes in a replayed batch: what backward keeps of each block, prefixes, and logits."""
+def bytes_of(lm: LanguageModel, facts: Sequence[FactRows], layer: int) -> int:
+    """About what a replayed batch takes: what backward keeps of each block, earlier keys and values, and logits."""
     config = lm.model.config.get_text_config()
-    wide, d, rows = torch.promote_types(lm.dtype, torch.float32).itemsize, config.hidden_size, len(fact.lookup)
-    columns = max(last - at for last, at in zip(fact.last, fact.lookup, strict=True)) + 1
-    prefix, above = max(fact.lookup), lm.layers - layer
-    logits = sum(map(len, fact.scored.positions)) + 1
-    kept = rows * (above * (columns * 16 * d + (prefix + columns) * 4 * d) + lm.layers * prefix * 2 * d)
+    wide, d = torch.promote_types(lm.dtype, torch.float32).itemsize, config.hidden_size
+    rows = sum(len(each.lookup) for each in facts)
+    columns, prefix = max(each.columns for each in facts), max(max(each.lookup) for each in facts)
+    logits = sum(sum(map(len, each.scored.positions)) + 1 for each in facts)
+    kept = rows * ((lm.layers - layer) * (48 * columns + 4 * prefix) + 4 * lm.layers * prefix) * d
     return kept * lm.dtype.itemsize + logits * config.vocab_size * wide * 5

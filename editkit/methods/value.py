@@ -12,7 +12,6 @@ facts are optimised side by side, each with its own rows, clamp and stop; an eng
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from editkit.settings import ValueSettings
 
 CPU_BYTES = 2**30  # a batch's share of memory; a larger one is not faster
 Show = Callable[[float, int, int], None]  # (mean loss, steps taken since, facts ended since)
+LIKE = 1.1  # how much longer the longest rows of a batch may be than the shortest, and one token
 READ_EVERY = {"cpu": 1, "cuda": 5}  # steps between two looks at the losses: each look waits for an accelerator
 
 
@@ -93,7 +93,7 @@ def optimise(
     """
     found: dict[int, Optimised] = {}
     engine: type[FullDepth] | type[Replayed] = FullDepth if settings.engine == "full" else Replayed
-    waiting = sorted(range(len(jobs)), key=lambda i: max(map(len, jobs[i].scored.rows.offsets)))
+    waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].columns, max(jobs[i].lookup)))
     most = len(jobs)
     assert settings.steps
     single = len(jobs) == 1
@@ -229,10 +229,18 @@ def _read(
 
 
 def _fitting(lm: LanguageModel, layer: int, jobs: Sequence[FactRows]) -> int:
-    """How many of `jobs`, at least one, fit into the memory that a batch may take."""
+    """How many of `jobs` (by columns, the shortest first), at least one, fit into memory and are of like length.
+
+    All rows of a batch are padded to its longest, so a batch of unlike facts would do more work than they do alone.
+    """
     room = torch.cuda.mem_get_info(lm.device)[0] // 2 if lm.device.type == "cuda" else CPU_BYTES
-    needed = accumulate(bytes_of(lm, job, layer) for job in jobs)
-    return max(1, sum(1 for _ in takewhile(lambda each: each <= room, needed)))
+    count = 1
+    while count < len(jobs):
+        more = jobs[: count + 1]
+        if more[-1].columns > LIKE * more[0].columns + 1 or bytes_of(lm, more, layer) > room:
+            break
+        count += 1
+    return count
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
