@@ -1,6 +1,6 @@
 """What an edit costs: the full-depth engine against replay, on models of GPT-2's shapes with random weights.
 
-    python scripts/bench.py                                   # GPT-2-small's shape on all cores; about 20 minutes
+    python scripts/bench.py                                   # GPT-2-small's shape on all cores; about 35 minutes
     python scripts/bench.py --shape gpt2-medium --json FILE   # gpt2-small, gpt2-medium, gpt2-xl, atlas
     python scripts/bench.py --only edit,evaluation --device cuda --dtype bfloat16
 
@@ -15,6 +15,7 @@ Without --tokenizer the atlas tokenizer is used, whose texts have more tokens th
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import sys
@@ -22,7 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def evaluated_as_the_reference(lm: LanguageModel, case: Case) -> list[float]:
 
 
 class Bench:
-    """Times two ways of doing one thing, in turns after a warm-up; what is done to many facts, once and cold."""
+    """Times two ways of doing one thing, in turns after a warm-up; what is done to many facts, once."""
 
     def __init__(self, device: str, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -136,20 +136,16 @@ class Bench:
         self, full: Callable[[], Any], fast: Callable[[], Any], *, full_facts: int = 1, fast_facts: int = 1
     ) -> dict[str, Any]:
         """Seconds and operations for each fact (record) either way."""
-        counts: list[int] = []
-        peaks: list[float | None] = []
-        times: tuple[list[float], list[float]] = ([], [])
-
-        def counted(work: Callable[[], Any]) -> None:
-            with FlopCounterMode(display=False) as counter:
-                peaks.append(self.peak(work))
+        counts, peaks = [], []
+        for work in (full, fast):
+            with FlopCounterMode(display=False) as counter:  # the warm-up
+                work()
             counts.append(counter.get_total_flops())
-
-        for work, into in zip((full, fast), times, strict=True):
-            into.append(self.seconds(partial(counted, work)))
-        if fast_facts == 1:  # that was the warm-up
-            times = ([], [])
-        for _ in tqdm(range(self.repeats if fast_facts == 1 else 0), desc="repeats", leave=False, delay=1):
+            del counter
+            gc.collect()  # the counter had kept what passed through
+            peaks.append(self.peak(work))
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in tqdm(range(self.repeats if fast_facts == 1 else 1), desc="repeats", leave=False, delay=1):
             for work, into in zip((full, fast), times, strict=True):
                 into.append(self.seconds(work))
         slow, quick = (statistics.median(each) / n for each, n in zip(times, (full_facts, fast_facts), strict=True))

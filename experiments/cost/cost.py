@@ -1,6 +1,6 @@
 """How the cost of values grows with the edited block, the tokens before and behind the subject, and the facts.
 
-    python experiments/cost/cost.py                 # about 10 minutes on two cores; writes results.json and cost.png
+    python experiments/cost/cost.py                 # about 5 minutes on two cores; writes results.json and cost.png
 
 One quantity varies at a time around a GPT-2-small shape with random weights, block 5, eight rows of about 12 tokens
 before the subject's end and 8 from there on, five steps. Each point is the median of three runs of replay, in turns
@@ -33,9 +33,9 @@ from editkit.settings import RRomeSettings
 
 HERE = Path(__file__).parent
 LAYERS = (0, 2, 4, 6, 8, 10, 11)
-BEFORE = (4, 8, 16, 32, 64, 128)  # tokens of the contexts in front of the prompt
-BEHIND = (1, 4, 8, 16, 32, 64)  # words between the subject and the target
-FACTS = (1, 2, 4, 8, 16, 32)
+BEFORE = (4, 8, 16, 32, 64)  # tokens of the contexts in front of the prompt
+BEHIND = (1, 4, 8, 16, 32)  # words between the subject and the target
+FACTS = (1, 2, 4, 8, 16)
 REPEATS = 3
 SUBJECTS = ("Berlin", "Rome", "Vienna", "Prague")
 
