@@ -31,6 +31,7 @@ _PUBLIC = {
     "Session": "editkit.session",
     "Snapshot": "editkit.snapshot",
     "Trace": "editkit.nethook",
+    "TraceSettings": "editkit.settings",
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
     "apply_files": "editkit.arithmetic",
@@ -44,6 +45,7 @@ _PUBLIC = {
     "r_rome": "editkit.methods.rome",
     "rome": "editkit.methods.rome",
     "rome_each": "editkit.methods.rome",
+    "trace": "editkit.tracing",
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
@@ -78,7 +80,9 @@ if TYPE_CHECKING:
     from editkit.settings import PmetSettings as PmetSettings
     from editkit.settings import RomeSettings as RomeSettings
     from editkit.settings import RRomeSettings as RRomeSettings
+    from editkit.settings import TraceSettings as TraceSettings
     from editkit.snapshot import Snapshot as Snapshot
+    from editkit.tracing import trace as trace
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ from editkit.nethook import Trace, get_module, hidden, with_input
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # of each block, [rows, heads, tokens, d_head]
 _CACHE = object()  # in a kept call: here goes the cache
 
 
@@ -38,14 +39,18 @@ class CannotReplay(ModelError):
 
 
 class _Prefix:
-    """In place of a cache: the keys and values of earlier columns, in front of those given; keeps nothing."""
+    """In place of a cache: the keys and values of earlier columns, in front of those given. `seen` takes the whole."""
 
-    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self._kept = kept
+    def __init__(self, kept: KeysAndValues, seen: KeysAndValues | None) -> None:
+        self._kept, self._seen = kept, seen
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        before = self._kept[layer]
-        return torch.cat((before[0], keys), -2), torch.cat((before[1], values), -2)
+        if layer in self._kept:
+            before = self._kept[layer]
+            keys, values = torch.cat((before[0], keys), -2), torch.cat((before[1], values), -2)
+        if self._seen is not None:
+            self._seen[layer] = keys, values
+        return keys, values
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,14 @@ class Replay(Columns):
     start: int
     stream: Tensor  # [rows, columns, d_model] that entered block `start`; after the last block where start = layers
     calls: list[tuple[tuple, dict[str, Any]]]  # of the blocks from `start` on
-    kept: dict[int, tuple[Tensor, Tensor]]  # block: keys and values before column 0, [rows, heads, tokens, d_head]
+    kept: KeysAndValues  # before column 0
 
-    def run(self, stream: Tensor) -> Tensor:
-        """[rows, columns, d_model] after the final norm, from the stream entering block `start`. Differentiable."""
-        prefix = _Prefix(self.kept)
+    def run(self, stream: Tensor, seen: KeysAndValues | None = None) -> Tensor:
+        """[rows, columns, d_model] after the final norm, from the stream entering block `start`. Differentiable.
+
+        `seen` is filled with the keys and values of all columns, those before column 0 in front.
+        """
+        prefix = _Prefix(self.kept, seen)
         for number, (args, kwargs) in enumerate(self.calls):
             block = get_module(self.lm.model, self.lm.architecture.block.format(self.start + number))
             args, kwargs = _mapped((args, kwargs), lambda value: prefix if value is _CACHE else value)
@@ -101,6 +109,25 @@ class Replay(Columns):
         kept = {layer: (pick(keys), pick(values)) for layer, (keys, values) in self.kept.items()}
         picked = replace(self, first=self.first[rows], final=self.final[rows], stream=self.stream[rows])
         return replace(picked, calls=calls, kept=kept)
+
+    def after(self, column: int, start: int, seen: KeysAndValues) -> "Replay":
+        """Blocks `start`, … on the columns from `column` on, behind what a run of all columns has `seen`.
+
+        Its `stream` is left empty: it is the caller's, [rows, columns − column, d_model].
+        """
+        count = self.stream.shape[1]
+
+        def cut(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(value.ndim)  # where queries lie: positions, rotations, masks
+            return value.narrow(dim, column, count - column) if dim is not None and value.shape[dim] == count else value
+
+        calls = [_mapped(call, cut) for call in self.calls[start - self.start :]]
+        left = count - column
+        kept = {layer: (keys[:, :, :-left], values[:, :, :-left]) for layer, (keys, values) in seen.items()}
+        later = replace(self, first=self.first + column, final=self.final[:, column:], stream=self.stream[:0])
+        return replace(later, start=start, calls=calls, kept=kept)
 
 
 def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
@@ -180,7 +207,7 @@ def _second_pass(
     ids, live = _padded(parts)
     positions = torch.tensor(first)[:, None] + (live.cumsum(1) - 1).clamp_min(0)  # padding stays within the model's
     given = _inputs(lm, ids, torch.cat((seen, live), 1), positions)
-    return lm.model.base_model(**given, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    return lm.model.base_model(**given, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 def _inputs(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from editkit.errors import ConfigError
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 TRANSFORMS = ("rect", "prune")
 ENGINES = ("replay", "full")
+TRACE_KINDS = ("state", "mlp", "attention")
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -269,6 +270,27 @@ class MendSettings(MethodSettings):
     constants: ClassVar[str] = "mend"
 
     hypernetwork: str | None = None  # the file; None: the bundled one of this model
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Causal tracing (arXiv 2202.05262, section 2 and code `causal_trace.py`)."""
+
+    noise: float = 3.0  # on the subject's embeddings, in standard deviations of the embedding matrix
+    samples: int = 10  # of noise; probabilities are means over them
+    window: int | None = None  # blocks whose MLP or attention is put back together; None: the paper's 10 of 48, scaled
+    kinds: tuple[str, ...] = TRACE_KINDS  # what is put back: state, mlp, attention
+    engine: str = "replay"  # replay: only what a place can reach; full: the whole model for every place
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+        require(self.noise > 0, "trace.noise", self.noise, "positive")
+        require(self.samples > 0, "trace.samples", self.samples, "positive")
+        require(self.window is None or self.window > 0, "trace.window", self.window, "positive")
+        require(len(self.kinds) > 0, "trace.kinds", self.kinds, "one or more of " + ", ".join(TRACE_KINDS))
+        for kind in self.kinds:
+            require_one_of(kind, "trace.kinds", TRACE_KINDS)
+        require_one_of(self.engine, "trace.engine", ENGINES)
 
 
 @dataclass(frozen=True)

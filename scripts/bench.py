@@ -47,14 +47,15 @@ from editkit.metrics.counterfact import score_probes
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, DTYPES, LanguageModel, load
 from editkit.models.tokens import continued, spaced
-from editkit.settings import MemitSettings, MomentSettings, RRomeSettings
+from editkit.settings import MemitSettings, MomentSettings, RRomeSettings, TraceSettings
+from editkit.tracing import trace
 
 # blocks, d_model, heads, and the block that is edited
 SHAPES = {"gpt2-small": (12, 768, 12, 5), "gpt2-medium": (24, 1024, 16, 8), "gpt2-xl": (48, 1600, 25, 17)}
 NO_MOMENTS = MomentSettings(enabled=False)
 # Never stops early.
 STEPS: dict[str, Any] = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 4.0, "stop_loss": -1.0}
-PARTS = ("edit", "loop", "batch", "memit", "evaluation")
+PARTS = ("edit", "loop", "batch", "memit", "evaluation", "trace")
 
 
 def model_of(shape: str, tokenizer: str | None, device: str, dtype: str) -> tuple[LanguageModel, int]:
@@ -266,6 +267,14 @@ def main() -> None:
             options.records,
         ),
     }
+    how = TraceSettings(kinds=("state",))
+    works["trace"] = (
+        "a trace of one prompt",
+        lambda: trace(lm, first, replace(how, engine="full"), progress=False),
+        lambda: trace(lm, first, how, progress=False),
+        1,
+        1,
+    )
     found: dict[str, Any] = {"machine": machine, "sizes": sizes, "results": {}}
     print(
         f"\n{'':28}{'full s':>9}{'replay s':>9}{'ratio':>7}{'counted':>8}{'share':>7}{'floor':>7}"

@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"facts", "edit", "peft_folder", "arithmetic"},
     {"moments", "replay"},
-    {"data", "methods", "metrics", "probes", "shaping"},
+    {"data", "methods", "metrics", "probes", "shaping", "tracing"},
     {"session"},
     {"results"},
     {"report", "tasks", "config"},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from editkit.facts import Fact, lookup_position
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Rows, Scored, continued, spaced
+from editkit.models.tokens import Rows, Scored, by_token, continued, spaced
 from editkit.nethook import Trace
 from editkit.replay import Replay, logits_of, replay
 
@@ -47,11 +47,6 @@ def rows_of(lm: LanguageModel, fact: Fact, token: str, templates: Sequence[str])
     scored = continued(lm, [fact.filled(prompt) for prompt in prompts], targets)
     lookup = [lookup_position(scored.rows, row, prompt, fact.subject, token) for row, prompt in enumerate(prompts)]
     return FactRows(scored, lookup, len(templates))
-
-
-def by_token(tensor: Tensor, rows: int) -> Tensor:
-    """A view [rows, tokens, d] of what passed through a module, where the family (OPT) flattens rows and tokens too."""
-    return tensor.view(rows, -1, tensor.shape[-1])
 
 
 class Batch:

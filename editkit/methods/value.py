@@ -20,9 +20,9 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from editkit.facts import Fact, lookup_position
-from editkit.methods.engine import Batch, Engine, FactRows, FullDepth, Replayed, by_token, bytes_of
+from editkit.methods.engine import Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import tokenise
+from editkit.models.tokens import by_token, tokenise
 from editkit.nethook import Trace, requires_grad
 from editkit.replay import CannotReplay
 from editkit.settings import ValueSettings

@@ -75,6 +75,11 @@ def tokenise(lm: LanguageModel, texts: Sequence[str]) -> Rows:
     return Rows(tuple(texts), ids.to(lm.device), mask.to(lm.device), offsets)
 
 
+def by_token(tensor: Tensor, rows: int) -> Tensor:
+    """A view [rows, tokens, d] of what passed through a module, where the family (OPT) flattens rows and tokens too."""
+    return tensor.view(rows, -1, tensor.shape[-1])
+
+
 @dataclass(frozen=True)
 class Scored:
     """Rows of prompt + continuation, with each continuation's token positions."""
