@@ -122,7 +122,7 @@ class _AtFullDepth:
         self._lm, self._first, self._noise = lm, first, noise
         self._rows = tokenise(lm, [text] * len(noise))
         sites = [_site(lm, kind, block) for kind in KINDS for block in range(lm.layers)]
-        with Trace(lm.model, sites) as trace:
+        with Trace(lm.model, sites, clone=True) as trace:  # Falcon adds to an output in place
             logits = lm.model(**tokenise(lm, [text]).inputs(), use_cache=False).logits[0, -1].float()
         self._clean = {site: by_token(trace[site].output, 1)[0] for site in sites}  # [tokens, d_model] each
         self.answer = int(logits.argmax())
