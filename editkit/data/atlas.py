@@ -61,7 +61,7 @@ def atlas_case(atlas: Atlas, fact: AtlasFact, rng: random.Random) -> Case:
                     probes.append(Probe(PORTABILITY, prompt, sibling.object, follows))
             elif not _undetermined(fact.relation, sibling.relation):
                 probes.append(Probe(SAME_SUBJECT, prompt, sibling.object, new))
-    return Case(Fact(rewrite, fact.subject, new, fact.object), tuple(probes))
+    return Case((Fact(rewrite, fact.subject, new, fact.object),), tuple(probes))
 
 
 def _second_hop(atlas: Atlas, relation: str, subject: str) -> str | None:

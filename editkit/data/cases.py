@@ -1,8 +1,9 @@
-"""Case: a fact to write, with the prompts that show what the edit did.
+"""Case: facts to write together, with the prompts that show what the edit did.
 
 The kinds of probe are the field's: the rewrite prompt, paraphrases of it, neighborhood prompts whose
-answer must stay, prompts about other relations of the same subject, which must stay as well, and
-portability prompts, whose answer follows from the new fact.
+answer must stay, prompts about other relations of the same subject, which must stay as well, portability
+prompts, whose answer follows from the new fact, multi-hop questions (MQuAKE), and attribute prompts, whose
+subjects have the new object already (CounterFact).
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from editkit.facts import Fact
 
 REWRITE, PARAPHRASE, UNSEEN = "rewrite", "paraphrase", "unseen_paraphrase"
 NEIGHBORHOOD, SAME_SUBJECT, PORTABILITY = "neighborhood", "same_subject", "portability"
+MULTI_HOP, ATTRIBUTE = "multi_hop", "attribute"
+STAY = (NEIGHBORHOOD, SAME_SUBJECT)  # the kinds whose true answer must stay
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,32 @@ class Probe:
 
     kind: str
     prompt: str
-    target_true: str
+    target_true: str  # may be unknown: ""
     target_new: str
+    aliases: tuple[str, ...] = ()  # other spellings of the answer wanted
+    group: str = ""  # what the source calls it, where it divides a kind: KnowEdit's Subject_Aliasing
+
+    @property
+    def wanted(self) -> str:
+        """The answer a good edit leaves: the true one where it must stay, else the new one."""
+        return self.target_true if self.kind in STAY else self.target_new
 
 
 @dataclass(frozen=True)
 class Case:
-    """A fact and its probes, the rewrite prompt first."""
+    """Facts that are written together (one, but in MQuAKE) and their probes, the rewrite prompt of each first."""
 
-    fact: Fact
+    facts: tuple[Fact, ...]
     probes: tuple[Probe, ...]
+    id: str = ""  # the source's own, unique in its file
+    relation: str = ""  # as the source names it
+    generation: tuple[str, ...] = ()  # prompts to go on from at length (GE)
+    references: tuple[str, ...] = ()  # texts about things that are as the new fact says (RS)
+
+    @property
+    def fact(self) -> Fact:
+        """The first fact, the only one of most cases."""
+        return self.facts[0]
 
 
 def make_case(
@@ -51,4 +70,4 @@ def make_case(
             raise FactError(f"The neighborhood prompt {text!r} must name another subject than {fact.subject!r}.")
         probes.append(Probe(NEIGHBORHOOD, text, fact.target_true, fact.target_new))
     probes += [Probe(PORTABILITY, hop.text, hop.target_true, hop.target_new) for hop in portability]
-    return Case(fact, tuple(probes))
+    return Case((fact,), tuple(probes))
