@@ -15,7 +15,7 @@ LAYERS = [
     {"editkit"},
     {"errors"},
     {"constants"},
-    {"settings", "files", "nethook", "corpora"},
+    {"settings", "files", "journal", "nethook", "corpora"},
     {"snapshot"},
     {"models"},
     {"facts", "edit", "peft_folder", "arithmetic"},
