@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
 from editkit.files import make_folder, write_text
+from editkit.tasks import get_task
 
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
 _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
@@ -66,12 +67,11 @@ def _hydra_main(composed: DictConfig) -> None:
 
 
 def _run(composed: DictConfig, folder: Path) -> None:
-    from editkit import results  # torch is not imported before the configuration has been checked
-    from editkit.tasks import edit
-
     config = to_config(composed)
+    from editkit import results  # torch is not imported before the configuration has been checked
+
     write_text(folder / results.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
-    edit.run(config, folder)
+    get_task(config.task.name).load()(config, folder)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -24,12 +24,11 @@ from editkit.errors import EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods import get_method
-from editkit.methods.common import Moments, find_moments
-from editkit.methods.contexts import context_templates
+from editkit.methods.common import Moments, shared_inputs
 from editkit.methods.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
-from editkit.settings import MethodSettings, MomentSettings, ValueSettings
+from editkit.settings import MethodSettings
 from editkit.snapshot import Reversal, Snapshot, uninterrupted
 
 FORMAT = "editkit-session/1"
@@ -78,7 +77,7 @@ class Session:
         self._start = Snapshot.take(lm.model, [])  # digests of everything, to verify by at the end
         self._held: dict[str, Tensor] = {}  # W0 of every parameter that a step has changed
         self._moments = moments
-        self._inputs: tuple[Moments, list[str]] | None = None
+        self._inputs: dict[str, Any] | None = None
 
     def __enter__(self) -> "Session":
         return self
@@ -195,26 +194,17 @@ class Session:
 
     def _compute(self, facts: Fact | Sequence[Fact], earlier: Sequence[Edit]) -> Edit:
         options: dict[str, Any] = {"earlier": earlier} if self._registered.carries else {}
-        if isinstance(self.settings, ValueSettings):
-            moments, contexts = self._of_base()
-            options |= {"moments": moments, "contexts": contexts}
+        options |= self._of_base()
         function = self._registered.load()
         step: Edit = function(self.lm, facts, self.settings, seed=self.seed, progress=self.progress, **options)
         return replace(step, parents=tuple(edit.digest for edit in earlier))
 
-    def _of_base(self) -> tuple[Moments, list[str]]:
+    def _of_base(self) -> dict[str, Any]:
         """Second moments and contexts of W0, taken the first time they are needed."""
         if self._inputs is None:
-            assert isinstance(self.settings, ValueSettings)
-            asked = asdict(self.settings)
-            layers = [self.lm.check_layer(layer) for layer in asked.get("layers") or [asked["layer"]]]
-            moments = self._moments or MomentSettings()
             with self._undone_if_it_fails(always=True):
                 self._write([])
-                if isinstance(moments, MomentSettings) and moments.enabled:
-                    found, _ = find_moments(self.lm, layers, moments, self.seed, self.progress)
-                    moments = {layer: c for layer, c in found.items() if c is not None}
-                self._inputs = moments, context_templates(self.lm, self.settings.contexts, self.seed)
+                self._inputs = shared_inputs(self.lm, self.settings, self._moments, self.seed, self.progress)
         return self._inputs
 
     def _total(self, steps: Sequence[Edit]) -> Edit:

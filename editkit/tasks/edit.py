@@ -1,6 +1,5 @@
 """task=edit: rewrite one fact, look at what happened, put every bit back."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +8,15 @@ from typing import Any
 from editkit import results
 from editkit.arithmetic import spectra
 from editkit.data.cases import Case, make_case
-from editkit.edit import Edit, weight_norm
+from editkit.edit import weight_norm
 from editkit.errors import FactError
 from editkit.facts import Fact
-from editkit.methods import get_method
-from editkit.methods.transforms import TRANSFORMS
 from editkit.metrics.counterfact import ProbeScore, score_probes, share
 from editkit.metrics.generation import continuation, top_next
-from editkit.models.load import LanguageModel, load
+from editkit.models.load import LanguageModel
 from editkit.report import console
 from editkit.settings import Config, EditSettings
+from editkit.tasks.common import Clock, computing, described, load_model, plain
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -26,26 +24,16 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
 
     Raises EditkitError for anything the user can mend; the model is then as it was.
     """
-    clock = _Clock()
+    clock = Clock()
     case = case_of(config.edit)
-    lm = load(
-        config.model.name,
-        device=config.device,
-        dtype=config.model.dtype,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        allow_pickle=config.model.allow_pickle,
-    )
+    lm = load_model(config)
     clock.lap("load")
     case.fact.check_targets(lm)
     say(console.heading(lm, config, case.fact))
 
     before = _look(lm, case, config)
     clock.lap("measure_before")
-    method = get_method(config.method_name).load()
-    edit: Edit = method(lm, case.fact, config.method, seed=config.seed, moments=config.moments)
-    if config.method.transform is not None:
-        edit = TRANSFORMS[config.method.transform](lm, edit)
+    edit = computing(lm, config, progress=True)(case.facts)
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
     lost = {spectrum.parameter: spectrum.achieved for spectrum in spectra(edit, lm)}
@@ -65,8 +53,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     results.write_cases(folder, _rows(before["scores"], after["scores"]))
     record = results.Record(
         task="edit",
-        config=_plain(config),
-        model={"name": lm.name, "digest": edit.base.digest, "dtype": edit.base.dtype, "device": str(lm.device)},
+        config=plain(config),
+        model=described(lm, edit.base.digest),
         edit={
             "digest": edit.digest,
             "parameters": edit.parameters,
@@ -78,7 +66,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         },
         metrics=metrics,
         reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
-        timings=clock.laps | {"total": clock.total()},
+        timings=clock.all(),
         texts={"before": _spoken(before), "after": _spoken(after)},
         environment=results.environment(lm),
     )
@@ -102,22 +90,6 @@ def case_of(settings: EditSettings) -> Case:
         fact = Fact(prompt, settings.subject, *targets)
     hops = [Fact(p.prompt, fact.subject, p.target_new, p.target_true) for p in settings.portability]
     return make_case(fact, settings.paraphrases, settings.neighborhood, hops)
-
-
-class _Clock:
-    """Seconds of each stretch of the run."""
-
-    def __init__(self) -> None:
-        self.began = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = round(now - self.last, 4)
-        self.last = now
-
-    def total(self) -> float:
-        return round(time.perf_counter() - self.began, 4)
 
 
 def _look(lm: LanguageModel, case: Case, config: Config) -> dict[str, Any]:
@@ -160,8 +132,3 @@ def _rows(before: list[ProbeScore], after: list[ProbeScore]) -> list[dict[str, A
                     row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
         rows.append(row)
     return rows
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    values = asdict(config)
-    return values | {"method": {"name": values.pop("method_name"), **values["method"]}}
