@@ -36,6 +36,10 @@ class ReversalError(EditkitError):
     """Weights are not bit for bit what they were. This is a defect: please report it."""
 
 
+class DataError(EditkitError):
+    """Cases cannot be read from where they were said to be."""
+
+
 class OutputError(EditkitError):
     """A result cannot be written."""
 

@@ -76,6 +76,7 @@ class Session:
         self.steps: list[Edit] = []
         self._start = Snapshot.take(lm.model, [])  # digests of everything, to verify by at the end
         self._held: dict[str, Tensor] = {}  # W0 of every parameter that a step has changed
+        self._summed: tuple[list[Edit], dict[str, Tensor]] = [], {}  # the last sums: one step more adds to them
         self._moments = moments
         self._inputs: dict[str, Any] | None = None
 
@@ -123,6 +124,12 @@ class Session:
         """The sum of all steps as one edit of the base, transformed where the session transforms."""
         return self._total(self.steps)
 
+    def relative_norm(self) -> float:
+        """‖Σ ΔW‖ / ‖W0‖ (Frobenius) over the parameters that the steps change; 0 without steps."""
+        changed = sum(change.square().sum().item() for change in self._sums(self.steps).values())
+        began = sum(start.double().square().sum().item() for start in self._held.values())
+        return (changed / began) ** 0.5 if self.steps else 0.0
+
     def reset(self) -> Reversal:
         """Take back everything: the weights of the session's begin, compared bit for bit with them."""
         self._write([])
@@ -134,7 +141,8 @@ class Session:
         folder = Path(folder)
         names = [f"{step.digest[:16]}.safetensors" for step in self.steps]
         for step, name in zip(self.steps, names, strict=True):
-            step.save(folder / name)
+            if not (folder / name).exists():  # a name is the digest of the bytes
+                step.save(folder / name)
         header = {
             "format": FORMAT,
             "base": asdict(self.base),
@@ -219,11 +227,15 @@ class Session:
 
     def _sums(self, steps: Sequence[Edit]) -> dict[str, Tensor]:
         """Σ ΔW of each parameter, [d_model, d_ff] in float64."""
-        sums: dict[str, Tensor] = {}
-        for step in [self._total(steps)] if self.transform else steps:
+        steps = [self._total(steps)] if self.transform else list(steps)
+        summed, known = self._summed
+        same = len(summed) <= len(steps) and all(a is b for a, b in zip(summed, steps, strict=False))
+        summed, sums = (summed, dict(known)) if same else ([], {})
+        for step in steps[len(summed) :]:
             for delta in step.deltas:
                 change = delta.change()
                 sums[delta.parameter] = sums[delta.parameter] + change if delta.parameter in sums else change
+        self._summed = steps, sums
         return sums
 
     def _write(self, steps: Sequence[Edit]) -> None:

@@ -308,6 +308,7 @@ class MeasureSettings:
 
     generate: int = 8  # tokens of the free greedy continuation of each probe; 0: none
     fluency: int = 100  # tokens sampled after each generation prompt, top-k 5; 0: none
+    distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
 
     def __post_init__(self) -> None:
         require(self.generate >= 0, "measure.generate", self.generate, "0 or more")
@@ -346,6 +347,7 @@ class LifelongSettings:
     untouched: int = 50  # cases after those edited, never edited, that are asked too
     collapse: float = 10.0  # perplexity, in multiples of the unedited model's, that counts as collapse
     stop_at_collapse: bool = False  # end the run there
+    text: str = "prose"  # running text for KL and perplexity: the bundled prose, or as moments.source
     measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
 
     def __post_init__(self) -> None:
