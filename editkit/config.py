@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from editkit.data.formats import check_format
 from editkit.errors import ConfigError, did_you_mean
 from editkit.methods import get_method
 from editkit.settings import Config, DataSettings, EditSettings, ModelSettings, MomentSettings
@@ -49,6 +50,7 @@ def to_config(composed: DictConfig) -> Config:
         "method": _typed(get_method(name).settings, method, f"method={name}: method"),
         "moments": _typed(MomentSettings, values.pop("moments"), "moments"),
     }
+    check_format(parts["data"].name)
     top = _typed(_Top, values, "")
     return Config(method_name=name, **dataclasses.asdict(top), **parts)
 

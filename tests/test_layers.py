@@ -22,7 +22,7 @@ LAYERS = [
     {"moments", "replay"},
     {"data", "methods", "metrics", "probes", "shaping", "tracing"},
     {"session"},
-    {"results"},
+    {"results", "tables"},
     {"report", "tasks", "config"},
     {"run"},
     {"__main__"},

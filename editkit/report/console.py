@@ -1,7 +1,7 @@
 """What a run prints, readable at 80 columns."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,15 @@ def heading(lm: LanguageModel, config: Config, fact: Fact) -> str:
     )
 
 
-def cases_heading(lm: LanguageModel, config: Config, cases: str, done: int) -> str:
+def cases_heading(lm: LanguageModel, config: Config, cases: str, notes: Sequence[str], done: int) -> str:
     """What a benchmark or a lifelong run is about to do."""
     lines = [
         *_wrapped("cases   ", cases),
         *_wrapped("model   ", _about(lm)),
         *_wrapped("method  ", f"{config.method_name}, seed {config.seed}"),
     ]
+    for note in notes:
+        lines += _wrapped("note    ", note)
     if done:
         lines += _wrapped("resumed ", f"{done} results of a former run are kept")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from editkit import results
 from editkit.data import load_cases
 from editkit.data.cases import Case
 from editkit.edit import Edit, weight_norm
-from editkit.errors import EditkitError, FactError, OutputError, ReversalError
+from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
 from editkit.journal import Journal
 from editkit.metrics.measure import Look, look, rows_of, values_of_rows
@@ -38,7 +38,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     A case that cannot be edited or measured is named in the record, counted, and left out.
     """
     clock, task = Clock(), config.task
-    cases = load_cases(config.data, seed=config.seed)
+    cases = load_cases(config.data, seed=config.seed, distinct=task.size != 1)
     lm = load_model(config)
     digest = lm.digest
     header = {
@@ -48,7 +48,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     }
     with Journal(folder / JOURNAL, header, resume=config.resume) as journal:
         about = f"{len(cases.cases)} of {cases.found} in {cases.source}"
-        say(console.cases_heading(lm, config, about, len(journal.lines)))
+        say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         clock.lap("load")
         whole = Snapshot.take(lm.model, [], everything=True)
         bench = _Bench(lm, config, folder, journal)
@@ -80,6 +80,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "digest": cases.digest,
             "found": cases.found,
             "shard": config.data.shard,
+            "notes": cases.notes,
             "rejected": [str(each) for each in cases.rejected],
             "failed": tables.failed,
         },
@@ -134,14 +135,10 @@ class _Bench:
     def _before(self, number: int, todo: Sequence[Numbered], advance: Callable[[], object]) -> dict[int, Look]:
         """What the unedited model says on each case; a case that cannot be asked is noted as failed."""
         found: dict[int, Look] = {}
-        asked: dict[str, tuple[str, str]] = {}
         for index, case in todo:
             try:
                 for fact in case.facts:
                     fact.check_targets(self.lm)
-                    target, other = asked.setdefault(fact.text, (fact.target_new.strip(), case.id))
-                    if target != fact.target_new.strip():
-                        raise FactError(f"{fact.text!r} has another target_new in {other}, which is edited with it.")
                 found[index] = look(self.lm, case, self.task.measure, self.config.seed)
             except EditkitError as error:
                 self._add(number, index, case, failed=str(error))

@@ -41,7 +41,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock, task = Clock(), config.task
     if config.data.shard != "0/1":
         raise ConfigError(f"task=lifelong edits all cases on one model; data.shard is {config.data.shard}. Leave it.")
-    cases = load_cases(replace(config.data, limit=None), seed=config.seed)
+    cases = load_cases(replace(config.data, limit=None), seed=config.seed, distinct=True)
     count = config.data.limit or max(len(cases.cases) - task.untouched, 1)
     edited, untouched = cases.cases[:count], cases.cases[count : count + task.untouched]
     lm = load_model(config)
@@ -53,7 +53,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     }
     with Journal(folder / JOURNAL, header, resume=config.resume) as journal:
         about = f"{len(edited)} of {cases.found} in {cases.source} to edit, {len(untouched)} never edited"
-        say(console.cases_heading(lm, config, about, len(journal.lines)))
+        say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         life = _Life(lm, config, edited, untouched, folder, journal)
         clock.lap("ask_the_unedited_model")
         reversal = life.live(say)
@@ -74,6 +74,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "source": cases.source,
             "digest": cases.digest,
             "found": cases.found,
+            "notes": cases.notes,
             "rejected": [str(each) for each in cases.rejected],
             "failed": failed,
         },
