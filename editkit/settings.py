@@ -306,7 +306,7 @@ class EditTaskSettings:
 class MeasureSettings:
     """What is asked of the model for each case, before and after; see `editkit.metrics.measure`."""
 
-    generate: int = 8  # tokens of the free greedy continuation of each probe; 0: none
+    generate: int = 2  # tokens of free greedy continuations beyond the longest answer of the case; 0: none at all
     fluency: int = 100  # tokens sampled after each generation prompt, top-k 5; 0: none
     distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
 

@@ -109,7 +109,7 @@ CASE = Case(
 
 @pytest.fixture(scope="module")
 def values():
-    settings = MeasureSettings(generate=2, fluency=0, distracted=False)
+    settings = MeasureSettings(generate=1, fluency=0, distracted=False)
     before, after = (look(table_lm(table), CASE, settings) for table in (BEFORE, AFTER))
     rows = rows_of(CASE, before, after)
     return values_of_rows(rows), rows

@@ -47,7 +47,10 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
         probes += [replace(probe, kind=DISTRACTED, prompt=told + probe.prompt) for probe in near]
     said, texts = [], []
     if settings.generate:
-        said = go_on(lm, [probe.prompt for probe in probes], settings.generate)
+        # As long as the longest answer, so that none is cut short.
+        answers = [answer for probe in probes for answer in (probe.wanted, *probe.aliases) if answer]
+        longest = max((len(lm.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers), default=0)
+        said = go_on(lm, [probe.prompt for probe in probes], longest + settings.generate)
     if settings.fluency and case.generation:
         more = go_on(lm, case.generation, settings.fluency, top_k=TOP_K, seed=seed)
         texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]

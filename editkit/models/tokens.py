@@ -129,11 +129,18 @@ def go_on(
 
     Greedy ones are those of `generate`, several times sooner; sampled ones belong to the whole list. Prompts are
     padded on the left, and transformers counts positions from the mask. The global random state is left as it was.
+    Raises FactError for more tokens than the model has positions for.
     """
     if not prompts:
         return []
     rows = [lm.tokenizer(prompt)["input_ids"] for prompt in prompts]
     width = max(map(len, rows))
+    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and width + new_tokens > limit:
+        raise FactError(
+            f"A prompt of {width} tokens was to be continued by {new_tokens}; '{lm.name}' has {limit} positions. "
+            "Shorten it, or ask for fewer tokens."
+        )
     pad_id = next(i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
