@@ -21,6 +21,7 @@ from editkit.models.load import LanguageModel
 
 SCHEMA = 1
 RECORD, CONFIG, EDIT, CASES, TABLE = "record.json", "config.yaml", "edit.safetensors", "cases.parquet", "table.csv"
+AUDIT = "audit.parquet"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy")
 
 
@@ -82,9 +83,9 @@ def _commit() -> str | None:
     return head + ("-dirty" if changed.strip() else "")
 
 
-def write_cases(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """The per-case table as Parquet, one row a probe."""
-    return write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as Parquet."""
+    return write_bytes(path, pandas.DataFrame(rows).to_parquet(index=False))
 
 
 def write_record(folder: Path, record: Record) -> Path:

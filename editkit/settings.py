@@ -300,6 +300,7 @@ class EditTaskSettings:
     name: str = "edit"
     continuation: int = 20  # tokens of the continuation shown before and after
     top: int = 5  # most likely next tokens shown
+    audit: bool = False  # ask every fact of the atlas before and after; for models that know it
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,7 @@ class BenchmarkSettings:
     size: int | None = 1  # cases in one edit; null: all
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     keep_edits: bool = False  # write each edit into RUN/edits; those of several cases are always kept
+    audit: bool = False  # ask every fact of the atlas after each edit; for models that know it
 
     def __post_init__(self) -> None:
         require(self.size is None or self.size > 0, "task.size", self.size, "positive")

@@ -7,6 +7,7 @@ from typing import Any
 
 from editkit.edit import Edit
 from editkit.facts import Fact
+from editkit.metrics.audit import Audit
 from editkit.metrics.counterfact import ProbeScore, TargetScore
 from editkit.metrics.summary import Average
 from editkit.models.load import LanguageModel
@@ -14,6 +15,7 @@ from editkit.settings import Config
 from editkit.snapshot import Reversal
 
 WIDTH = 80
+AUDITED = 10  # changed facts shown
 # What each kind of probe is called, and its score.
 NAMES = {
     "rewrite": ("rewrite", "ES"),
@@ -141,6 +143,18 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
         if "condition" in moments:
             text += f", condition {moments['condition']:.2g}"
         lines += _wrapped("  ", text)
+    return "\n".join(lines)
+
+
+def audit(found: Audit) -> str:
+    """The facts of the atlas that have another answer now, those nearest to the edit first."""
+    others = len(found.facts) - sum(fact.edited for fact in found.facts)
+    lines = ["", f"audit: {len(found.changed)} of {others} other facts of the atlas have another answer"]
+    for fact in found.changed[:AUDITED]:
+        told = f"{fact.relation} of {fact.subject}: {fact.before} → {fact.after}"
+        lines += _wrapped("  ", f"{told} (cosine {fact.cosine:.2f}, pull {fact.pull:.2f})")
+    if len(found.changed) > AUDITED:
+        lines.append(f"  and {len(found.changed) - AUDITED} more in audit.parquet")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from editkit.edit import Edit, weight_norm
 from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
 from editkit.journal import Journal
+from editkit.metrics.audit import answers, audit
 from editkit.metrics.measure import Look, look, rows_of, values_of_rows
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
@@ -29,7 +30,7 @@ from editkit.snapshot import Snapshot
 from editkit.tables import JOURNAL, Tables
 from editkit.tasks.common import Clock, computing, described, load_model, plain
 
-EDITS = "edits"  # the folder of kept edits
+EDITS, AUDITS = "edits", "audits"  # the folders of kept edits and of audits
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -107,6 +108,7 @@ class _Bench:
         self.task: BenchmarkSettings = config.task
         self.done = {line["index"] for line in journal.lines}
         self.failed = {line["index"] for line in journal.lines if "failed" in line}
+        self.answers: list[str] | None = None  # of the unedited model to every fact, where there is an audit
         self.compute = computing(lm, config)
 
     def group(self, number: int, members: Sequence[Numbered], advance: Callable[[], object]) -> None:
@@ -124,12 +126,13 @@ class _Bench:
                 self._add(number, index, case, failed=str(error))
                 advance()
             return
+        audited = self._audit(number, edit)
         with edit.applied(self.lm, check=False, everything=False):
             for index, case in together:
                 if index in befores:
                     after = look(self.lm, case, self.task.measure, self.config.seed)
                     rows = rows_of(case, befores[index], after)
-                    self._add(number, index, case, edit=about, rows=rows, values=values_of_rows(rows))
+                    self._add(number, index, case, edit=about, rows=rows, values=values_of_rows(rows) | audited)
                     advance()
 
     def _before(self, number: int, todo: Sequence[Numbered], advance: Callable[[], object]) -> dict[int, Look]:
@@ -164,6 +167,16 @@ class _Bench:
         if number == 0:
             about["spectra"] = _spectra(self.lm, edit)
         return edit, about
+
+    def _audit(self, number: int, edit: Edit) -> dict[str, float | None]:
+        """How many other facts of the atlas a group's edit changes; its table is in the folder of audits."""
+        if not self.task.audit:
+            return {}
+        if self.answers is None:
+            self.answers = answers(self.lm)
+        found = audit(self.lm, edit, before=self.answers, progress=False)
+        results.write_table(self.folder / AUDITS / f"{number}.parquet", found.rows())
+        return {"audit.changed_after": len(found.changed)}
 
     def _add(self, number: int, index: int, case: Case, **found: Any) -> None:
         whose = {"index": index, "case": case.id, "group": number}

@@ -11,6 +11,7 @@ from editkit.data.cases import Case, make_case
 from editkit.edit import weight_norm
 from editkit.errors import FactError
 from editkit.facts import Fact
+from editkit.metrics.audit import audit
 from editkit.metrics.counterfact import ProbeScore, score_probes, share
 from editkit.metrics.generation import continuation, top_next
 from editkit.models.load import LanguageModel
@@ -37,6 +38,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
     lost = {spectrum.parameter: spectrum.achieved for spectrum in spectra(edit, lm)}
+    audited = audit(lm, edit) if config.task.audit else None
+    clock.lap("audit")
     with edit.applied(lm) as applied:
         after = _look(lm, case, config)
         clock.lap("measure_after")
@@ -44,13 +47,18 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("restore")
 
     metrics = _metrics(before["scores"], after["scores"])
+    if audited is not None:
+        metrics |= {"audit_changed": len(audited.changed), "audit_n": len(audited.facts)}
     say(console.probes(case.fact, before["scores"], after["scores"], metrics))
     say(console.texts(case.fact, before, after))
     say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None)))
+    if audited is not None:
+        say(console.audit(audited))
+        results.write_table(folder / results.AUDIT, audited.rows())
     say(console.reversal(applied.reversal))
 
     edit.save(folder / results.EDIT)
-    results.write_cases(folder, _rows(before["scores"], after["scores"]))
+    results.write_table(folder / results.CASES, _rows(before["scores"], after["scores"]))
     record = results.Record(
         task="edit",
         config=plain(config),
