@@ -361,6 +361,7 @@ class Config:
     task: TaskSettings
     model: ModelSettings
     edit: EditSettings
+    data: DataSettings
     method_name: str
     method: Any  # the settings dataclass of the named method
     moments: MomentSettings
