@@ -28,16 +28,16 @@ class FactError(EditkitError):
     """A fact, its prompt, or its subject's place among the tokens is unusable."""
 
 
+class DataError(EditkitError):
+    """A data set, or a record of it, cannot be read as asked."""
+
+
 class EditFileError(EditkitError):
     """An edit file is corrupt, foreign, or made for another base model."""
 
 
 class ReversalError(EditkitError):
     """Weights are not bit for bit what they were. This is a defect: please report it."""
-
-
-class DataError(EditkitError):
-    """Cases cannot be read from where they were said to be."""
 
 
 class OutputError(EditkitError):

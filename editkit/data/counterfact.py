@@ -12,7 +12,7 @@ generation prompt, and PS cannot be told from this format.
 """
 
 from editkit.data.cases import ATTRIBUTE, NEIGHBORHOOD, PARAPHRASE, REWRITE, Case, Probe
-from editkit.data.fields import BadField, Raw, fact_of_template, fact_of_text, located, shown
+from editkit.data.fields import BadField, Raw, fact_of_text, located, new_fact, shown
 from editkit.facts import Fact
 
 TRAP = (
@@ -40,7 +40,7 @@ def counterfact(raw: Raw) -> Case:
 def rewritten(raw: Raw) -> tuple[Fact, str]:
     """The fact of a `requested_rewrite`, and its relation. Raises BadField."""
     new, true = raw.part("target_new").text("str"), raw.part("target_true").text("str")
-    fact = fact_of_template(raw.at("prompt"), raw.text("prompt"), raw.text("subject"), new, true)
+    fact = new_fact(raw.at("prompt"), raw.template("prompt"), raw.text("subject"), new, true)
     return fact, raw.maybe_text("relation_id")
 
 

@@ -57,6 +57,13 @@ class Raw:
     def text(self, name: str) -> str:
         return as_text(self.value(name), self.at(name))
 
+    def template(self, name: str) -> str:
+        """A text with {} once, for the subject."""
+        text = as_text(self.value(name), self.at(name), template=True)
+        if text.count("{}") != 1:
+            raise BadField(self.at(name), f"must hold {{}} once, for the subject; found {shown(text)}.")
+        return text
+
     def maybe_text(self, name: str) -> str:
         """The text; "" where the field is absent or empty."""
         return self.text(name) if self.values.get(name) not in (None, "") else ""
@@ -94,12 +101,15 @@ class Raw:
         """The source's own id, a number or a text; "" where it has none, and the loader numbers the record."""
         value = self.values.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
-            return f"{value:d}" if abs(value) < 10**18 else as_text(None, self.at(name))
+            return str(value)
         return "" if value is None else as_text(value, self.at(name))
 
 
-def as_text(value: Any, field: str) -> str:
-    """`value` as a text that a model can be asked, without spaces around it. Raises BadField."""
+def as_text(value: Any, field: str, template: bool = False) -> str:
+    """`value` as a text that a model can be asked, without spaces around it; only a template may hold {}.
+
+    Raises BadField.
+    """
     if not isinstance(value, str):
         raise BadField(field, f"must be a text; found {shown(value)}.")
     text = value.strip()
@@ -110,6 +120,8 @@ def as_text(value: Any, field: str) -> str:
     if bad := _SURROGATE.search(text) or _CONTROL.search(text):
         what = "half of a surrogate pair" if _SURROGATE.match(bad[0]) else "a control character"
         raise BadField(field, f"holds {what}, {bad[0]!r}, at character {bad.start()}: {shown(text)}.")
+    if "{}" in text and not template:
+        raise BadField(field, f"holds {{}}, the place of a subject, unfilled: {shown(text)}.")
     if not any(unicodedata.category(c)[0] in "LNPS" for c in text):
         raise BadField(field, f"shows no character: {text!a:.60}.")
     return text
@@ -123,7 +135,8 @@ def as_list(value: Any, field: str) -> list[Any]:
 
 def shown(value: Any) -> str:
     """A short and printable picture of any value, however long or deep."""
-    return printable(f"{type(value).__name__} {reprlib.repr(value)}")
+    picture = printable(reprlib.repr(value))
+    return f"{type(value).__name__} {picture if len(picture) <= 80 else picture[:79] + '…'}"
 
 
 def printable(text: str) -> str:
@@ -134,14 +147,10 @@ def printable(text: str) -> str:
 # --- facts and probes ---------------------------------------------------------------------------------------------
 
 
-def fact_of_template(field: str, template: str, subject: str, target_new: str, target_true: str = "") -> Fact:
+def new_fact(field: str, template: str, subject: str, target_new: str, target_true: str = "") -> Fact:
     """The fact of a prompt with {} for the subject. Raises BadField."""
-    if template.count("{}") != 1:
-        raise BadField(field, f"must hold {{}} once, for the subject; found {shown(template)}.")
-    if "{}" in subject:
-        raise BadField("subject", f"holds {{}}, which stands for the subject: {shown(subject)}.")
     if target_new == target_true:
-        raise BadField("target_new", f"is {target_new!r}, as target_true is: there is nothing to change.")
+        raise BadField("target_new", f"is {shown(target_new)}, as target_true is: there is nothing to change.")
     try:
         return Fact(template, subject, target_new, target_true)
     except FactError as error:
@@ -157,7 +166,7 @@ def fact_of_text(field: str, text: str, subject: str, target_new: str, target_tr
     if place is None:
         raise BadField(field, f"does not hold the subject {shown(subject)}: {shown(text)}.")
     template = text[: place[0]] + "{}" + text[place[1] :]
-    return fact_of_template(field, template, text[place[0] : place[1]], target_new, target_true)
+    return new_fact(field, template, text[place[0] : place[1]], target_new, target_true)
 
 
 def located(text: str, subject: str) -> tuple[int, int] | None:
@@ -169,12 +178,20 @@ def located(text: str, subject: str) -> tuple[int, int] | None:
     >>> located("the louvre is in", "The Louvre")
     (0, 10)
     """
+    last = text.rfind(subject)
+    if last >= 0 and _whole(text, last, last + len(subject)):  # nearly always, and without compiling anything
+        return last, last + len(subject)
     name = re.escape(subject)
     for flags in (re.NOFLAG, re.IGNORECASE):
         for pattern in (rf"(?<!\w){name}(?!\w)", name):
             if found := list(re.finditer(pattern, text, flags)):
                 return found[-1].span()
     return None
+
+
+def _whole(text: str, begin: int, end: int) -> bool:
+    """Whether no word goes on over either end."""
+    return not re.match(r"\w", text[begin - 1 : begin]) and not re.match(r"\w", text[end : end + 1])
 
 
 def unlike(target_new: str, known: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
@@ -186,6 +203,6 @@ def unlike(target_new: str, known: tuple[str, ...]) -> tuple[str, tuple[str, ...
 
 def stays(fact: Fact, prompt: str, answers: tuple[str, ...], group: str = "") -> Probe:
     """A prompt whose answers must stay: of the same subject where it names it in whole words, else of a neighbor."""
-    named = re.search(rf"(?<!\w){re.escape(fact.subject)}(?!\w)", prompt, re.IGNORECASE)
-    kind = SAME_SUBJECT if named else NEIGHBORHOOD
+    place = located(prompt, fact.subject)
+    kind = SAME_SUBJECT if place and _whole(prompt, *place) else NEIGHBORHOOD
     return Probe(kind, prompt, answers[0], fact.target_new, answers[1:], group)

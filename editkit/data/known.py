@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from editkit.data.cases import REWRITE, Case, Probe
-from editkit.data.fields import Raw, fact_of_text
+from editkit.data.fields import BadField, Raw, fact_of_text
 
 DRAWN = "target_new is drawn (seeded) from other records' answers of the same relation: the data set is for tracing"
 
 
 def known(raw: Raw) -> Case:
     """One record, with its target_new. Raises BadField."""
-    fact = fact_of_text(
-        "prompt", raw.text("prompt"), raw.text("subject"), raw.text("target_new"), raw.text("attribute")
-    )
+    prompt, subject, attribute = raw.text("prompt"), raw.text("subject"), raw.text("attribute")
+    fact = fact_of_text("prompt", prompt, subject, raw.text("target_new"), attribute)
     probe = Probe(REWRITE, fact.text, fact.target_true, fact.target_new)
     return Case(
         (fact,),
@@ -36,21 +35,27 @@ def known(raw: Raw) -> Case:
 
 def with_targets(records: Sequence[Any], seed: int) -> list[Any]:
     """The records with target_new where they have none; what is no usable record stays as it is."""
+    told = [_told(record) for record in records]
     answers: dict[str, set[str]] = defaultdict(set)
-    for record in filter(_answers, records):
-        answers[str(record.get("relation_id"))].add(record["attribute"].strip())
-    every = sorted(set().union(*answers.values()))
-    pools = {relation: sorted(found) if len(found) > 1 else every for relation, found in answers.items()}
+    for relation, answer in filter(None, told):
+        answers[relation].add(answer)
+    every = set().union(*answers.values())
     ready = []
-    for index, record in enumerate(records):
-        if _answers(record) and record.get("target_new") is None:
-            rng = random.Random(f"{seed}|{index}")
-            pool = [a for a in pools[str(record.get("relation_id"))] if a != record["attribute"].strip()]
+    for index, (record, found) in enumerate(zip(records, told, strict=True)):
+        if found and record.get("target_new") is None:
+            relation, answer = found
+            pool = sorted(answers[relation] - {answer}) or sorted(every - {answer})
             if pool:
-                record = record | {"target_new": rng.choice(pool), "drawn": True}
+                target = random.Random(f"{seed}|{index}").choice(pool)
+                record = {**record, "target_new": target, "drawn": True}
         ready.append(record)
     return ready
 
 
-def _answers(record: Any) -> bool:
-    return isinstance(record, dict) and isinstance(record.get("attribute"), str) and bool(record["attribute"].strip())
+def _told(record: Any) -> tuple[str, str] | None:
+    """The relation and the answer of a record; None of what is none."""
+    try:
+        raw = Raw(record)
+        return raw.maybe_text("relation_id"), raw.text("attribute")
+    except BadField:
+        return None

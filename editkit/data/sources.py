@@ -83,7 +83,7 @@ def _atlas(settings: DataSettings, seed: int) -> Cases:
             f"file with data=, one of {', '.join(FORMATS)}."
         )
     cases = tuple(atlas_benchmark(seed=seed))
-    return Cases(cases, tuple(range(len(cases))), (), len(cases), ATLAS, atlas_digest(seed))
+    return Cases(cases, tuple(range(len(cases))), (), len(cases), ATLAS, atlas_digest())
 
 
 def _read(settings: DataSettings, seed: int) -> Cases:
@@ -116,12 +116,12 @@ def _read(settings: DataSettings, seed: int) -> Cases:
     return Cases(tuple(cases.values()), tuple(indices.values()), tuple(rejected), found, source.name, source.digest)
 
 
-def _case(read: Callable[[Raw], Case], record: Any, index: int, folder: str) -> Case:
+def _case(read: Callable[[Raw], Case], record: Any, index: int, prefix: str) -> Case:
     """The case of a record, with an id that is unique in the source if the file's ids are."""
     if isinstance(record, Unreadable):
         raise BadField("(line)", record.reason)
     case = read(Raw(record))
-    return replace(case, id=f"{folder}{case.id or index}")
+    return replace(case, id=f"{prefix}{case.id or index}")
 
 
 def _none_fits(settings: DataSettings, source: Source, rejected: list[Rejected]) -> str:
