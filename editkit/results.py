@@ -9,18 +9,20 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import pandas
-import torch
+from typing import TYPE_CHECKING, Any
 
 from editkit import __version__
 from editkit.errors import OutputError
 from editkit.files import write_bytes, write_text
-from editkit.models.load import LanguageModel
+
+if TYPE_CHECKING:  # a report reads folders without torch and pandas, whose import takes seconds
+    import pandas
+
+    from editkit.models.load import LanguageModel
 
 SCHEMA = 1
 RECORD, CONFIG, EDIT, CASES, TABLE = "record.json", "config.yaml", "edit.safetensors", "cases.parquet", "table.csv"
+EDITS, REPORT, FAILED = "edits.parquet", "report.html", "failed.txt"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy")
 
 
@@ -43,8 +45,10 @@ class Record:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-def environment(lm: LanguageModel) -> dict[str, Any]:
+def environment(lm: "LanguageModel") -> dict[str, Any]:
     """Versions, commit, device and command of this process."""
+    import torch
+
     device = lm.device
     return {
         "editkit": __version__,
@@ -82,6 +86,8 @@ def _commit() -> str | None:
 
 def write_cases(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """The per-case table as Parquet, one row a probe."""
+    import pandas
+
     return write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
 
 
@@ -90,11 +96,13 @@ def write_record(folder: Path, record: Record) -> Path:
     return write_text(folder / RECORD, record.to_json())
 
 
-def collect(folder: Path) -> pandas.DataFrame:
+def collect(folder: Path) -> "pandas.DataFrame":
     """One row for each complete run in `folder` (at any depth): settings that differ, then metrics.
 
     Raises OutputError when there is no record.
     """
+    import pandas
+
     records = sorted(folder.rglob(RECORD), key=lambda p: [int(s) if s.isdigit() else s for s in p.parts])
     if not records:
         raise OutputError(f"No {RECORD} in '{folder}': no run has finished there.")
