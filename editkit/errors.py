@@ -40,6 +40,10 @@ class ReversalError(EditkitError):
     """Weights are not bit for bit what they were. This is a defect: please report it."""
 
 
+class RecordError(EditkitError):
+    """A run folder cannot be read: nothing finished there, or a file is damaged."""
+
+
 class OutputError(EditkitError):
     """A result cannot be written."""
 

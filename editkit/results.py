@@ -9,19 +9,21 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import pandas
-import torch
+from typing import TYPE_CHECKING, Any
 
 from editkit import __version__
 from editkit.errors import OutputError
 from editkit.files import write_bytes, write_text
-from editkit.models.load import LanguageModel
+
+if TYPE_CHECKING:  # a report reads folders without torch and pandas, whose import takes seconds
+    import pandas
+
+    from editkit.models.load import LanguageModel
 
 SCHEMA = 1
 RECORD, CONFIG, EDIT, CASES, TABLE = "record.json", "config.yaml", "edit.safetensors", "cases.parquet", "table.csv"
 AUDIT = "audit.parquet"
+EDITS, REPORT, FAILED = "edits.parquet", "report.html", "failed.txt"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy")
 
 
@@ -46,8 +48,10 @@ class Record:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-def environment(lm: LanguageModel) -> dict[str, Any]:
+def environment(lm: "LanguageModel") -> dict[str, Any]:
     """Versions, commit, device and command of this process."""
+    import torch
+
     device = lm.device
     return {
         "editkit": __version__,
@@ -85,6 +89,8 @@ def _commit() -> str | None:
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Rows as Parquet."""
+    import pandas
+
     return write_bytes(path, pandas.DataFrame(rows).to_parquet(index=False))
 
 
@@ -93,12 +99,14 @@ def write_record(folder: Path, record: Record) -> Path:
     return write_text(folder / RECORD, record.to_json())
 
 
-def collect(folder: Path) -> pandas.DataFrame:
+def collect(folder: Path) -> "pandas.DataFrame":
     """One row for each complete run in `folder` (at any depth): settings that differ, then metrics.
 
     Shards of one run are put together first (`merge`), and then the run stands for them. Raises OutputError when there
     is no record.
     """
+    import pandas
+
     merge(folder)
     records = _records(folder)
     if not records:

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from editkit import results
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
 from editkit.files import make_folder, write_text
@@ -25,7 +26,6 @@ from editkit.tasks import get_task
 
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
 _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
-_FAILED = "failed.txt"
 
 
 def main() -> None:
@@ -62,14 +62,12 @@ def _hydra_main(composed: DictConfig) -> None:
     except EditkitError as error:
         if not in_sweep:
             raise SystemExit(_report(error)) from None
-        write_text(folder / _FAILED, f"{error}\n")
+        write_text(folder / results.FAILED, f"{error}\n")
         _report(error)
 
 
 def _run(composed: DictConfig, folder: Path) -> None:
-    config = to_config(composed)
-    from editkit import results  # torch is not imported before the configuration has been checked
-
+    config = to_config(composed)  # torch is not imported before the configuration has been checked
     write_text(folder / results.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
     get_task(config.task.name).load()(config, folder)
 
@@ -100,18 +98,20 @@ def _folder(overrides: list[str], sweep: bool) -> Path:
 
 
 def _finish_sweep(folder: Path) -> None:
-    """One table over all finished jobs; exit code 1 when a job failed."""
-    from editkit import results
+    """One table and one page over all finished jobs; exit code 1 when a job failed."""
+    from editkit import report
 
-    failed = sorted(folder.glob(f"*/{_FAILED}"))
+    failed = sorted(folder.glob(f"*/{results.FAILED}"))
     try:
         table = results.collect(folder)
+        write_text(folder / results.TABLE, table.to_csv(index=False))
+        page = report.write(folder)
     except EditkitError as error:
         _fail(error)
-    write_text(folder / results.TABLE, table.to_csv(index=False))
     print(f"\n{table.to_string(index=False, float_format='%.3f', max_colwidth=30)}\n")
     for path in failed:
         print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
+    print(page)
     print(folder / results.TABLE)
     if failed:
         sys.exit(1)

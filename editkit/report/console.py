@@ -166,9 +166,9 @@ def reversal(found: Reversal) -> str:
 
 
 def written(folder: Path, seconds: float) -> str:
-    """The last line: where everything is, relative to the current folder where that is shorter."""
+    """The last line: where everything is, its report too, relative to the current folder where that is shorter."""
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    return f"\n{seconds:.1f} s\n{folder}"
+    return f"\n{seconds:.1f} s; open report.html in\n{folder}"
 
 
 def _about(lm: LanguageModel) -> str:

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from editkit import results
+from editkit import report, results
+from editkit.arithmetic import spectra
 from editkit.data import load_cases
 from editkit.data.cases import Case
 from editkit.edit import Edit, weight_norm
@@ -23,12 +23,11 @@ from editkit.journal import Journal
 from editkit.metrics.audit import answers, audit
 from editkit.metrics.measure import Look, look, rows_of, values_of_rows
 from editkit.models.load import LanguageModel
-from editkit.nethook import get_parameter
 from editkit.report import console
 from editkit.settings import BenchmarkSettings, Config
 from editkit.snapshot import Snapshot
 from editkit.tables import JOURNAL, Tables
-from editkit.tasks.common import Clock, computing, described, load_model, plain
+from editkit.tasks.common import Clock, computing, described, load_model, plain, spectrum_beside
 
 EDITS, AUDITS = "edits", "audits"  # the folders of kept edits and of audits
 
@@ -87,6 +86,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         },
     )
     results.write_record(folder, record)
+    report.write(folder)
     say(console.written(folder, record.timings["total"]))
     return record
 
@@ -165,7 +165,7 @@ class _Bench:
         if several or self.task.keep_edits:
             edit.save(path)
         if number == 0:
-            about["spectra"] = _spectra(self.lm, edit)
+            about["spectra"] = [spectrum_beside(self.lm, each) for each in spectra(edit)]
         return edit, about
 
     def _audit(self, number: int, edit: Edit) -> dict[str, float | None]:
@@ -184,16 +184,3 @@ class _Bench:
         self.done.add(index)
         if "failed" in found:
             self.failed.add(index)
-
-
-def _spectra(lm: LanguageModel, edit: Edit) -> list[dict[str, Any]]:
-    """Singular values of each ΔW and of its W."""
-    weights = [get_parameter(lm.model, delta.parameter).detach().double() for delta in edit.deltas]
-    return [
-        {
-            "parameter": delta.parameter,
-            "singular_values": delta.svd()[1].tolist(),
-            "base_singular_values": torch.linalg.svdvals(weight).tolist(),
-        }
-        for delta, weight in zip(edit.deltas, weights, strict=True)
-    ]

@@ -5,13 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from editkit.arithmetic import Spectrum
 from editkit.edit import Edit
 from editkit.facts import Fact
 from editkit.methods import get_method
 from editkit.methods.common import shared_inputs
 from editkit.methods.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel, load
+from editkit.nethook import get_parameter
 from editkit.settings import Config
+
+MOST_SINGULAR_VALUES = 2048  # of a weight: GPT-2 XL's 1,600 take a second on one core, and time grows with the cube
 
 
 class Clock:
@@ -55,6 +61,17 @@ def computing(lm: LanguageModel, config: Config, *, progress: bool = False) -> C
         return TRANSFORMS[config.method.transform](lm, edit) if config.method.transform else edit
 
     return compute
+
+
+def spectrum_beside(lm: LanguageModel, found: Spectrum) -> dict[str, Any]:
+    """The singular values of ΔW and, where that takes no more than seconds, of the unedited weight."""
+    weight = get_parameter(lm.model, found.parameter).detach()
+    base: list[float] = []
+    if min(weight.shape) <= MOST_SINGULAR_VALUES:
+        wide = weight.double().cpu() if weight.shape[0] <= weight.shape[1] else weight.double().cpu().T
+        base = torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).sqrt().flip(0).tolist()  # a fifth of an SVD's time
+    values, base = ([float(f"{value:.6g}") for value in row] for row in (found.values, base))
+    return {"parameter": found.parameter, "singular_values": values, "base_singular_values": base}
 
 
 def plain(config: Config) -> dict[str, Any]:

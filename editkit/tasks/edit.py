@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from editkit import results
+from editkit import report, results
 from editkit.arithmetic import spectra
 from editkit.data.cases import Case, make_case
 from editkit.edit import weight_norm
@@ -17,7 +17,7 @@ from editkit.metrics.generation import continuation, top_next
 from editkit.models.load import LanguageModel
 from editkit.report import console
 from editkit.settings import Config, EditSettings
-from editkit.tasks.common import Clock, computing, described, load_model, plain
+from editkit.tasks.common import Clock, computing, described, load_model, plain, spectrum_beside
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -37,7 +37,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     edit = computing(lm, config, progress=True)(case.facts)
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
-    lost = {spectrum.parameter: spectrum.achieved for spectrum in spectra(edit, lm)}
+    found = spectra(edit, lm)
+    lost = {spectrum.parameter: spectrum.achieved for spectrum in found}
     audited = audit(lm, edit) if config.task.audit else None
     clock.lap("audit")
     with edit.applied(lm) as applied:
@@ -70,6 +71,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "norm": edit.norm(),
             "relative_norm": relative_norm,
             "lost_in_rounding": lost,
+            "spectra": [spectrum_beside(lm, spectrum) for spectrum in found],
             "provenance": edit.provenance,
         },
         metrics=metrics,
@@ -79,6 +81,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         environment=results.environment(lm),
     )
     results.write_record(folder, record)
+    report.write(folder)
     say(console.written(folder, record.timings["total"]))
     return record
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from editkit import results
+from editkit import report, results
 from editkit.data import load_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, UNSEEN, Case
 from editkit.errors import ConfigError, EditkitError, OutputError, ReversalError
@@ -80,6 +80,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         },
     )
     results.write_record(folder, record)
+    report.write(folder)
     say(console.written(folder, record.timings["total"]))
     return record
 

@@ -1,0 +1,247 @@
+"""The page of several runs: side by side, what differs between them, and what papers printed."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from editkit.report import again, charts, groups, published, words
+from editkit.report.html import Best, Charts, Code, Fold, Link, Page, Section, Table, Text, Tiles, cell
+from editkit.report.lifelong_parts import DRIFT, collapses, drift_line, metric_line, series_metrics
+from editkit.report.read import Average, Metric, Run, Unfinished, finite, flat
+from editkit.report.svg import number
+from editkit.results import REPORT
+
+CHARTED = 24  # runs in one chart
+
+
+def page_of(runs: Sequence[Run], unfinished: Sequence[Unfinished], parent: Path, beside: Path) -> Page:
+    """`parent`: what the runs' names are relative to. `beside`: the folder the page will be in, for its links."""
+    names = _names(runs, parent)
+    differing = _differing(runs)
+    sections = [
+        Section("runs", "Runs", _runs(runs, names, differing, beside)),
+        Section("unfinished", "Unfinished", _unfinished(unfinished, parent)),
+        Section("metrics", "Metrics side by side", _metrics(runs, names)),
+        Section("curves", "Along the edits", _curves(runs, names)),
+        Section("published", "Beside published numbers", published_blocks(runs, names)),
+        Section("same", "What is the same", _same(runs, differing)),
+        Section("again", "Run them again", _again(runs, names)),
+    ]
+    tasks = ", ".join(dict.fromkeys(run.task for run in runs))
+    models = ", ".join(dict.fromkeys(run.model for run in runs))
+    tiles = [
+        ("runs", f"{len(runs):,}", f"{len(unfinished)} unfinished" if unfinished else "all finished"),
+        ("methods", str(len({run.method for run in runs})), ", ".join(dict.fromkeys(run.method for run in runs))),
+        ("restored", _restored(runs), "runs whose weights came back bit for bit"),
+    ]
+    title = f"{len(runs)} runs compared" if len(runs) > 1 else f"1 run: {runs[0].method} on {runs[0].model}"
+    return Page(title, f"{tasks} on {models} · {parent.name}", [Tiles(tiles)], [s for s in sections if s.blocks])
+
+
+def _names(runs: Sequence[Run], parent: Path) -> list[str]:
+    """A short name for each run: its method, which says more than a folder; the folder too where two are alike."""
+    folders = [_relative(run.folder, parent) for run in runs]
+    plain = [run.method for run in runs]
+    if len({run.task for run in runs}) > 1:
+        plain = [f"{run.task} {name}" for run, name in zip(runs, plain, strict=True)]
+    if len({run.model for run in runs}) > 1:
+        plain = [f"{name}, {run.model}" for run, name in zip(runs, plain, strict=True)]
+    return [n if plain.count(n) == 1 else f"{n} ({f})" for n, f in zip(plain, folders, strict=True)]
+
+
+def _relative(folder: Path, parent: Path) -> str:
+    try:
+        return str(folder.resolve().relative_to(parent.resolve()))
+    except ValueError:
+        return str(folder)
+
+
+def _restored(runs: Sequence[Run]) -> str:
+    known = [run for run in runs if "exact" in run.record["reversal"]]
+    return f"{sum(bool(run.record['reversal']['exact']) for run in known)} of {len(known)}"
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """Settings that differ; a method's own only where they differ among runs of that method."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    found = []
+    for key in keys:
+        among: dict[str, set[str]] = {}
+        for run in runs:
+            group = run.method if key.startswith("method.") and key != "method.name" else ""
+            if group == "" or key in run.settings:
+                among.setdefault(group, set()).add(repr(run.settings.get(key)))
+        if any(len(values) > 1 for values in among.values()):
+            found.append(key)
+    return found
+
+
+def _runs(runs: Sequence[Run], names: Sequence[str], differing: Sequence[str], beside: Path) -> list[Any]:
+    columns = ["run", "task", *differing, "rank", "‖ΔW‖/‖W‖", "restored", "seconds"]
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        page = run.folder / REPORT
+        first = Link(name, _href(page, beside)) if page.is_file() else name
+        values = [cell(run.settings.get(key)) for key in differing]
+        edit = run.record["edit"]
+        rows.append([first, run.task, *values, edit.get("rank"), finite(edit.get("relative_norm")),
+                     run.record["reversal"].get("exact"), finite(run.record["timings"].get("total"))])  # fmt: skip
+    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] is not None for row in rows)]
+    shown = [[row[i] for i in kept] for row in rows]
+    table = Table([columns[i] for i in kept], shown, "Settings that differ, and what each run came to")
+    note = _also(runs)
+    return [table, *([Text(note, "note")] if note else [])]
+
+
+def _href(page: Path, beside: Path) -> str:
+    return quote(Path(os.path.relpath(page.resolve(), beside.resolve())).as_posix())
+
+
+def _also(runs: Sequence[Run]) -> str:
+    """What differs beside the settings, which a reader of the numbers should know."""
+    seen: dict[str, set[str]] = {}
+    for run in runs:
+        found = {"commit": run.record["environment"].get("commit"), "device": run.record["environment"].get("device")}
+        found |= {
+            "model's weights": run.record["model"].get("digest"),
+            "data's digest": run.record["data"].get("digest"),
+        }
+        found |= flat({"package": run.record["environment"].get("packages") or {}})
+        for name, value in found.items():
+            if value is not None:
+                seen.setdefault(name, set()).add(str(value))
+    differ = [name for name, values in seen.items() if len(values) > 1]
+    return f"Beside the settings these differ: {', '.join(differ)}." if differ else ""
+
+
+def _unfinished(unfinished: Sequence[Unfinished], parent: Path) -> list[Any]:
+    rows = [(_relative(u.folder, parent), u.why or "no record.json: interrupted, or still running") for u in unfinished]
+    return [Table(("folder", "why"), rows, stacked=True)] if rows else []
+
+
+def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
+    """A table for each protocol, runs as rows, and charts of the first metrics."""
+    metrics: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for metric in run.metrics.values():
+            if metric.after is not None or metric.before is not None:
+                metrics.setdefault(metric.protocol, {})[metric.name] = None
+    if not metrics:
+        return []
+    drawn = []
+    shown = [n for own in metrics.values() for n in own if words.meaning(n).unit == words.SHARE]
+    for name in [n for n in shown if n == "counterfact.S"] + groups.headline(shown):
+        label = f"{name.rpartition('.')[2]}: {words.meaning(name).text}"
+        rows = [(n, (_after(run, name),)) for run, n in zip(runs, names, strict=True) if _after(run, name)]
+        drawn.append(charts.whiskers(label, rows[:CHARTED], ("after",)))
+    blocks: list[Any] = [Text(
+        "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
+        "column, and every run whose interval reaches it.", "note"), Charts(drawn)]  # fmt: skip
+    for protocol, own in metrics.items():
+        title = words.PROTOCOLS.get(protocol, protocol)
+        columns = ["run", "n", *(name.rpartition(".")[2] for name in own)]
+        best = {name: _best([_after(run, name) for run in runs], words.meaning(name).better) for name in own}
+        rows_: list[list[Any]] = []
+        for label, found in _unedited(runs, own):
+            rows_.append([label, max((a.n or 0 for a in found if a), default=0) or None, *found])
+        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+            values = [_after(run, metric) for metric in own]
+            if not any(values):
+                continue
+            cells = [Best(v) if i in best[m] else v for m, v in zip(own, values, strict=True)]
+            rows_.append([name, max((v.n or 0 for v in values if v), default=0) or None, *cells])
+        blocks.append(Table(columns, rows_, title))
+    return blocks
+
+
+def _after(run: Run, name: str) -> Average | None:
+    metric = run.metrics.get(name)
+    return metric.after if metric else None
+
+
+def _unedited(runs: Sequence[Run], names: Sequence[str] | dict[str, None]) -> list[tuple[str, list[Average | None]]]:
+    """What the unedited models came to: one row for each model and data set, as the first of its runs has it."""
+    found: dict[tuple[str, ...], tuple[str, list[Average | None]]] = {}
+    for run in runs:
+        known: dict[str, Metric] = run.metrics
+        values = [known[name].before if name in known else None for name in names]
+        key = (run.task, run.model, str(run.record["model"].get("digest")), str(run.record["data"].get("digest")))
+        if any(values) and key not in found:
+            found[key] = (f"unedited {run.model}", values)
+    return list(found.values())
+
+
+def _best(averages: Sequence[Average | None], better: int) -> set[int]:
+    """Indices of the best mean and of those whose interval reaches it.
+
+    None where all do, where no side is better, or where the best has no interval to say how sure it is.
+    """
+    known = {i: a for i, a in enumerate(averages) if a is not None and a.mean is not None}
+    if not better or len(known) < 2:
+        return set()
+    top = max(better * a.mean for a in known.values() if a.mean is not None)
+    if not all(a.low is not None for a in known.values() if a.mean is not None and better * a.mean == top):
+        return set()
+    reach = {
+        i
+        for i, a in known.items()
+        if better * (a.mean or 0.0) == top
+        or (a.low is not None and a.high is not None and better * (a.high if better > 0 else a.low) >= top)
+    }
+    return reach if len(reach) < len(known) else set()
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
+    """Lifelong runs overlaid."""
+    long = [(run, name) for run, name in zip(runs, names, strict=True) if run.record["series"]][:CHARTED]
+    if not long:
+        return []
+    drawn = []
+    for metric in series_metrics([run for run, _ in long]):
+        curves = [line for run, name in long if (line := metric_line(run, metric, name))]
+        if curves:
+            drawn.append(charts.lines(metric, curves, "edits", f"{metric}, mean over cases", share=True))
+    for quantity, (title, label) in DRIFT.items():
+        curves = [line for run, name in long if (line := drift_line(run, quantity, name))]
+        ys = [y for line in curves for y in line.y if y is not None and y > 0]
+        if curves:
+            log = len(ys) > 1 and max(ys) > 50 * min(ys)
+            drawn.append(charts.lines(title, curves, "edits", label + (" (log scale)" if log else ""), log=log))
+    rows = [(name, number(c[0]) if (c := collapses(run)) else "not collapsed") for run, name in long]
+    return [Charts(drawn), Table(("run", "called collapsed first at … edits"), rows)]
+
+
+def published_blocks(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
+    """The papers' rows for each run that matches one; the unedited model's once for each model and data."""
+    blocks: list[Any] = []
+    seen = set()
+    for run, name in zip(runs, names, strict=True):
+        for row in published.matching(run):
+            mine = published.own(run, row)
+            key = (row, run.record["model"].get("digest"), run.record["data"].get("digest")) if not row.method else None
+            if not mine or key in seen:
+                continue
+            seen.update([key] if key else [])
+            printed = [Average(value) for value in row.values.values()]
+            rows = [("printed", *printed), ("this run", *(mine.get(metric) for metric in row.values))]
+            title = f"{name} beside {row.method}" if row.method else f"unedited {run.model}"
+            blocks.append(Table(("", *row.values), rows, f"{title}, {row.source}"))
+            blocks.append(Text("Differs: " + "; ".join(published.differences(run, row)) + ".", "note"))
+    if blocks:
+        blocks.insert(0, Text("Printed numbers are the papers' own, divided by 100; none was measured here.", "note"))
+    return blocks
+
+
+def _same(runs: Sequence[Run], differing: Sequence[str]) -> list[Any]:
+    common = [(k, cell(v)) for k, v in runs[0].settings.items()
+              if k not in differing and all(k in run.settings for run in runs)]  # fmt: skip
+    return [Fold(f"{len(common)} settings", [Table(("setting", "value"), common, stacked=True)])] if common else []
+
+
+def _again(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
+    commands = [(name, again.command(run)) for run, name in zip(runs, names, strict=True)]
+    lines = [text if alone else f"{text}   # with others" for name, (text, alone) in commands if text]
+    commits = dict.fromkeys(str(run.record["environment"].get("commit")) for run in runs)
+    return [Code("\n".join(dict.fromkeys(lines))), Text(f"Commit {', '.join(commits)}.", "note")] if lines else []

@@ -1,0 +1,166 @@
+"""The parts of a page that show one edit: its fact, its probes, what the model says, what was written."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from editkit.report import charts, words
+from editkit.report.html import Charts, Fold, Pairs, Section, Table, Text, cell
+from editkit.report.read import Run, finite
+
+HEALTH = {
+    "k_dot_u": "k · u",
+    "k_norm": "‖k‖",
+    "cos_bare_mean": "cos(bare key, mean key)",
+    "v0_norm": "‖v₀‖",
+    "delta_norm": "‖δ‖",
+    "clamp_hit": "clamp hit",
+}
+
+
+def edit_sections(run: Run) -> list[Section]:
+    """Sections of task=edit."""
+    return [
+        Section("fact", "The fact", _fact(run)),
+        Section("probabilities", "Before and after", _probes(run)),
+        Section("says", "What the model says", _says(run)),
+        Section("update", "The update", [*_update(run), *update_blocks(run)]),
+    ]
+
+
+def _fact(run: Run) -> list[Any]:
+    edit = run.record["config"].get("edit")
+    if not isinstance(edit, dict):
+        return []
+    prompt = str(edit.get("prompt") or "").replace("{}", str(edit.get("subject") or "{}"))
+    answers = f"{edit.get('target_true') or '?'} → {edit.get('target_new') or '?'}"
+    return [Text(f"{prompt} … {answers}", "lead")]
+
+
+def _probes(run: Run) -> list[Any]:
+    drawn = []
+    for which, title, series in (("new", "The new answer", 1), ("true", "The old answer", 0)):
+        pairs, last = [], ""
+        for row in run.cases:
+            sides = [finite(row.get(f"probability_{which}_{when}")) for when in ("before", "after")]
+            if sides == [None, None]:
+                continue
+            kind = words.kind(str(row.get("kind") or "?"))
+            answer = f" … {row.get(f'target_{which}')}" if row.get("kind") == "portability" else ""
+            heading = kind if kind != last else ""
+            pairs.append(charts.Pair(f"{row.get('prompt')}{answer}", sides[0], sides[1], series, heading))
+            last = kind
+        if pairs:
+            drawn.append(charts.dumbbells(title, pairs))
+    rows = []
+    for name, metric in run.metrics.items():
+        n = metric.after.n if metric.after else None
+        rows.append((name.rpartition(".")[2], metric.before, metric.after, n, words.meaning(name).text))
+    table = Table(("metric", "before", "after", "n", "what it is"), rows, stacked=True)
+    probes = Fold("Every probe as a table", [probe_table(run.cases)])
+    return [Charts(drawn), table, probes] if drawn else [table] if rows else []
+
+
+def probe_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The probes of a case: which answer was wanted, both probabilities, and what the model goes on to say."""
+    said = any(row.get("said_after") is not None for row in rows)
+    columns = ["kind", "prompt", "old → new", "p(old)", "p(new)"] + (["says before", "says after"] if said else [])
+    cells = []
+    for row in rows:
+        arrows = [
+            f"{_p(row.get(f'probability_{w}_before'))} → {_p(row.get(f'probability_{w}_after'))}"
+            for w in ("true", "new")
+        ]
+        answers = f"{row.get('target_true') or '–'} → {row.get('target_new') or '–'}"
+        line: list[Any] = [words.kind(str(row.get("kind") or "?")), row.get("prompt"), answers, *arrows]
+        cells.append(line + ([row.get("said_before"), row.get("said_after")] if said else []))
+    return Table(columns, cells, stacked=True)
+
+
+def _p(value: object) -> str:
+    found = finite(value)
+    return "–" if found is None else f"{found:.4f}" if found >= 5e-5 or found == 0 else "<0.0001"
+
+
+def _says(run: Run) -> list[Any]:
+    texts = run.record["texts"]
+    looks = [(when, texts[when]) for when in ("before", "after") if isinstance(texts.get(when), dict)]
+    if not looks:
+        return []
+    drawn, spoken = [], []
+    for when, look in looks:
+        top = [pair for pair in look.get("top") or [] if isinstance(pair, (list, tuple)) and len(pair) == 2]
+        items = [(_token(token), finite(p)) for token, p in top]
+        if items:
+            drawn.append(charts.bars(f"Next tokens {when}", items, "probability", series=1 if when == "after" else 7))
+        if look.get("continuation") is not None:
+            spoken.append((when, str(look["continuation"])))
+    blocks: list[Any] = [Charts(drawn)] if drawn else []
+    return blocks + ([Table(("", "continuation (greedy)"), spoken, stacked=True)] if spoken else [])
+
+
+def _token(token: object) -> str:
+    text = str(token)
+    return text.strip() if text.strip() else repr(text)
+
+
+def _update(run: Run) -> list[Any]:
+    """Size, rank and health of the update."""
+    edit = run.record["edit"]
+    items = [(label, cell(edit[name])) for name, label in (("rank", "rank"), ("norm", "‖ΔW‖ (Frobenius)"),
+             ("relative_norm", "‖ΔW‖ / ‖W‖")) if edit.get(name) is not None]  # fmt: skip
+    provenance = edit.get("provenance") if isinstance(edit.get("provenance"), dict) else {}
+    moments = provenance.get("moments")
+    if isinstance(moments, dict):
+        for name, label in (
+            ("keys", "keys in C"),
+            ("keys_per_dimension", "keys a dimension"),
+            ("condition", "condition of C"),
+        ):
+            items += [(label, cell(moments[name]))] if moments.get(name) is not None else []
+    lost = edit.get("lost_in_rounding") if isinstance(edit.get("lost_in_rounding"), dict) else {}
+    rows = [(name, finite(lost.get(name))) for name in edit.get("parameters") or []]
+    blocks: list[Any] = [Pairs(items)]
+    if rows:
+        blocks.append(Table(("weight changed", "lost in rounding, of ‖ΔW‖"), rows, stacked=True))
+    reports = [r for r in provenance.get("reports") or [] if isinstance(r, dict)]
+    drawn = [chart for i, report in enumerate(reports[:6]) if (chart := _loss(report, i, len(reports)))]
+    health = [(f"{HEALTH[n]}" + (f", fact {i + 1}" if len(reports) > 1 else ""), cell(r[n]))
+              for i, r in enumerate(reports[:6]) for n in HEALTH if r.get(n) is not None]  # fmt: skip
+    if health:
+        blocks.append(Pairs(health))
+    layers = [x for x in provenance.get("layers") or [] if isinstance(x, dict)]
+    if layers:
+        written = [
+            (x.get("layer"), finite(x.get("written")), finite(x.get("missing")), x.get("null_space")) for x in layers
+        ]
+        blocks.append(Table(("block", "share of the residual written", "‖residual‖", "null space"), written))
+    return blocks + ([Charts(drawn)] if drawn else [])
+
+
+def _loss(report: dict[str, Any], number_of: int, count: int) -> charts.Chart | None:
+    steps = [s for s in report.get("steps") or [] if isinstance(s, dict)]
+    if len(steps) < 2:
+        return None
+    names = {"loss": "loss", "nll": "−log p(new answer)", "kl": "KL", "weight_decay": "weight decay"}
+    curves = [
+        charts.Line(label, range(len(steps)), [finite(s.get(name)) for s in steps])
+        for name, label in names.items()
+        if any(finite(s.get(name)) for s in steps)
+    ]
+    title = "How the value was found" + (f", fact {number_of + 1} of {count}" if count > 1 else "")
+    return charts.lines(title, curves, "step", "nats (log scale)", log=True) if curves else None
+
+
+def update_blocks(run: Run) -> list[Any]:
+    """Spectra of the update's weights, where the record holds them."""
+    drawn = []
+    for found in run.record["edit"].get("spectra") or []:
+        if not isinstance(found, dict):
+            continue
+        change, base = (
+            [v for v in map(finite, found.get(name) or []) if v is not None]
+            for name in ("singular_values", "base_singular_values")
+        )
+        if change:
+            drawn.append(charts.spectrum(str(found.get("parameter") or "?"), change, base))
+    return [Charts(drawn)] if drawn else []

@@ -1,0 +1,114 @@
+"""Numbers that papers printed, to be put beside a run of the same model, method and data.
+
+As printed: ES, PS, NS, S in percent, GE and RS times 100; here divided by 100. None of them was measured here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from editkit.report.read import Average, Run
+
+ROME, MEMIT, ALPHAEDIT = "arXiv 2202.05262", "arXiv 2210.07229", "arXiv 2410.02355"
+_NAMES = ("S", "ES", "PS", "NS", "GE", "RS")
+
+# Names under which a model goes, to the one used here.
+_MODELS = {
+    "gpt2-medium": "gpt2-medium",
+    "gpt2-large": "gpt2-large",
+    "gpt2-xl": "gpt2-xl",
+    "gpt-j-6b": "gpt-j-6b",
+    "gptj": "gpt-j-6b",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """One row of a paper's table; `method` "" is the unedited model."""
+
+    model: str
+    method: str
+    values: dict[str, float]  # CounterFact's names, shares and bits
+    source: str
+    records: int | None  # None: not given beside the table
+    sequential: int = 0  # edits one after the other; 0: each record alone
+
+
+def _row(model: str, method: str, printed: tuple[float, ...], where: str, records: int | None) -> Published:
+    values = {name: round(value / 100, 6) for name, value in zip(_NAMES, printed, strict=True)}
+    return Published(model, method, values, where, records)
+
+
+def _sequence(method: str, es: float, ps: float, ns: float) -> Published:
+    values = {"ES": round(es / 100, 6), "PS": round(ps / 100, 6), "NS": round(ns / 100, 6)}
+    return Published("gpt2-xl", method, values, f"{ALPHAEDIT}, table 1", 2000, sequential=2000)
+
+
+TABLE = (
+    _row("gpt2-xl", "", (30.5, 22.2, 24.7, 78.1, 626.6, 31.9), f"{ROME}, table 4", 7500),
+    _row("gpt2-xl", "ft_l", (66.9, 99.1, 48.7, 70.3, 621.4, 37.4), f"{ROME}, table 4", 7500),
+    _row("gpt2-xl", "rome", (89.2, 100.0, 96.4, 75.4, 621.9, 41.9), f"{ROME}, table 4", 7500),
+    _row("gpt2-medium", "rome", (87.4, 100.0, 96.4, 71.8, 625.0, 41.7), f"{ROME}, table 5", None),
+    _row("gpt2-large", "rome", (88.2, 99.9, 96.3, 73.4, 622.5, 41.9), f"{ROME}, table 5", None),
+    _row("gpt-j-6b", "rome", (91.5, 99.9, 99.1, 78.9, 620.1, 43.0), f"{ROME}, table 4", 2000),
+    _sequence("memit", 94.70, 85.82, 60.50),
+    _sequence("rect", 92.15, 81.15, 65.13),
+    _sequence("alphaedit", 99.50, 93.95, 66.39),
+)
+
+
+def matching(run: Run) -> list[Published]:
+    """The rows of the same model, method and data: single edits for a benchmark, sequences for a lifelong run.
+
+    The unedited model's row comes along with any method.
+    """
+    if run.data != "counterfact" or run.task not in ("benchmark", "lifelong"):
+        return []
+    model = _MODELS.get(run.model.rstrip("/").rpartition("/")[2].lower())
+    transform = run.settings.get("method.transform")
+    method = str(transform) if transform == "rect" else run.method
+    return [
+        row
+        for row in TABLE
+        if row.model == model and bool(row.sequential) == (run.task == "lifelong") and row.method in ("", method)
+    ]
+
+
+def own(run: Run, row: Published) -> dict[str, Average]:
+    """The run's values of the row's metrics: before the edit for the unedited model, else after it."""
+    found = {}
+    for name in row.values:
+        if row.sequential:
+            points = run.record["series"]
+            average = Average.of((points[-1].get("metrics") or {}).get(f"retention.{name}")) if points else None
+        else:
+            metric = run.metrics.get(f"counterfact.{name}")
+            average = None if metric is None else metric.after if row.method else metric.before
+        if average is not None:
+            found[name] = average
+    return found
+
+
+def differences(run: Run, row: Published) -> list[str]:
+    """What is known to differ between the run and the paper's setting: a reason for another number."""
+    differ = []
+    if row.sequential:
+        edits = run.record["series"][-1].get("edits") if run.record["series"] else 0
+        if edits != row.sequential:
+            differ.append(f"{edits} edits, there {row.sequential:,}")
+        differ.append("the paper edits 100 facts at a time")
+    else:
+        n = max((m.after.n or 0 for m in run.metrics.values() if m.after), default=0)
+        differ.append(f"{n:,} records, there {row.records:,}" if row.records else f"{n:,} records, there not stated")
+    data: dict[str, Any] = run.record["config"].get("data") or {}
+    if data.get("limit") is not None:
+        differ.append(f"the first {data['limit']:,} records")
+    if str(data.get("shard") or "0/1") != "0/1":
+        differ.append(f"shard {data['shard']} of the data")
+    moments: dict[str, Any] = run.record["config"].get("moments") or {}
+    if moments and row.method:
+        differ.append(f"C from {moments.get('tokens'):,} tokens of '{moments.get('source')}', "
+                      "there 100,000 Wikipedia documents")  # fmt: skip
+    dtype = run.record["model"].get("dtype")
+    if dtype not in (None, "float32"):
+        differ.append(f"{dtype}, there float32")
+    return differ

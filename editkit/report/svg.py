@@ -1,0 +1,192 @@
+"""A drawing of our own: SVG text with axes, ticks and labels that do not overlap.
+
+Colours are CSS classes (`s0`, `s1`, …: series; `muted`, `grid`), so that a page's light and dark themes colour the same
+drawing. All text passes `escape` here: prompts and names are untrusted.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+
+WIDTH = 360  # units; one unit is about one pixel on a phone, and charts stand side by side where there is more room
+SIZE = 11  # of text
+SERIES = 8  # colours; more series begin again with another dash
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def clean(text: object) -> str:
+    """Text with what no page can hold (control characters, halves of surrogate pairs) shown as U+FFFD."""
+    return _UNPRINTABLE.sub("\ufffd", str(text))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A value for people: whole numbers whole, others to `digits` significant digits, – for none.
+
+    >>> [number(x) for x in (0.9540259, 0.00013303, 1.44e-7, 40960, 17903.03, 2.0, None)]
+    ['0.954', '0.000133', '1.44e-07', '40,960', '17,903', '2', '–']
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e9 or 0 < size < 1e-4:
+        return f"{value:.{digits - 2}e}"
+    if value == int(value) or size >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def mean(value: float | None) -> str:
+    """A mean in a column of means: three decimals, as papers print them, unless that would be 0.000 or hide digits.
+
+    >>> [mean(x) for x in (1.0, 0.98765, 0.0, 0.00013303, 6.2612, 626.12)]
+    ['1.000', '0.988', '0.000', '0.000133', '6.261', '626.1']
+    """
+    shown = value is not None and math.isfinite(value) and abs(value) < 10 and (abs(value) >= 5e-4 or value == 0)
+    return f"{value:.3f}" if shown else number(value)
+
+
+def text_width(text: str, size: float = SIZE) -> float:
+    """About how wide a text is: enough to decide what fits."""
+    return size * sum(_advance(c) for c in text)
+
+
+def _advance(character: str) -> float:
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF":
+        return 1.05
+    if character in "iljtf.,:;'|!()[] ":
+        return 0.36
+    return 0.74 if character.isupper() or character in "mw→…—%" else 0.58
+
+
+def clip(text: str, width: float, size: float = SIZE, *, keep_end: bool = False) -> str:
+    """The text, shortened with … where it is wider than `width`; prompts differ at their ends, so keep those."""
+    if text_width(text, size) <= width:
+        return text
+    room, kept = width - text_width("…", size), ""
+    for character in reversed(text) if keep_end else text:
+        if text_width(kept + character, size) > room:
+            break
+        kept = character + kept if keep_end else kept + character
+    return "…" + kept.lstrip() if keep_end else kept.rstrip() + "…"
+
+
+class Scale:
+    """Values to units along one axis; `log` spaces them by ratio."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False) -> None:
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def __call__(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(max(value, 1e-300))
+        part = (value - low) / (high - low) if high > low else 0.5
+        return self.start + min(max(part, 0.0), 1.0) * (self.end - self.start)
+
+    def ticks(self, room: float = 44) -> list[float]:
+        """Round values with at least `room` units between neighbours."""
+        count = max(1, int(abs(self.end - self.start) // room))
+        if self.log:
+            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            step = max(1, math.ceil((last - first) / count))
+            return [10.0**power for power in range(first, last + 1, step)]
+        return [tick for tick in _round_steps(self.low, self.high, count) if self.low <= tick <= self.high]
+
+
+def _round_steps(low: float, high: float, count: int) -> list[float]:
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def covering(values: Sequence[float], *, log: bool = False, share: bool = False) -> tuple[float, float]:
+    """The ends of an axis that shows all values: 0 to 1 for shares, whole decades for `log`, else round steps."""
+    low, high = min(values), max(values)
+    if share and low >= 0 and high <= 1:
+        return 0.0, 1.0
+    if log:
+        return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9)
+    if low >= 0 and low < 0.6 * high:
+        low = 0.0
+    if high == low:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    step = _round_steps(0, high - low, 4)[1] if high > low else 1.0
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+class Drawing:
+    """SVG elements, collected."""
+
+    def __init__(self, height: float, label: str, width: float = WIDTH) -> None:
+        self.width, self.height, self.label = width, height, label
+        self._parts: list[str] = []
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        self._parts.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+
+    def path(self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False) -> None:
+        steps = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self._parts.append(f'<path class="{kind}" d="M{steps}{"Z" if closed else ""}"/>')
+
+    def dot(self, x: float, y: float, kind: str, tip: str = "", radius: float = 4) -> None:
+        inside = f"<title>{escape(clean(tip))}</title>" if tip else ""
+        self._parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{inside}</circle>')
+
+    def box(self, x: float, y: float, w: float, h: float, kind: str = "", tip: str = "", fill: str = "") -> None:
+        inside = f"<title>{escape(clean(tip))}</title>" if tip else ""
+        colour = f' fill="{fill}"' if fill else ""
+        place = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{max(h, 0):.1f}"'
+        self._parts.append(f'<rect class="{kind}"{colour} {place}>{inside}</rect>')
+
+    def text(
+        self, x: float, y: float, text: str, kind: str = "", *, anchor: str = "start", tip: str = "", tilt: float = 0
+    ) -> None:
+        inside = f"<title>{escape(clean(tip))}</title>" if tip and tip != text else ""
+        turned = f' transform="rotate({tilt:g} {x:.1f} {y:.1f})"' if tilt else ""
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}'
+        self._parts.append(f'<text class="{kind}" {place}>{escape(clean(text))}{inside}</text>')
+
+    def legend(self, entries: Sequence[tuple[str, str]], top: float = 0) -> float:
+        """(marker kind, name) in rows from `top` on; the height taken."""
+        x, y = 2.0, top + 11
+        for kind, name in entries:
+            short = clip(name, self.width - 26)
+            if x > 2 and x + 20 + text_width(short) > self.width:
+                x, y = 2.0, y + 16
+            if "line" in kind:
+                self.line(x, y - 4, x + 14, y - 4, kind)
+            else:
+                self.dot(x + 6, y - 4, kind)
+            self.text(x + 18, y, short, tip=name)
+            x += 18 + text_width(short) + 14
+        return y + 7 - top
+
+    def x_axis(self, scale: Scale, top: float, bottom: float, name: str, ticks: Sequence[float] | None = None) -> None:
+        """Grid lines from `top` to `bottom`, numbers below, the quantity's name below them."""
+        for tick in scale.ticks() if ticks is None else ticks:
+            x = scale(tick)
+            self.line(x, top, x, bottom, "grid")
+            self.text(x, bottom + 14, number(tick), "muted", anchor="middle")
+        self.text((scale.start + scale.end) / 2, bottom + 29, clip(name, self.width - 8), "muted", anchor="middle")
+
+    def y_axis(self, scale: Scale, left: float, right: float, name: str) -> None:
+        """Grid lines, numbers left of them, the quantity's name above."""
+        for tick in scale.ticks(26):
+            y = scale(tick)
+            self.line(left, y, right, y, "grid")
+            self.text(left - 6, y + 4, number(tick), "muted", anchor="end")
+        self.text(2, min(scale.start, scale.end) - 10, clip(name, self.width - 8), "muted")
+
+    def svg(self) -> Markup:
+        size = f'viewBox="0 0 {self.width:g} {self.height:.0f}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(clean(self.label))}" {size}>'
+        return Markup(head + "".join(self._parts) + "</svg>")
