@@ -6,6 +6,7 @@ block and the lookup token on (replay.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -28,13 +29,13 @@ class FactRows:
     lookup: list[int]  # of each row, the position of its lookup token
     contexts: int  # rows before the KL row
 
-    @property
+    @cached_property
     def last(self) -> list[int]:
         """Of each row, the last token whose logits or value are used."""
         asked = [max([at - 1 for at in found], default=0) for found in self.scored.positions]
         return [max(pair) for pair in zip(asked, self.lookup, strict=True)]
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """The most tokens that a row has from its lookup token on."""
         return max(last - at for last, at in zip(self.last, self.lookup, strict=True)) + 1

@@ -63,6 +63,11 @@ def at_lookup(lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Se
     return AtLookup(*(torch.stack([found[i][side] for i in range(len(asked))]).view(shape) for side in (0, 1)))
 
 
+def named(facts: Sequence[Fact]) -> str:
+    """What a progress bar calls them."""
+    return facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
+
+
 @dataclass
 class Optimised:
     """What the optimisation found for one fact."""
