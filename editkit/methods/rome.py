@@ -24,7 +24,7 @@ from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
 from editkit.methods.contexts import given_or_drawn
 from editkit.methods.engine import rows_of
-from editkit.methods.value import Optimised, at_lookup, named, optimise
+from editkit.methods.value import Optimised, named, optimise
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import RomeSettings, RRomeSettings
@@ -139,17 +139,15 @@ def _updates(lm: LanguageModel, facts: Sequence[Fact], given: _Given, progress: 
     """A rank-one update for each fact, all for the model as it is now."""
     settings, layer, templates = given.settings, given.layer, given.templates
     site = lm.architecture.down(layer)
-    keys, values = at_lookup(lm, site, facts, templates, settings.token)  # [facts, contexts, d_ff or d_model], float64
-    norms = values[:, 0].norm(dim=-1, keepdim=True)  # [facts, 1 site]
     jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
-    found = optimise(lm, layer, [site], jobs, norms, settings, name=named(facts), progress=progress)
-    return [_update(*each, settings, given.factored) for each in zip(facts, keys, values, found, strict=True)]
+    found = optimise(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress)
+    return [_update(fact, each, settings, given.factored) for fact, each in zip(facts, found, strict=True)]
 
 
-def _update(
-    fact: Fact, keys: Tensor, values: Tensor, found: Optimised, settings: RomeSettings, factored: Factored
-) -> Update:
+def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Factored) -> Update:
     """One update with its health report. Raises EditkitError for a degenerate key."""
+    assert found.clean is not None
+    keys, values = found.clean  # [contexts, d_ff or d_model]
     delta = found.delta[0]
     k_mean, k_bare = keys.mean(0), keys[0]
     u = factored.solve(k_mean)
