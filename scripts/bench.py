@@ -3,12 +3,14 @@
     python scripts/bench.py                                   # GPT-2-small's shape on all cores; about 35 minutes
     python scripts/bench.py --shape gpt2-medium --json FILE   # gpt2-small, gpt2-medium, gpt2-xl, atlas
     python scripts/bench.py --only edit,evaluation --device cuda --dtype bfloat16
+    python scripts/bench.py --threads 1 --clock cpu           # where the cores are busy with other work
 
 The full-depth engine does what the reference code does: all rows, tokens, blocks and logits, one fact at a time. Both
 engines take the same 20 steps on the same rows, C is the identity, and contexts are given, so that neither covariance
 nor sampling is in the times. Ratios compare medians within one run only. "counted" is the ratio of the floating-point
 operations that torch counts in both; "of the floor" is how near replay comes to the time that its own operations take
-at the rate of a large matrix product on this machine.
+at the rate of a large matrix product on this machine. Second moments: a pass a layer against one pass for all layers,
+with the count of moments_onepass.py, where a float64 operation is two.
 
 Without --tokenizer the atlas tokenizer is used, whose texts have more tokens than GPT-2's.
 """
@@ -17,9 +19,9 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 import transformers
 from machine import processor
+from moments_onepass import CLOCKS, a_pass_each, counted, in_one_pass
 from torch.nn.functional import log_softmax
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -55,7 +58,7 @@ SHAPES = {"gpt2-small": (12, 768, 12, 5), "gpt2-medium": (24, 1024, 16, 8), "gpt
 NO_MOMENTS = MomentSettings(enabled=False)
 # Never stops early.
 STEPS: dict[str, Any] = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 4.0, "stop_loss": -1.0}
-PARTS = ("edit", "loop", "batch", "memit", "evaluation", "trace")
+PARTS = ("edit", "loop", "batch", "memit", "evaluation", "trace", "moments")
 
 
 def model_of(shape: str, tokenizer: str | None, device: str, dtype: str) -> tuple[LanguageModel, int]:
@@ -100,16 +103,16 @@ def evaluated_as_the_reference(lm: LanguageModel, case: Case) -> list[float]:
 class Bench:
     """Times two ways of doing one thing, in turns after a warm-up; what is done to many facts, once."""
 
-    def __init__(self, device: str, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
+    def __init__(self, device: str, repeats: int, clock: str) -> None:
+        self.device, self.repeats, self.clock = device, repeats, CLOCKS[clock]
         self.rate = self.matrix_rate()
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        began = time.perf_counter()
+        began = self.clock()
         work()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return self.clock() - began
 
     def matrix_rate(self, dtype: torch.dtype = torch.float32) -> float:
         """Floating-point operations a second of a large product."""
@@ -117,36 +120,39 @@ class Bench:
         a = torch.randn(size, size, device=self.device, dtype=dtype)
         return 2 * size**3 / statistics.median(self.seconds(lambda: a @ a) for _ in range(9))
 
-    def peak(self, work: Callable[[], Any]) -> float | None:
-        """MiB at the highest that were not in use before; None where the system does not tell."""
+    def peak(self, work: Callable[[], Any]) -> tuple[float | None, float]:
+        """MiB at the highest that were not in use before (None where the system does not tell), and seconds."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            work()
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
+            seconds = self.seconds(work)
+            return (torch.cuda.max_memory_allocated() - before) / 2**20, seconds
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand back what earlier work had freed
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the highest so far
             before = status("VmRSS")
         except OSError:
-            return None
-        work()
-        return (status("VmHWM") - before) / 1024
+            return None, self.seconds(work)
+        seconds = self.seconds(work)
+        return (status("VmHWM") - before) / 1024, seconds
 
     def compare(
         self, full: Callable[[], Any], fast: Callable[[], Any], *, full_facts: int = 1, fast_facts: int = 1
     ) -> dict[str, Any]:
         """Seconds and operations for each fact (record) either way."""
-        counts, peaks = [], []
+        # Peaks first: the counter keeps what passes through until it is collected.
+        (full_peak, full_first), (fast_peak, fast_first) = self.peak(full), self.peak(fast)
+        counts = []
         for work in (full, fast):
-            with FlopCounterMode(display=False) as counter:  # the warm-up
+            with FlopCounterMode(display=False) as counter:
                 work()
             counts.append(counter.get_total_flops())
             del counter
-            gc.collect()  # the counter had kept what passed through
-            peaks.append(self.peak(work))
+            gc.collect()
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in tqdm(range(self.repeats if fast_facts == 1 else 1), desc="repeats", leave=False, delay=1):
+        if fast_facts > 1:
+            times = [full_first], [fast_first]
+        for _ in tqdm(range(self.repeats if fast_facts == 1 else 0), desc="repeats", leave=False, delay=1):
             for work, into in zip((full, fast), times, strict=True):
                 into.append(self.seconds(work))
         slow, quick = (statistics.median(each) / n for each, n in zip(times, (full_facts, fast_facts), strict=True))
@@ -160,8 +166,8 @@ class Bench:
             "gflop": flops[1] / 1e9,
             "of_the_floor": flops[1] / self.rate / quick,
             "full_of_the_floor": flops[0] / self.rate / slow,
-            "peak_mib": peaks[1],
-            "full_peak_mib": peaks[0],
+            "peak_mib": fast_peak,
+            "full_peak_mib": full_peak,
             "runs": {"full": sorted(times[0]), "replay": sorted(times[1])},
         }
 
@@ -181,6 +187,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--threads", type=int, default=None, help="of torch; default: all cores")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: with one thread, on busy cores")
+    parser.add_argument("--keys", type=int, default=2560, help="of each layer's second moment")
     parser.add_argument("--facts", type=int, default=50, help="in a batch; MEMIT takes twice as many")
     parser.add_argument("--sample", type=int, default=2, help="facts that stand for a batch at full depth")
     parser.add_argument("--records", type=int, default=50, help="evaluated")
@@ -198,14 +206,15 @@ def main() -> None:
     cases = facts_of(max(2 * options.facts, options.records))
     facts = [case.fact for case in cases]
     contexts, few = contexts_of(lm, [4] * 10 + [9] * 10), contexts_of(lm, [10] * 5)
-    bench = Bench(options.device, options.repeats)
+    bench = Bench(options.device, options.repeats, options.clock)
     rows = [rows_of(lm, fact, "subject_last", contexts) for fact in facts[: options.facts]]
     lengths = [len(offsets) for each in rows for offsets in each.scored.rows.offsets]
-    columns = [max(last - at for last, at in zip(each.last, each.lookup, strict=True)) + 1 for each in rows]
+    columns = [each.columns for each in rows]
     machine = {
         "cpu": processor(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "clock": options.clock,
         "load_before": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else None,
         "matrix_gflops": bench.rate / 1e9,
         "python": sys.version.split()[0],
@@ -275,6 +284,14 @@ def main() -> None:
         1,
         1,
     )
+    moments, modules = MomentSettings(tokens=options.keys), [lm.architecture.down(i) for i in range(lm.layers)]
+    works["moments"] = (
+        f"{lm.layers} second moments",
+        lambda: a_pass_each(lm, modules, moments),
+        lambda: in_one_pass(lm, modules, moments),
+        1,
+        1,
+    )
     found: dict[str, Any] = {"machine": machine, "sizes": sizes, "results": {}}
     print(
         f"\n{'':28}{'full s':>9}{'replay s':>9}{'ratio':>7}{'counted':>8}{'share':>7}{'floor':>7}"
@@ -286,11 +303,16 @@ def main() -> None:
         title, slow, quick, slow_count, quick_count = works[name]
         with nullcontext() if name == "evaluation" else torch.enable_grad():
             each = bench.compare(slow, quick, full_facts=slow_count, fast_facts=quick_count)
+        if name == "moments":
+            count = counted(lm, moments.block)
+            each |= {"ratio_counted": count, "share_of_counted": each["ratio"] / count}
+            each |= dict.fromkeys(("of_the_floor", "full_of_the_floor"))  # its sums are in float64
         found["results"][name] = {"what": title} | each
         peaks = [f"{each[key]:.0f}" if each[key] is not None else "-" for key in ("peak_mib", "full_peak_mib")]
         print(
             f"{title:28}{each['full_seconds']:9.3f}{each['seconds']:9.3f}{each['ratio']:7.2f}"
-            f"{each['ratio_counted']:8.2f}{each['share_of_counted']:7.2f}{each['of_the_floor']:7.2f}"
+            f"{each['ratio_counted']:8.2f}{each['share_of_counted']:7.2f}"
+            f"{each['of_the_floor'] if each['of_the_floor'] is not None else math.nan:7.2f}"
             f"{peaks[0]:>7}{peaks[1]:>9}",
             flush=True,
         )

@@ -124,6 +124,35 @@ def test_a_batch_equals_one_by_one(family):
     assert min(steps) < max(steps) == 25
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_of_the_clean_pass_are_those_of_a_pass_of_their_own(family):
+    lm = tiny_lm(family)
+    site = lm.architecture.down(1)
+    wanted = value.at_lookup(lm, site, FACTS, CONTEXTS, "subject_last")
+    batch = Batch([rows_of(lm, fact, "subject_last", CONTEXTS) for fact in FACTS])
+    for kind in (FullDepth, Replayed):
+        with torch.no_grad():
+            engine = kind(lm, 1, [site], batch)
+        for number, found in enumerate(engine.clean()):
+            for side, other in zip(found, wanted, strict=True):
+                assert (side - other[number]).abs().max() < 1e-5 * other.abs().max()
+        (last,) = engine.some([2]).clean()
+        assert (last.input - wanted.input[2]).abs().max() < 1e-5 * wanted.input.abs().max()
+
+
+def test_the_gradient_of_the_losses_is_that_of_log_softmax():
+    draw = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(5, 11, dtype=torch.float64, generator=draw)).requires_grad_()
+    token = torch.tensor([0, 10, 3])
+    up, other = (torch.randn(shape, dtype=torch.float64, generator=draw) for shape in ((3,), (2, 11)))
+    log_p = torch.log_softmax(logits, -1)
+    (wanted,) = torch.autograd.grad((log_p[torch.arange(3), token] * up).sum() + (log_p[3:] * other).sum(), logits)
+    of_token, likeliest, after, _ = value._LogP.apply(logits * 1, token)
+    (found,) = torch.autograd.grad((of_token * up).sum() + (after * other).sum(), logits)
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(after, log_p[3:]) and likeliest.tolist() == (logits[:3].argmax(-1) == token).tolist()
+
+
 @pytest.mark.parametrize("every", [2, 4])
 def test_looking_at_the_losses_less_often_changes_nothing(every, monkeypatch):
     lm = tiny_lm("gpt2")

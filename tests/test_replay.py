@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from editkit.models.tokens import tokenise
-from editkit.nethook import Trace
+from editkit.nethook import Trace, requires_grad
 from editkit.replay import CannotReplay, columns, logits_of, replay
 from tests.conftest import tiny_lm
 from tests.families import SITES
@@ -131,6 +131,30 @@ def test_half_precision_is_as_near_as_it_can_be(dtype):
         found = logits_of(lm, ready.run(ready.stream))
     apart = (found[0, : last[0] - first[0] + 1] - wanted[0, first[0] : last[0] + 1]).abs().max()
     assert apart < 16 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_a_head_in_pieces_gives_what_it_gives_whole(monkeypatch):
+    monkeypatch.setattr("editkit.replay.PIECE", 100)  # the last piece is a shorter one
+    lm = tiny_lm("gpt2")
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    up = torch.randn(5, lm.model.lm_head.out_features, generator=torch.Generator().manual_seed(1))
+    given = x.clone().requires_grad_()
+    with requires_grad(lm.model, only=[]):
+        found = logits_of(lm, given)
+        (found * up).sum().backward()
+    weight = lm.model.lm_head.weight.detach().double()
+    assert len(weight) % 100 and (found.double() - x.double() @ weight.T).abs().max() < 1e-5
+    assert (given.grad.double() - up.double() @ weight).abs().max() < 1e-4
+
+
+def test_a_head_that_learns_or_is_watched_is_called():
+    lm = tiny_lm("gpt2")
+    x = torch.randn(5, 32)
+    logits_of(lm, x).sum().backward()
+    assert lm.model.lm_head.weight.grad.abs().sum() > 0
+    with torch.no_grad(), Trace(lm.model, "lm_head") as trace:
+        logits = logits_of(lm, x)
+    assert torch.equal(logits, trace.output)
 
 
 def test_a_text_before_the_change_is_run_once():

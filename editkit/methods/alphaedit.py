@@ -18,7 +18,7 @@ from editkit.edit import Edit, base_of
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, find_moments, provenance
-from editkit.methods.contexts import context_templates
+from editkit.methods.contexts import given_or_drawn
 from editkit.methods.spread import layers_of, spread, values_of
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
@@ -49,7 +49,7 @@ def alphaedit(
     base = base_of(lm)
     found, described = find_moments(lm, layers, moments, seed, progress)
     bases = {layer: null_space(found[layer], layer, settings.threshold, settings.fraction) for layer in layers}
-    templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
+    templates = given_or_drawn(lm, contexts, settings.contexts, seed)
     aim = lm.architecture.aim(layers[-1])
     sites = [lm.architecture.down(layers[-1])]
     z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress)

@@ -6,7 +6,8 @@ block and the lookup token on (replay.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,13 +29,13 @@ class FactRows:
     lookup: list[int]  # of each row, the position of its lookup token
     contexts: int  # rows before the KL row
 
-    @property
+    @cached_property
     def last(self) -> list[int]:
         """Of each row, the last token whose logits or value are used."""
         asked = [max([at - 1 for at in found], default=0) for found in self.scored.positions]
         return [max(pair) for pair in zip(asked, self.lookup, strict=True)]
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """The most tokens that a row has from its lookup token on."""
         return max(last - at for last, at in zip(self.last, self.lookup, strict=True)) + 1
@@ -72,16 +73,34 @@ class Batch:
         self.lookup = torch.tensor([at for each in facts for at in each.lookup], device=device)  # [rows]
         self.of_row = torch.arange(len(facts), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
+    def of_facts(self, given: Tensor, gave: Tensor) -> "list[AtLookup]":
+        """Of each fact, its part of [rows, d] without the KL row."""
+        both = given.double().cpu(), gave.double().cpu()
+        spans = [slice(begin, begin + each.contexts) for begin, each in zip(self.begins, self.facts, strict=True)]
+        return [AtLookup(*(each[span] for each in both)) for span in spans]
+
     def some(self, kept: Sequence[int]) -> tuple["Batch", Tensor]:
         """The batch of some of the facts, and which rows those are."""
         rows = [self.begins[i] + row for i in kept for row in range(len(self.facts[i].lookup))]
         return Batch([self.facts[i] for i in kept]), torch.tensor(rows, device=self.lookup.device)
 
 
+class AtLookup(NamedTuple):
+    """What passes through a module at the lookup token, [facts, templates, d] in float64 on the CPU; of one fact
+    [templates, d]."""
+
+    input: Tensor
+    output: Tensor
+
+
 class Engine(Protocol):
     """What the optimisation asks of either engine. δ: [sites, facts, d_model]."""
 
     batch: Batch
+
+    def clean(self) -> list[AtLookup]:
+        """What passes through the last site while there is no δ, of each fact [contexts, d]."""
+        ...
 
     def logits(self, delta: Tensor) -> Tensor:
         """[logits that are read, vocabulary], as `batch.row` and `batch.at` list them."""
@@ -133,6 +152,13 @@ class FullDepth:
             logits = self._lm.model(**self.batch.rows.inputs(), use_cache=False).logits
         return logits[self.batch.row, self.batch.at]
 
+    @torch.no_grad()
+    def clean(self) -> list[AtLookup]:
+        with Trace(self._lm.model, self._sites[-1], inputs=True, stop=True) as trace:
+            self._lm.model(**self.batch.rows.inputs(), use_cache=False)
+        rows, at = torch.arange(len(self.batch.lookup)), self.batch.lookup
+        return self.batch.of_facts(*(by_token(each, len(at))[rows, at] for each in (trace.input, trace.output)))
+
     def gradient(self, loss: Tensor) -> Tensor:
         return self._hooked.gradient(loss)
 
@@ -156,7 +182,7 @@ class Replayed:
         if ready is None:
             first = [at for each in batch.facts for at in each.lookup]
             last = [at for each in batch.facts for at in each.last]
-            ready = replay(lm, batch.rows, first, last, layer + self._behind)
+            ready = replay(lm, batch.rows, first, last, layer + self._behind, sites[-1:])
         self._ready = ready
         self._picks = ready.at(batch.row, batch.at)
         self._hooked = _Hooked(lm, sites, batch, torch.zeros_like(batch.lookup))
@@ -171,6 +197,9 @@ class Replayed:
             with self._hooked.traced(delta):
                 final = self._ready.run(stream)
         return logits_of(self._lm, final[self._picks])
+
+    def clean(self) -> list[AtLookup]:
+        return self.batch.of_facts(*self._ready.column0[self._sites[-1]])
 
     def gradient(self, loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, self._delta)[0] if self._behind else self._hooked.gradient(loss)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from editkit.edit import Edit, base_of
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.contexts import context_templates
+from editkit.methods.contexts import given_or_drawn
 from editkit.methods.memit import least_squares
 from editkit.methods.spread import layers_of, spread, values_of
 from editkit.models.load import LanguageModel
@@ -38,7 +38,7 @@ def pmet(
     layers = layers_of(lm, settings)
     base = base_of(lm)
     factored, described = factor_moments(lm, layers, moments, seed, progress)
-    templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
+    templates = given_or_drawn(lm, contexts, settings.contexts, seed)
     weight, stop_kl = settings.moment_weight, settings.stop_kl
     assert weight is not None  # resolved
 

@@ -13,7 +13,7 @@ v* = v0 + δ with δ of value.py, added to the down-projection's output.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from editkit.edit import Base, Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.contexts import context_templates
+from editkit.methods.contexts import given_or_drawn
 from editkit.methods.engine import rows_of
-from editkit.methods.value import Optimised, at_lookup, optimise
+from editkit.methods.value import Optimised, named, optimise
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import RomeSettings, RRomeSettings
@@ -54,23 +54,16 @@ def rome(
     degenerate.
     """
     facts = checked_facts(lm, facts)
-    settings = (settings or RomeSettings()).resolved(lm.name, lm.layers)
-    assert settings.layer is not None
-    layer = lm.check_layer(settings.layer)
-    site = lm.architecture.down(layer)
-
-    base = base_of(lm)
-    factored, described = factor_moments(lm, [layer], moments, seed, progress)
-    templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
+    given = _given(lm, settings, seed, moments, contexts, progress)
     updates: list[Update] = []
     with ExitStack() as undo:  # earlier facts stay applied while the later ones are computed
         for number, fact in enumerate(facts):
-            updates += _updates(lm, layer, [fact], settings, templates, factored[layer], progress)
+            updates += _updates(lm, [fact], given, progress)
             if number + 1 < len(facts):
                 left, right, _ = updates[-1]
-                step = Edit((low_rank_delta(lm, site, left[:, None], right[None]),), base)
-                undo.enter_context(step.applied(lm, check=False))
-    return _edit(lm, site, base, facts, updates, settings, seed, moments=described, contexts=templates)
+                delta = low_rank_delta(lm, lm.architecture.down(given.layer), left[:, None], right[None])
+                undo.enter_context(Edit((delta,), given.base).applied(lm, check=False))
+    return _edit(lm, facts, updates, given, seed)
 
 
 def rome_each(
@@ -90,18 +83,9 @@ def rome_each(
     """
     for fact in facts:
         fact.check_targets(lm)
-    settings = (settings or RomeSettings()).resolved(lm.name, lm.layers)
-    assert settings.layer is not None
-    layer = lm.check_layer(settings.layer)
-    base = base_of(lm)
-    factored, described = factor_moments(lm, [layer], moments, seed, progress)
-    templates = list(contexts) if contexts is not None else context_templates(lm, settings.contexts, seed)
-    updates = _updates(lm, layer, facts, settings, templates, factored[layer], progress)
-    site, said = lm.architecture.down(layer), {"moments": described, "contexts": templates}
-    return [
-        _edit(lm, site, base, [fact], [update], settings, seed, **said)
-        for fact, update in zip(facts, updates, strict=True)
-    ]
+    given = _given(lm, settings, seed, moments, contexts, progress)
+    updates = _updates(lm, facts, given, progress)
+    return [_edit(lm, [fact], [update], given, seed) for fact, update in zip(facts, updates, strict=True)]
 
 
 def r_rome(
@@ -114,46 +98,56 @@ def r_rome(
     return rome(lm, facts, settings or RRomeSettings(), **options)
 
 
-def _edit(
+class _Given(NamedTuple):
+    """What the updates of all facts share."""
+
+    settings: RomeSettings  # resolved
+    layer: int
+    base: Base
+    factored: Factored
+    described: dict[str, Any]  # the moments, for the record
+    templates: list[str]
+
+
+def _given(
     lm: LanguageModel,
-    site: str,
-    base: Base,
-    facts: Sequence[Fact],
-    updates: Sequence[Update],
-    settings: RomeSettings,
+    settings: RomeSettings | None,
     seed: int,
-    **said: Any,
-) -> Edit:
+    moments: Moments,
+    contexts: Sequence[str] | None,
+    progress: bool,
+) -> _Given:
+    settings = (settings or RomeSettings()).resolved(lm.name, lm.layers)
+    assert settings.layer is not None
+    layer = lm.check_layer(settings.layer)
+    base = base_of(lm)
+    factored, described = factor_moments(lm, [layer], moments, seed, progress)
+    templates = given_or_drawn(lm, contexts, settings.contexts, seed)
+    return _Given(settings, layer, base, factored[layer], described, templates)
+
+
+def _edit(lm: LanguageModel, facts: Sequence[Fact], updates: Sequence[Update], given: _Given, seed: int) -> Edit:
     """The updates of one weight as one Edit."""
     lefts, rights, reports = zip(*updates, strict=True)
-    delta = low_rank_delta(lm, site, torch.stack(lefts, 1), torch.stack(rights))
-    name = "r_rome" if settings.keys == "mean" else "rome"
-    return Edit((delta,), base, provenance(name, settings, facts, seed, **said, reports=list(reports)))
+    delta = low_rank_delta(lm, lm.architecture.down(given.layer), torch.stack(lefts, 1), torch.stack(rights))
+    name = "r_rome" if given.settings.keys == "mean" else "rome"
+    said = {"moments": given.described, "contexts": given.templates, "reports": list(reports)}
+    return Edit((delta,), given.base, provenance(name, given.settings, facts, seed, **said))
 
 
-def _updates(
-    lm: LanguageModel,
-    layer: int,
-    facts: Sequence[Fact],
-    settings: RomeSettings,
-    templates: list[str],
-    factored: Factored,
-    progress: bool,
-) -> list[Update]:
+def _updates(lm: LanguageModel, facts: Sequence[Fact], given: _Given, progress: bool) -> list[Update]:
     """A rank-one update for each fact, all for the model as it is now."""
+    settings, layer, templates = given.settings, given.layer, given.templates
     site = lm.architecture.down(layer)
-    keys, values = at_lookup(lm, site, facts, templates, settings.token)  # [facts, contexts, d_ff or d_model], float64
-    norms = values[:, 0].norm(dim=-1, keepdim=True)  # [facts, 1 site]
     jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
-    name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
-    found = optimise(lm, layer, [site], jobs, norms, settings, name=name, progress=progress)
-    return [_update(*each, settings, factored) for each in zip(facts, keys, values, found, strict=True)]
+    found = optimise(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress)
+    return [_update(fact, each, settings, given.factored) for fact, each in zip(facts, found, strict=True)]
 
 
-def _update(
-    fact: Fact, keys: Tensor, values: Tensor, found: Optimised, settings: RomeSettings, factored: Factored
-) -> Update:
+def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Factored) -> Update:
     """One update with its health report. Raises EditkitError for a degenerate key."""
+    assert found.clean is not None
+    keys, values = found.clean  # [contexts, d_ff or d_model]
     delta = found.delta[0]
     k_mean, k_bare = keys.mean(0), keys[0]
     u = factored.solve(k_mean)

@@ -23,7 +23,7 @@ from editkit.edit import Base, Delta, Edit, low_rank_delta
 from editkit.errors import ModelError
 from editkit.facts import Fact
 from editkit.methods.engine import rows_of
-from editkit.methods.value import at_lookup, optimise
+from editkit.methods.value import at_lookup, named, optimise
 from editkit.models.load import LanguageModel
 from editkit.settings import SpreadSettings
 
@@ -60,8 +60,7 @@ def values_of(
     )  # each [n, d_model]
     norms = torch.stack([values.norm(dim=-1) for values in (*own, start)], 1)  # [n, sites]
     jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
-    name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
-    found = optimise(lm, layer, sites, jobs, norms, settings, name=name, progress=progress, **options)
+    found = optimise(lm, layer, sites, jobs, norms, settings, name=named(facts), progress=progress, **options)
     reports = [
         {
             "steps": each.steps,

@@ -12,15 +12,16 @@ facts are optimised side by side, each with its own rows, clamp and stop; an eng
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from editkit.facts import Fact, lookup_position
-from editkit.methods.engine import Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
+from editkit.methods.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import by_token, tokenise
 from editkit.nethook import Trace, requires_grad
@@ -31,13 +32,6 @@ CPU_BYTES = 2**30  # a batch's share of memory; a larger one is not faster
 Show = Callable[[float, int, int], None]  # (mean loss, steps taken since, facts ended since)
 LIKE = 1.1  # how much longer the longest rows of a batch may be than the shortest, and one token
 READ_EVERY = {"cpu": 1, "cuda": 5}  # steps between two looks at the losses: each look waits for an accelerator
-
-
-class AtLookup(NamedTuple):
-    """What passes through a module at the lookup token, [facts, templates, d] in float64 on the CPU."""
-
-    input: Tensor
-    output: Tensor
 
 
 @torch.no_grad()
@@ -63,6 +57,11 @@ def at_lookup(lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Se
     return AtLookup(*(torch.stack([found[i][side] for i in range(len(asked))]).view(shape) for side in (0, 1)))
 
 
+def named(facts: Sequence[Fact]) -> str:
+    """What a progress bar calls them."""
+    return facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
+
+
 @dataclass
 class Optimised:
     """What the optimisation found for one fact."""
@@ -70,6 +69,7 @@ class Optimised:
     delta: Tensor  # [sites, d_model] float64 on the CPU
     steps: list[dict[str, float]] = field(default_factory=list)  # loss terms before each step
     clamp_hit: bool = False
+    clean: AtLookup | None = None  # at the last site while there was no δ, [contexts, d]; where no norms were given
 
 
 def optimise(
@@ -77,7 +77,7 @@ def optimise(
     layer: int,
     sites: Sequence[str],
     jobs: Sequence[FactRows],
-    norms: Tensor,
+    norms: Tensor | None,
     settings: ValueSettings,
     *,
     name: str,
@@ -87,7 +87,8 @@ def optimise(
 ) -> list[Optimised]:
     """For each of `jobs` a δ for each of `sites` (modules of block `layer`) by Adam. `settings` are resolved.
 
-    `norms` [facts, sites] are the ‖v0‖. The NLL counts `said_weight` once the target is the likeliest answer in
+    `norms` [facts, sites] are the ‖v0‖; None, with one site, takes its output for the bare prompt, and keeps what else
+    passed there. The NLL counts `said_weight` once the target is the likeliest answer in
     every row; `stop(said, kl)`, both [facts], ends a fact besides its loss. As many facts go together as memory
     takes; a batch that runs out of it is halved.
     """
@@ -110,7 +111,14 @@ def optimise(
             try:
                 with torch.no_grad():
                     ready = engine(lm, layer, sites, Batch([jobs[i] for i in part]))
-                results = _together(lm, ready, norms[part], settings, said_weight, stop, show)
+                if norms is None:
+                    clean: list[AtLookup | None] = list(ready.clean())
+                    sizes = torch.stack([at.output[:1].norm(dim=-1) for at in clean if at is not None])
+                else:
+                    clean, sizes = [None] * len(part), norms[part]
+                results = _together(lm, ready, sizes, settings, said_weight, stop, show)
+                for result, at in zip(results, clean, strict=True):
+                    result.clean = at
             except CannotReplay as error:
                 warnings.warn(
                     f"The family '{lm.architecture.family}' runs at full depth, which is slow: {error}", stacklevel=2
@@ -153,7 +161,7 @@ def _together(
     every = READ_EVERY.get(device.type, 5)
 
     for step in range(steps):
-        nll, after, said = _answers(log_softmax(engine.logits(delta).to(wide), -1), engine.batch)
+        nll, after, said = _answers(engine.logits(delta).to(wide), engine.batch)
         kl_before = after.detach() if kl_before is None else kl_before
         kl = kl_div(after, kl_before, log_target=True, reduction="none").sum(-1)
         sizes = delta.norm(dim=-1, keepdim=True)  # [sites, facts, 1]
@@ -195,14 +203,42 @@ def _together(
     return found
 
 
-def _answers(log_p: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """From the log-probabilities that `batch` lists, for each fact: the mean NLL of the target, the distribution at the
-    KL position, and whether the target is the likeliest answer in every row. Nothing here waits for an accelerator."""
+class _LogP(torch.autograd.Function):
+    """Of log-softmax(logits [n, vocabulary]): at `token` of the first rows, whether it is the highest there, and the
+    other rows whole. The table is the loop's largest: it is turned in place, forward and backward, which is once."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        for part in logits.split(8 if logits.device.type == "cpu" else len(logits)):
+            part.copy_(log_softmax(part, -1))
+        ctx.save_for_backward(logits, token)
+        targets, after = logits[: len(token)], logits[len(token) :].clone()
+        of_token = targets.gather(1, token[:, None])[:, 0]
+        likeliest = of_token >= targets.amax(-1)
+        ctx.mark_non_differentiable(likeliest)
+        return of_token, likeliest, after, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_token: Tensor, _: None, after: Tensor, __: None) -> tuple[Tensor, None]:
+        log_p, token = ctx.saved_tensors
+        # d log p_i / d logit_j = [i = j] − p_j
+        grad = log_p.detach().exp_().mul_(-torch.cat((of_token, after.sum(-1)))[:, None])
+        grad[: len(token)].scatter_add_(1, token[:, None], of_token[:, None])
+        grad[len(token) :] += after
+        return grad, None
+
+
+def _answers(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """From the logits that `batch` lists, for each fact: the mean NLL of the target, the log-probabilities at the KL
+    position, and whether the target is the likeliest answer in every row. Nothing here waits for an accelerator."""
     count = len(batch.facts)
-    targets, after = log_p.split([len(batch.fact), count])
-    missed = log_p.new_zeros(count).index_add(0, batch.fact, (targets.argmax(-1) != batch.token).to(log_p.dtype))
-    of_token = targets.gather(1, batch.token[:, None])[:, 0] * batch.share.to(log_p.dtype)
-    return -log_p.new_zeros(count).index_add(0, batch.fact, of_token), after, missed == 0
+    of_token, likeliest, after, _ = _LogP.apply(logits, batch.token)
+    missed = logits.new_zeros(count).index_add(0, batch.fact, (~likeliest).to(logits.dtype))
+    share = batch.share.to(logits.dtype)
+    return -logits.new_zeros(count).index_add(0, batch.fact, of_token * share), after, missed == 0
 
 
 def _read(
