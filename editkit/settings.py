@@ -308,7 +308,7 @@ class MeasureSettings:
     """What is asked of the model for each case, before and after; see `editkit.metrics.measure`."""
 
     generate: int = 2  # tokens of free greedy continuations beyond the longest answer of the case; 0: none at all
-    fluency: int = 100  # tokens sampled after each generation prompt, top-k 5; 0: none
+    fluency: int = 100  # tokens of the text sampled from each generation prompt, prompt included, top-k 5; 0: none
     distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
 
     def __post_init__(self) -> None:

@@ -1,13 +1,15 @@
 """The audit asks everything, names what changed, and says how near it was; against plain loops."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 
 from editkit import Fact, r_rome
-from editkit.corpora import Atlas, load_atlas
+from editkit.corpora import Atlas, AtlasFact, load_atlas
 from editkit.errors import EditkitError
 from editkit.facts import lookup_position
-from editkit.metrics.audit import answers, audit, nearness
+from editkit.metrics.audit import answers, audit, nearness, written_by
 from editkit.models.tokens import generate, tokenise
 from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
 from tests.conftest import tiny_lm
@@ -89,3 +91,26 @@ def test_a_model_that_does_not_know_the_atlas_is_refused(edit):
     lm = tiny_lm("gpt2")
     with pytest.raises(EditkitError, match="does not know this world"):
         audit(lm, edit, before=["nothing"] * len(load_atlas().facts), progress=False)
+
+
+def test_a_sum_of_edits_is_audited_for_the_facts_of_its_parts(atlas_lm, edit):
+    other = Fact("{} is located in the city of", "The Louvre", "Rome", "Paris")
+    settings = RRomeSettings(contexts=ContextSettings(lengths=(4,), counts=(2,)))
+    second = r_rome(atlas_lm, other, settings, moments=MomentSettings(tokens=3000), progress=False)
+    both = edit + second
+    assert written_by(both) == [FACT, other]
+    cosine, _ = nearness(atlas_lm, both, [FACT, other])
+    assert cosine.tolist() == pytest.approx([1, 1])
+    with pytest.raises(EditkitError, match="does not say which facts"):
+        nearness(atlas_lm, replace(edit, provenance={}), [FACT])
+
+
+def test_a_sibling_with_the_same_answer_is_not_the_edited_fact(atlas_lm, edit):
+    """Two relations of one subject may have one object: only the one that was edited is left out of what changed."""
+    relations = {name: load_atlas().relations[name] for name in ("landmark_city", "landmark_country")}
+    facts = [AtlasFact("The Eiffel Tower", "landmark", name, "Paris") for name in relations]
+    found = audit(atlas_lm, edit, before=["Paris", "Paris"], atlas=Atlas(facts, relations), progress=False)
+    assert {fact.relation: fact.edited for fact in found.facts} == {"landmark_city": True, "landmark_country": False}
+    by_answer = replace(edit, provenance=edit.provenance | {"facts": [asdict(replace(FACT, prompt="See {} in"))]})
+    found = audit(atlas_lm, by_answer, before=["Paris", "Paris"], atlas=Atlas(facts, relations), progress=False)
+    assert all(fact.edited for fact in found.facts)  # phrased as no relation of the atlas is

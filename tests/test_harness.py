@@ -1,20 +1,24 @@
 """General ability through lm-evaluation-harness, on a task of local files."""
 
 import json
+import sys
+from importlib.util import find_spec
 
 import pytest
 
 from editkit import Fact, r_rome
+from editkit.errors import EditkitError
 from editkit.metrics.counterfact import score_targets
 from editkit.metrics.harness import general_ability
 from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
 
-pytest.importorskip("lm_eval", reason='needs lm-evaluation-harness: pip install "editkit[harness]"')
+needed = pytest.mark.skipif(find_spec("lm_eval") is None, reason='needs pip install "editkit[harness]"')
 
 PROMPTS = ["The Eiffel Tower is located in the city of", "The Louvre is located in the city of"]
 CITIES = ["Paris", "Rome", "Berlin"]
 
 
+@needed
 def test_an_edit_moves_what_the_harness_sees(atlas_lm, tmp_path):
     examples = [{"prompt": prompt, "choices": CITIES, "answer": 0} for prompt in PROMPTS]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, examples)))
@@ -36,6 +40,15 @@ def test_an_edit_moves_what_the_harness_sees(atlas_lm, tmp_path):
             ours += max(range(3), key=lambda i: scores[i].probability) == 0
         return general_ability(atlas_lm, ["cities"], include=tmp_path)["cities"]["acc"], ours / 2
 
+    padding, digest = atlas_lm.tokenizer.pad_token, atlas_lm.digest
     assert both() == (1.0, 1.0)
     with edit.applied(atlas_lm):
         assert both() == (0.5, 0.5)
+    assert (atlas_lm.tokenizer.pad_token, atlas_lm.digest) == (padding, digest)
+    assert general_ability(atlas_lm, ["cities"], include=tmp_path, limit=1)["cities"]["n"] == 1
+
+
+def test_without_the_harness_its_extra_is_named(atlas_lm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(EditkitError, match=r"no module 'lm_eval': pip install \"editkit\[harness\]\""):
+        general_ability(atlas_lm, ["cities"])

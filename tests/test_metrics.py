@@ -1,5 +1,6 @@
 """Every metric against its value on paper, from a model whose next-token probabilities are a table written here."""
 
+import json
 import math
 import random
 from itertools import pairwise
@@ -12,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from editkit.data.cases import (
     ATTRIBUTE,
+    HOP,
     MULTI_HOP,
     NEIGHBORHOOD,
     PARAPHRASE,
@@ -25,7 +27,7 @@ from editkit.data.cases import (
 from editkit.facts import Fact
 from editkit.metrics.counterfact import score_probes
 from editkit.metrics.drift import Drift
-from editkit.metrics.fluency import consistency, ngram_entropy
+from editkit.metrics.fluency import consistency, ngram_entropy, words
 from editkit.metrics.generation import exact
 from editkit.metrics.measure import look, rows_of, values_of_rows
 from editkit.metrics.summary import RESAMPLES, summary
@@ -150,10 +152,12 @@ def test_a_tie_fails_in_both_directions():
         ("zsre.specificity", 1, 0),
         ("easyedit.reliability", 0, 1),
         ("easyedit.portability", 0.5, 1),
-        ("easyedit.locality", 1, 0),
+        ("easyedit.locality", 1, 1 / 4),  # of four that must stay, "Tower has" says the same
         ("generation.rewrite", 0, 1),
         ("generation.neighborhood", 1, 0),
-        ("generation.portability", 0.5, 1),
+        ("generation.portability", 0, 1),  # of the one whose old answer was said
+        ("generation.attribute", 0, 1),
+        ("generation.multi_hop", 0.5, 0),
         ("mquake.multi_hop", 1, 0),  # "New York" is an alias, said before after the first of two questions
     ],
 )
@@ -176,6 +180,56 @@ def test_teacher_forced_tokens_are_counted_one_by_one(values):
     assert (found["zsre.specificity_before"], found["zsre.specificity_after"]) == (0.5, 0.0)
     assert found["easyedit.locality_after"] == 0.5  # Paris at the first token as before; York has become Rome
     assert found["generation.rewrite_before"] is None
+
+
+def test_margins_are_of_probabilities_a_token_as_in_the_reference():
+    case = Case(
+        (FACT,), (Probe(REWRITE, "Tower lies", "New York", "Paris"), Probe(NEIGHBORHOOD, "lies", "New York", "Paris"))
+    )
+    before = look(table_lm(BEFORE), case, MeasureSettings(generate=0, fluency=0, distracted=False))
+    found = values_of_rows(rows_of(case, before, before))
+    # p(New) = p(York after New) = 1/2: 1/2 a token, where the whole target has 1/4
+    assert found["counterfact.EM_before"] == pytest.approx(0.3 - 0.5, abs=1e-5)
+    assert found["counterfact.NM_before"] == pytest.approx(0.5 - 0.3, abs=1e-5)
+
+
+def test_parts_of_locality_and_portability_have_their_own_figures():
+    probes = (
+        Probe(SAME_SUBJECT, "Tower speaks", "Paris", "Rome", group="Relation_Specificity"),
+        Probe(NEIGHBORHOOD, "Louvre has", "Paris", "Rome", group="Forgetfulness"),
+        Probe(PORTABILITY, "Tower was", "", "Rome", group="Reasoning"),
+        Probe(PORTABILITY, "Tower lies", "", "Rome", group="Subject_Aliasing"),
+    )
+    case = Case((FACT,), probes)
+    before, after = (look(table_lm(t), case, MeasureSettings(fluency=0)) for t in (BEFORE, AFTER))
+    found = values_of_rows(rows_of(case, before, after))
+    expected = {"locality": 1 / 2, "locality_Relation_Specificity": 0, "locality_Forgetfulness": 1}
+    expected |= {"portability": 1 / 2, "portability_Reasoning": 1, "portability_Subject_Aliasing": 0}
+    assert {name: found[f"easyedit.{name}_after"] for name in expected} == expected
+    assert found["generation.portability_after"] == 1 / 2  # no old answer is known: both are asked
+
+
+def test_a_chain_is_known_where_every_hop_is():
+    hops = [Probe(PORTABILITY, f"Tower {word}", "", "Rome", group=HOP) for word in ("in", "was", "lies")]
+    for kept, share, whole in ((hops, 2 / 3, 0), (hops[:2], 1, 1)):
+        case = Case((FACT,), tuple(kept))
+        before, after = (look(table_lm(t), case, MeasureSettings(fluency=0)) for t in (BEFORE, AFTER))
+        found = values_of_rows(rows_of(case, before, after))
+        assert (found["mquake.hops_before"], found["mquake.instance_before"]) == (0, 0)
+        assert (found["mquake.hops_after"], found["mquake.instance_after"]) == (pytest.approx(share), whole)
+
+
+def test_rows_keep_what_is_needed_to_dispute_a_figure(values):
+    found, rows = values
+    assert values_of_rows(json.loads(json.dumps(rows))) == found
+    for row in rows:
+        for which, target in (("true", row["target_true"]), ("new", row["target_new"])):
+            tokens = [WORDS.index(word) for word in target.split()]
+            for when in ("before", "after"):
+                said = row[f"argmax_{which}_{when}"]
+                right = [a == b for a, b in zip(said, tokens, strict=True)]
+                assert row[f"right_{which}_{when}"] == sum(right) / len(right)
+                assert row[f"greedy_{which}_{when}"] == all(right)
 
 
 def test_an_unknown_truth_is_judged_by_what_is_said():
@@ -205,6 +259,10 @@ def test_distracted_neighbors_have_the_new_fact_in_front(values):
         (" UK", ["United Kingdom", "UK"], True),
         (" U.K. and", ["U.K."], True),
         ("", ["Rome"], False),
+        (" the Netherlands", ["Netherlands"], False),
+        (" Compie\u0300gne", ["Compi\u00e8gne"], True),
+        ("巴黎的首都", ["巴黎"], True),
+        ("Париж", ["Пари"], False),
     ],
 )
 def test_an_exact_match_begins_with_the_answer(said, answers, right):
@@ -225,11 +283,18 @@ def test_entropy_on_paper():
     assert ngram_entropy(text) == pytest.approx((2 / 3 * by_hand[0] + 4 / 3 * by_hand[1]) / 2)
 
 
+def test_words_are_cut_as_by_nltk():
+    said = "It isn't the Doge's well-known 3,000 seats, is it?"
+    assert words(said) == "It is n't the Doge 's well-known 3,000 seats , is it ?".split()
+    assert words("U.S. ... end") == ["U.S", ".", "...", "end"]
+
+
 def test_consistency_on_paper():
-    # "rome" in both references: weight 1; "old" and "big" in one of two: ln(3/2) + 1
-    w = math.log(3 / 2) + 1
-    references, texts = ["Rome old", "Rome big"], ["rome rome old unknown"]
-    expected = (2 * 2 + w * w) / (math.hypot(2, w) * math.hypot(2, w, w))
+    # "rome" in both references: weight 1; "old" and "big" in one of two: ln(3/2) + 1; "unknown" in none: ln 3 + 1.
+    # Marks and single letters are no words.
+    w, unseen = math.log(3 / 2) + 1, math.log(3) + 1
+    references, texts = ["Rome, a old", "Rome big"], ["rome rome old; a unknown."]
+    expected = (2 * 2 + w * w) / (math.hypot(2, w, unseen) * math.hypot(2, w, w))
     assert consistency(texts, references) == pytest.approx(expected)
     assert consistency(references, references) == pytest.approx(1) and consistency(["nothing"], references) == 0
 
@@ -241,6 +306,9 @@ def test_texts_are_scored_where_there_are_prompts_and_references():
     before, after = (look(table_lm(t), case, MeasureSettings(fluency=2)) for t in (BEFORE, AFTER))
     rows = rows_of(case, before, after)
     assert before.texts[0].startswith("Tower in") and len(rows) == 3
+    look_further = look(table_lm(BEFORE), case, MeasureSettings(fluency=5))
+    first, *rest = look_further.texts[0].removeprefix("Tower in").split()
+    assert first in ("Paris", "Rome", "New", "York") and len(rest) <= 2  # five tokens, of which two are the prompt's
     found = values_of_rows(rows)
     assert found["counterfact.GE_before"] > 0 and found["counterfact.RS_after"] is not None
 
@@ -292,6 +360,37 @@ def test_continuations_side_by_side_are_those_one_by_one(family):
     assert go_on(lm, prompts, 6) == generate(lm, prompts, 6)
 
 
+def test_greedy_is_greedy_whatever_a_checkpoint_is_used_to():
+    """By a plain loop over the likeliest token; a repetition penalty comes with many instruction-tuned models."""
+    lm = tiny_lm("gpt2")
+    prompts = ["Rome", "The capital of France is"]
+    lm.model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=3)
+    habits = lm.model.generation_config.to_dict()
+    expected = []
+    for prompt in prompts:
+        ids = lm.tokenizer(prompt)["input_ids"]
+        begin = len(ids)
+        with torch.inference_mode():
+            for _ in range(8):
+                ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(lm.tokenizer.decode(ids[begin:]))
+    assert go_on(lm, prompts, 8) == generate(lm, prompts, 8) == expected
+    assert lm.model.generation_config.to_dict() == habits
+
+
+def test_each_is_continued_by_its_own_number_of_tokens():
+    lm = tiny_lm("gpt2")
+    prompts = ["Rome", "The capital of France is"]
+    one, two = go_on(lm, prompts[:1], 3), go_on(lm, prompts[1:], 7)
+    assert go_on(lm, prompts, [3, 7]) == one + two and go_on(lm, prompts, [0, 0]) == ["", ""]
+
+
+def test_a_text_may_go_on_behind_an_end_token():
+    lm = table_lm(BEFORE | {"<end>": {"Tower": 1.0}, "Tower": {"in": 1.0}})
+    assert go_on(lm, ["Louvre was"], 6) == ["Paris ."]
+    assert go_on(lm, ["Louvre was"], 6, past_end=True) == ["Paris . Tower in Paris"]
+
+
 def test_sampling_is_seeded_and_leaves_the_global_state(atlas_lm):
     prompts = ["Rome is", "The capital of France"]
     state = torch.random.get_rng_state()
@@ -311,6 +410,7 @@ def test_drift_is_that_of_a_plain_loop(atlas_lm):
         with torch.no_grad():
             weight.mul_(1.3)
         after, found = [_log_p(atlas_lm, ids) for ids in drift.blocks], drift.measure(atlas_lm)
+        averages = drift.averages(atlas_lm)
     finally:
         with torch.no_grad():
             weight.copy_(held)
@@ -323,6 +423,12 @@ def test_drift_is_that_of_a_plain_loop(atlas_lm):
     assert n == 6 * 63
     assert found["kl"] == pytest.approx(kl / n, rel=1e-4) and found["kl"] > 1e-4
     assert found["perplexity"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+    assert averages["kl"].n == 6 and averages["kl"].low <= found["kl"] <= averages["kl"].high
+    blocks = [(p.exp() * (p - q))[:-1].sum(-1).mean().item() for p, q in zip(before, after, strict=True)]
+    drawn = numpy.random.default_rng(0).integers(6, size=(RESAMPLES, 6))
+    means = [sum(blocks[i] for i in resample) / 6 for resample in drawn]
+    assert (averages["kl"].low, averages["kl"].high) == pytest.approx(numpy.quantile(means, [0.025, 0.975]), rel=1e-3)
+    assert averages["perplexity"].low < found["perplexity"] < averages["perplexity"].high
     same = drift.measure(atlas_lm)
     assert same["kl"] == pytest.approx(0, abs=1e-9) and same["perplexity"] == pytest.approx(drift.perplexity)
 

@@ -9,7 +9,7 @@ from the unedited model alone:
     pull     ‖ΔW k'‖ / ‖ΔW k‖: how much of what the edit writes for its own key it also writes for this one
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -101,10 +101,10 @@ def audit(
         raise EditkitError(
             f"'{lm.name}' answers {known:.0%} of the atlas: it does not know this world. Use model=atlas."
         )
+    written = written_by(edit)
     cosine, pull = nearness(lm, edit, [_fact(atlas, each) for each in atlas.facts])
     with edit.applied(lm, check=False):
         after = answers(lm, atlas, progress=progress)
-    written = {(fact["subject"], fact["target_true"].strip()) for fact in edit.provenance.get("facts", [])}
     found = [
         Asked(
             each.relation,
@@ -113,7 +113,7 @@ def audit(
             was,
             now,
             changed=was != now,
-            edited=(each.subject, each.object) in written,
+            edited=any(_same(atlas, each, fact) for fact in written),
             cosine=near,
             pull=drawn,
         )
@@ -122,9 +122,24 @@ def audit(
     return Audit(tuple(sorted(found, key=lambda fact: -fact.cosine)))
 
 
+def written_by(edit: Edit) -> list[Fact]:
+    """The facts that an edit writes; of a sum of edits, or a session's total, those of its parts."""
+
+    def facts(provenance: Mapping[str, Any]) -> list[dict[str, str]]:
+        parts = [part["provenance"] for part in provenance.get("of", [])] + provenance.get("steps", [])
+        return [*provenance.get("facts", []), *(fact for part in parts for fact in facts(part))]
+
+    return list(dict.fromkeys(Fact(**fact) for fact in facts(edit.provenance)))
+
+
 def nearness(lm: LanguageModel, edit: Edit, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
     """(cosine, pull), each [facts], of facts to those that `edit` wrote; `lm` is unedited. See the top."""
-    written = [Fact(**fact) for fact in edit.provenance["facts"]]
+    written = written_by(edit)
+    if not written:
+        raise EditkitError(
+            "The edit does not say which facts it writes (provenance holds none): nothing can be said of what is near "
+            "to them. Audit an edit that a method of editkit computed, or a sum of such edits."
+        )
     token = edit.provenance.get("settings", {}).get("token", "subject_last")
     cosines, pulls = [], []
     for delta in edit.deltas:
@@ -134,6 +149,14 @@ def nearness(lm: LanguageModel, edit: Edit, facts: Sequence[Fact]) -> tuple[Tens
         cosines.append((normalize(theirs, dim=-1) @ normalize(own, dim=-1).T).amax(1))
         pulls.append((theirs @ change.T).norm(dim=1) / (own @ change.T).norm(dim=1).max().clamp_min(1e-300))
     return torch.stack(cosines).amax(0), torch.stack(pulls).amax(0)
+
+
+def _same(atlas: Atlas, each: AtlasFact, fact: Fact) -> bool:
+    """Whether `fact` is about `each`: by the atlas's phrasings, or by its true answer where it is phrased otherwise."""
+    if fact.subject != each.subject:
+        return False
+    of = [row.name for row in atlas.relations.values() if fact.prompt in (*row.phrasings, *row.held_out_phrasings)]
+    return each.relation in of if of else fact.target_true.strip() == each.object
 
 
 def _fact(atlas: Atlas, each: AtlasFact) -> Fact:

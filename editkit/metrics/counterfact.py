@@ -4,7 +4,8 @@ For a probe, both targets are scored after the prompt by their negative log-like
 
     ES, PS   share of rewrite (paraphrase) probes with NLL(target_new) < NLL(target_true)
     NS       share of neighborhood probes with NLL(target_true) < NLL(target_new)
-    EM PM NM mean of p(target_new) − p(target_true) of whole targets, the other way round for neighborhood probes
+    EM PM NM mean of p(target_new) − p(target_true) with p = exp(−NLL per token), as in ROME's `summarize.py`: of a
+             target of several tokens the geometric mean. The other way round for neighborhood probes
     EA PA NA share of probes where greedy decoding says the answer wanted, teacher-forced (every token the argmax)
 
 A tie counts as failure. Where target_true is unknown, target_new has won when greedy decoding says it.
@@ -13,12 +14,13 @@ Beside CounterFact's own, by the same rule:
 
     unseen_PS       paraphrases whose phrasing the model has never seen (the atlas)
     NS_distracted   neighborhood prompts with the new fact put in front (CounterFact+, arXiv 2305.17553)
-    attribute       prompts about subjects that have the new object already: p(target_new)
+    attribute       prompts about subjects that have the new object already: p(target_new), as above
     same_subject    share of the subject's other answers that are said; after: of those that were said before
     portability     share of prompts whose answer follows, where the new answer is likelier; asked only where the
                     unedited model says the old one
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -36,12 +38,12 @@ from editkit.data.cases import (
     UNSEEN,
     Probe,
 )
+from editkit.metrics.generation import DISTRACTED
 from editkit.metrics.shares import Row, mean, of_kind
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Scored, continued, spaced
 from editkit.replay import CannotReplay, columns, logits_of
 
-DISTRACTED = "distracted"  # the kind of neighborhood rows with the new fact in front
 BATCH = 64  # rows; sorted by length so that little is padding
 
 
@@ -139,9 +141,12 @@ def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
         true = row[f"nll_true_{when}"]
         return None if true is None else bool(true < row[f"nll_new_{when}"])
 
+    def p_new(row: Row) -> float:
+        return math.exp(-row[f"nll_new_{when}"])
+
     def margin(row: Row) -> float | None:
-        true = row[f"probability_true_{when}"]
-        return None if true is None else row[f"probability_new_{when}"] - true
+        true = row[f"nll_true_{when}"]
+        return None if true is None else p_new(row) - math.exp(-true)
 
     def less(row: Row) -> float | None:
         found = margin(row)
@@ -158,7 +163,7 @@ def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
     found["NA"] = mean(near, lambda row: row[f"greedy_true_{when}"])
     found["NS_distracted"] = mean(of_kind(rows, DISTRACTED), true_wins)
     found["unseen_PS"] = mean(of_kind(rows, UNSEEN), new_wins)
-    found["attribute"] = mean(of_kind(rows, ATTRIBUTE), lambda row: row[f"probability_new_{when}"])
+    found["attribute"] = mean(of_kind(rows, ATTRIBUTE), p_new)
     same = of_kind(rows, SAME_SUBJECT)
     said = [row for row in same if row["greedy_true_before"]]
     found["same_subject"] = mean(said if when == "after" else same, lambda row: row[f"greedy_true_{when}"])

@@ -2,6 +2,8 @@
 
 KL           mean over the text's tokens of KL(unedited ‖ edited), in nats, of the next-token distributions
 perplexity   exp of the mean negative log-likelihood of the text's tokens
+
+Intervals are 95 % percentile intervals of a bootstrap over blocks of text, all of one length; n is their number.
 """
 
 import math
@@ -9,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy
 import torch
 from torch import Tensor
 
 from editkit.corpora import atlas_prose, running_text
 from editkit.errors import ConfigError
+from editkit.metrics.summary import Average, average
 from editkit.models.load import LanguageModel
 from editkit.moments import packed_blocks
 
@@ -47,13 +51,18 @@ class Drift:
 
     def measure(self, lm: LanguageModel) -> dict[str, float]:
         """`kl` and `perplexity` of the model as it is now; both may be infinite or NaN where it is broken."""
-        divergence, likelihood = 0.0, 0.0
+        return {name: found.mean for name, found in self.averages(lm).items()}
+
+    def averages(self, lm: LanguageModel, seed: int = 0) -> dict[str, Average]:
+        """`measure` with n and intervals."""
+        divergence, surprise = [], []
         for before, now, ids in zip(self.unedited, _log_probabilities(lm, self.blocks), self.blocks, strict=True):
             p, q = before.double(), now.double()
-            divergence += (p.exp() * (p - q)).sum().item()
-            likelihood -= _said(q, ids).sum().item()
-        n = self.unedited.shape[0] * self.unedited.shape[1]
-        return {"kl": divergence / n, "perplexity": _exp(likelihood / n)}
+            divergence.append((p.exp() * (p - q)).sum(-1).mean().item())
+            surprise.append(-_said(q, ids).mean().item())
+        kl, nll = (average(numpy.array(values), seed) for values in (divergence, surprise))
+        perplexity = Average(_exp(nll.mean), nll.n, _exp(nll.low), _exp(nll.high))
+        return {"kl": kl, "perplexity": perplexity}
 
 
 @torch.inference_mode()

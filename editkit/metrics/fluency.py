@@ -4,10 +4,15 @@
          model repeats itself. Tables print it × 100
     RS   cosine of TF-IDF vectors: all texts of the case together, against its references together
 
-A text is its prompt and the continuation sampled from the five most likely tokens. Words are runs of letters and
-digits, and each other mark is one: the reference takes nltk's, which parts a few contractions otherwise. Its TF-IDF is
-fitted on a corpus of its own; here inverse document frequencies are of the case's references, smoothed as scikit-learn
-does.
+A text is its prompt and what is sampled after it from the five most likely tokens, 100 tokens in all, going on behind
+an end token, as in the reference: entropies grow with length, so another length gives other figures.
+
+Words of GE are cut as nltk cuts them for the reference, but for a few: clitics ("'s", "n't") alone, "well-known" and
+"3,000" whole, each other mark alone. On 400 passages of WikiText-2 of 80 words GE × 100 differs from that of nltk's words
+by 0.01 in the mean, standard deviation 0.2; words cut at every mark would raise it by 4. Words of RS are scikit-learn's: two
+letters or digits or more, in lower case. The reference's inverse document frequencies are of all its snippets; here
+they are of the case's references, smoothed as scikit-learn does, so RS is comparable only among runs with the same
+references.
 """
 
 import math
@@ -20,6 +25,7 @@ from editkit.metrics.shares import Row, mean, of_kind
 
 GENERATION, REFERENCE = "generation", "reference"  # kinds of rows
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+WORD = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-./@]\w+|[,:](?=\d)\w+)*|\.\.\.|--|[^\w\s]")
 
 
 def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
@@ -31,7 +37,17 @@ def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text)
+    """The words of GE.
+
+    >>> words("It isn't Rome's well-known dome, is it?")
+    ['It', 'is', "n't", 'Rome', "'s", 'well-known', 'dome', ',', 'is', 'it', '?']
+    """
+    return WORD.findall(text)
+
+
+def terms(text: str) -> list[str]:
+    """The words of RS: scikit-learn's."""
+    return re.findall(r"\b\w\w+\b", text.lower())
 
 
 def ngram_entropy(text: str) -> float:
@@ -42,18 +58,16 @@ def ngram_entropy(text: str) -> float:
 
 
 def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
-    """The cosine of the texts' and the references' TF-IDF vectors; 0 where they share no word of the references."""
-    documents = [set(words(text.lower())) for text in references]
-    seen = Counter(word for document in documents for word in document)
-    weight = {word: math.log((1 + len(documents)) / (1 + n)) + 1 for word, n in seen.items()}
+    """The cosine of the texts' and the references' TF-IDF vectors; 0 where they have no word in common."""
+    seen = Counter(term for text in references for term in set(terms(text)))
 
     def vector(many: Sequence[str]) -> dict[str, float]:
-        counts = Counter(word for text in many for word in words(text.lower()) if word in weight)
-        return {word: n * weight[word] for word, n in counts.items()}
+        counts = Counter(term for text in many for term in terms(text))
+        return {term: n * (math.log((1 + len(references)) / (1 + seen[term])) + 1) for term, n in counts.items()}
 
     a, b = vector(texts), vector(references)
     size = math.hypot(*a.values()) * math.hypot(*b.values())
-    return sum(a[word] * b[word] for word in a) / size if size else 0.0
+    return sum(a[term] * b.get(term, 0.0) for term in a) / size if size else 0.0
 
 
 def _entropy(items: Sequence[object]) -> float:

@@ -1,20 +1,40 @@
 """What the model says by itself: the most likely next tokens, and exact match of free greedy continuations.
 
 Beside every teacher-forced score stands the share of prompts whose free greedy continuation begins with the answer, or
-one of its aliases: letter case and spacing do not count, and the answer must end where a word ends.
+one of its aliases (arXiv 2502.11177: teacher forcing flatters). Both texts are compared in Unicode's form NFKC, without
+letter case, with white space as one blank and none in front. Nothing else is forgiven: no article, no quotation mark.
+The answer must end where a word does, except in scripts that part no words (Chinese, Japanese, Thai, …).
+
+    rewrite, paraphrase, unseen_paraphrase, attribute      the new answer is said
+    neighborhood, same_subject, distracted                 the true answer is said
+    portability                                            what follows is said; asked only where the unedited model
+                                                           says the old answer, or the old answer is not known
+    multi_hop                                              share of the wordings answered (MQuAKE's own rule: `mquake`)
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 
-from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN
+from editkit.data.cases import (
+    ATTRIBUTE,
+    MULTI_HOP,
+    NEIGHBORHOOD,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    SAME_SUBJECT,
+    UNSEEN,
+)
 from editkit.metrics.shares import Row, mean, of_kind
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import generate, tokenise
 
-KINDS = (REWRITE, PARAPHRASE, UNSEEN, NEIGHBORHOOD, SAME_SUBJECT, PORTABILITY)
+DISTRACTED = "distracted"  # the kind of neighborhood rows with the new fact in front
+KINDS = (REWRITE, PARAPHRASE, UNSEEN, NEIGHBORHOOD, DISTRACTED, SAME_SUBJECT, PORTABILITY, MULTI_HOP, ATTRIBUTE)
+UNPARTED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")  # write words without blanks
 
 
 def top_next(lm: LanguageModel, prompt: str, k: int = 5) -> list[tuple[str, float]]:
@@ -37,18 +57,29 @@ def exact(said: str, answers: Sequence[str]) -> bool:
 
     >>> exact(" rome. The city", ["Rome"]), exact(" Romeo", ["Rome"]), exact(" in Rome", ["Rome"])
     (True, False, False)
+    >>> exact("罗马的首都", ["罗马"]), exact(" the Netherlands", ["Netherlands"])
+    (True, False)
     """
     text = _plain(said)
-    return any(re.match(rf"{re.escape(_plain(answer))}(?!\w)", text) is not None for answer in answers)
+    return any(text.startswith(answer) and _ends_a_word(text, len(answer)) for answer in map(_plain, answers))
 
 
 def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
-    """One case's share of exact matches for each kind of probe; `when` is before or after.
-
-    The answer is the one that a good edit leaves: the true one of neighborhood and same-subject prompts, else the new.
-    """
-    return {kind: mean(of_kind(rows, kind), lambda row: row[f"exact_{when}"]) for kind in KINDS}
+    """One case's share of exact matches for each kind of probe; `when` is before or after."""
+    found = {}
+    for kind in KINDS:
+        asked = of_kind(rows, kind)
+        if kind == PORTABILITY:
+            asked = [row for row in asked if row["greedy_true_before"] in (None, True)]
+        found[kind] = mean(asked, lambda row: row[f"exact_{when}"])
+    return found
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _ends_a_word(text: str, end: int) -> bool:
+    """Whether no word goes on at `end` of a plain text."""
+    around = text[end - 1 : end + 1]
+    return re.fullmatch(r"\w\w", around) is None or unicodedata.name(around[0], "").startswith(UNPARTED)

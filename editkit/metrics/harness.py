@@ -6,6 +6,7 @@
 Tasks that come with the harness take their data from the Hub; a YAML file of your own may name local files.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def general_ability(
     limit: int | None = None,
     batch: int = 16,
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} as the harness names them ("acc", "acc_stderr", …), for `lm` as it is now.
+    """{task: {metric: value}} as the harness names them ("acc", "acc_stderr", …), for `lm` as it is now; "n" examples.
 
     - `include`: a folder with task files of your own.
     - `limit`: examples of each task, from the first; None: all.
@@ -34,11 +35,13 @@ def general_ability(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EditkitError(
-            'General ability is measured by lm-evaluation-harness: pip install "editkit[harness]".'
+            f"General ability is measured by lm-evaluation-harness, and there is no module '{error.name}': "
+            'pip install "editkit[harness]".'
         ) from error
+    tokenizer = copy.deepcopy(lm.tokenizer)  # the harness gives it a padding token
     try:
         found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch),
+            model=HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=batch),
             tasks=list(tasks),
             task_manager=TaskManager(include_path=str(include) if include is not None else None),
             limit=limit,
@@ -46,7 +49,9 @@ def general_ability(
         )
     except Exception as error:  # the harness and `datasets` raise many kinds
         raise EditkitError(f"lm-evaluation-harness could not run {', '.join(tasks)}: {error}") from error
+    counts = {task: {"n": n["effective"]} for task, n in found.get("n-samples", {}).items()}
     return {
         task: {name.split(",")[0]: value for name, value in values.items() if isinstance(value, int | float)}
+        | counts.get(task, {})
         for task, values in found["results"].items()
     }

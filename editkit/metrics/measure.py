@@ -5,7 +5,7 @@ every metric from the rows alone, so any figure can be computed again, and dispu
 
     kind                  columns
     a probe's             target_true, target_new, aliases; for _before and _after: nll, probability, greedy, right
-                          (of _true and _new), said (the free greedy continuation), exact; kept
+                          argmax (of _true and _new), said (the free greedy continuation), exact; kept
     distracted            as a neighborhood probe, with the new fact put in front of its prompt (CounterFact+)
     generation            text_before, text_after: the prompt with a sampled continuation
     reference             prompt: a text about something that is as the new fact says
@@ -17,10 +17,11 @@ from typing import Any
 
 from editkit.data.cases import NEIGHBORHOOD, STAY, Case
 from editkit.metrics import counterfact, easyedit, fluency, generation, mquake, zsre
-from editkit.metrics.counterfact import DISTRACTED, ProbeScore, TargetScore, score_probes
+from editkit.metrics.counterfact import ProbeScore, TargetScore, score_probes
 from editkit.metrics.fluency import GENERATION, REFERENCE
+from editkit.metrics.generation import DISTRACTED
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import go_on
+from editkit.models.tokens import go_on, spaced, token_counts
 from editkit.settings import MeasureSettings
 
 TOP_K = 5  # of sampled texts, as in ROME's code
@@ -49,10 +50,11 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
     if settings.generate:
         # As long as the longest answer, so that none is cut short.
         answers = [answer for probe in probes for answer in (probe.wanted, *probe.aliases) if answer]
-        longest = max((len(lm.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers), default=0)
+        longest = max(token_counts(lm, [spaced(answer) for answer in answers]), default=0)
         said = go_on(lm, [probe.prompt for probe in probes], longest + settings.generate)
     if settings.fluency and case.generation:
-        more = go_on(lm, case.generation, settings.fluency, top_k=TOP_K, seed=seed)
+        left = [max(0, settings.fluency - n) for n in token_counts(lm, case.generation)]
+        more = go_on(lm, case.generation, left, top_k=TOP_K, seed=seed, past_end=True)
         texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]
     return Look(tuple(score_probes(lm, probes)), tuple(said), tuple(texts))
 
@@ -66,6 +68,7 @@ def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
             for which, target in (("true", score.true), ("new", score.new)):
                 for key in ("nll", "probability", "greedy", "right"):
                     row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
+                row[f"argmax_{which}_{when}"] = None if target is None else list(target.said)
             row[f"said_{when}"] = said[number] if said else None
             row[f"exact_{when}"] = generation.exact(said[number], _answers(row)) if said and _answers(row) else None
         row["kept"] = _kept(_wanted(b), _wanted(a))

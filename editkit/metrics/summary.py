@@ -52,6 +52,14 @@ def summary(values: Sequence[Values], seed: int = 0) -> dict[str, Average]:
     return found
 
 
+def average(values: numpy.ndarray, seed: int = 0) -> Average:
+    """The mean of `values` [n], all of them there, with its interval. NaN or infinite where one of them is."""
+    drawn = numpy.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    with numpy.errstate(invalid="ignore"):
+        low, high = numpy.quantile(values[drawn].mean(1), BOUNDS)
+    return Average(float(values.mean()), len(values), float(low), float(high))
+
+
 def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 

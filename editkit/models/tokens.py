@@ -4,7 +4,8 @@ Texts are tokenised whole, as a user would send them, and places are found by ch
 BOS, a space-prefixing tokenizer, or a piece that merges across a boundary cannot shift a position.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import GenerationConfig, PreTrainedModel
 
 from editkit.errors import FactError
 from editkit.models.load import LanguageModel
@@ -116,16 +118,46 @@ def continued(lm: LanguageModel, prompts: Sequence[str], continuations: Sequence
     return Scored(rows, positions)
 
 
+def token_counts(lm: LanguageModel, texts: Sequence[str]) -> list[int]:
+    """How many tokens each text has, without the tokenizer's own."""
+    return [len(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+
+
 def spaced(text: str) -> str:
     """The text with one leading space, as a continuation of a prompt (ROME does the same to targets)."""
     return text if text[:1].isspace() else " " + text
 
 
+@contextlib.contextmanager
+def _plainly(model: PreTrainedModel) -> Iterator[None]:
+    """Generation as the caller asks for it: a checkpoint's own habits (a repetition penalty, beams) are set aside.
+
+    They come with many instruction-tuned models, and with them "greedy" would not be the likeliest token each time.
+    """
+    kept = model.generation_config
+    if kept is not None:
+        marks = {name: getattr(kept, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        model.generation_config = GenerationConfig(**{f"{name}_token_id": token for name, token in marks.items()})
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
 @torch.inference_mode()
 def go_on(
-    lm: LanguageModel, prompts: Sequence[str], new_tokens: int, *, top_k: int | None = None, seed: int = 0
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    new_tokens: int | Sequence[int],
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+    past_end: bool = False,
 ) -> list[str]:
     """Continuations of all `prompts` side by side: greedy, or sampled from the `top_k` with `seed`.
+
+    - `new_tokens`: of all, or of each.
+    - `past_end`: go on behind an end token, which the text then does not show.
 
     Greedy ones are those of `generate`, several times sooner; sampled ones belong to the whole list. Prompts are
     padded on the left, and transformers counts positions from the mask. The global random state is left as it was.
@@ -134,23 +166,29 @@ def go_on(
     if not prompts:
         return []
     rows = [lm.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    width = max(map(len, rows))
+    counts = [new_tokens] * len(rows) if isinstance(new_tokens, int) else list(new_tokens)
+    width, most = max(map(len, rows)), max(counts)
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and width + new_tokens > limit:
+    if limit is not None and width + most > limit:
         raise FactError(
-            f"A prompt of {width} tokens was to be continued by {new_tokens}; '{lm.name}' has {limit} positions. "
+            f"A prompt of {width} tokens was to be continued by {most}; '{lm.name}' has {limit} positions. "
             "Shorten it, or ask for fewer tokens."
         )
+    if most < 1:
+        return [""] * len(rows)
     pad_id = next(i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
-    sampling: dict[str, Any] = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
     if top_k is not None:
-        sampling = {"do_sample": True, "top_k": top_k, "temperature": 1.0, "top_p": 1.0}
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        options = {"do_sample": True, "top_k": top_k, "temperature": 1.0, "top_p": 1.0}
+    if past_end:
+        options["eos_token_id"] = lm.model.config.get_text_config().vocab_size  # no token ends it
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), _plainly(lm.model):
         torch.manual_seed(seed)
-        out = lm.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=pad_id, **sampling)
-    return [lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, width:]]
+        out = lm.model.generate(ids, attention_mask=mask, max_new_tokens=most, pad_token_id=pad_id, **options)
+    new = [row[width : width + count] for row, count in zip(out, counts, strict=True)]
+    return [lm.tokenizer.decode(row, skip_special_tokens=True) for row in new]
 
 
 def generate(
@@ -164,7 +202,7 @@ def generate(
     start = lm.tokenizer.eos_token_id if start is None else start
     texts = []
     devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    with torch.random.fork_rng(devices), torch.inference_mode(), _plainly(lm.model):
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = lm.tokenizer(prompt)["input_ids"] or [start]

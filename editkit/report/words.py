@@ -44,7 +44,7 @@ _MEANINGS = {
     "zsre.specificity": Meaning("tokens of unrelated answers that are the argmax, teacher-forced"),
     "easyedit.reliability": Meaning("tokens of the new answer that are the argmax, teacher-forced"),
     "easyedit.generality": Meaning("the same after paraphrases"),
-    "easyedit.locality": Meaning("argmax tokens of neighborhood prompts that the edit left as they were"),
+    "easyedit.locality": Meaning("argmax tokens of prompts whose answer must stay that are as they were"),
     "easyedit.portability": Meaning("teacher-forced tokens right one hop on"),
     "mquake.multi_hop": Meaning("multi-hop questions answered by free generation"),
     "retention.ES": Meaning("ES over all edits made so far"),

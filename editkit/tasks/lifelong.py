@@ -186,14 +186,15 @@ class _Life:
             if number is not None and number >= since:
                 values["recent"].append(found)
         metrics = {f"{asked}.{k}": asdict(v) for asked, each in values.items() for k, v in summary(each).items()}
-        drift = self.drift.measure(self.lm)
-        ratio = drift["perplexity"] / self.drift.perplexity
+        drift = self.drift.averages(self.lm)
+        ratio = drift["perplexity"].mean / self.drift.perplexity
         point = {
             "edits": edits,
             "metrics": metrics,
             "relative_norm": session.relative_norm(),
-            "kl": drift["kl"],
-            "perplexity": drift["perplexity"],
+            "kl": drift["kl"].mean,
+            "perplexity": drift["perplexity"].mean,
+            "drift": {name: asdict(found) for name, found in drift.items()},
             "collapsed": not math.isfinite(ratio) or ratio > self.task.collapse,
         }
         self.journal.append(point)
