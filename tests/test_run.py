@@ -43,7 +43,8 @@ def test_the_output_is_readable_at_80_columns(finished):
 def test_the_run_folder_is_named_on_the_last_line_and_complete(finished):
     folder, out = finished
     found = folder / out.splitlines()[-1]
-    assert {p.name for p in found.iterdir()} == {"record.json", "config.yaml", "edit.safetensors", "cases.parquet"}
+    names = {"record.json", "config.yaml", "edit.safetensors", "cases.parquet", "report.html"}
+    assert {p.name for p in found.iterdir()} == names
     record = json.loads((found / "record.json").read_text())
     assert (
         record["reversal"]["exact"] and record["metrics"]["ES_after"] == 1.0 and record["metrics"]["ES_before"] == 0.0
@@ -92,6 +93,8 @@ def test_a_sweep_leaves_one_table(tmp_path):
     table = pandas.read_csv(path)
     assert len(table) == 4 and {"method.layer", "seed", "ES_after", "NS_after", "reversal_exact"} <= set(table.columns)
     assert table.reversal_exact.all() and sorted(table["method.layer"].unique()) == [3, 4]
+    page = tmp_path / done.stdout.splitlines()[-2]
+    assert page.name == "report.html" and "4 runs compared" in page.read_text(encoding="utf-8")
 
 
 def test_a_failing_job_does_not_stop_a_sweep(tmp_path):
