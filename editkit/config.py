@@ -17,14 +17,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from editkit.data.formats import check_format
 from editkit.errors import ConfigError, did_you_mean
 from editkit.methods import get_method
-from editkit.settings import Config, EditSettings, ModelSettings, MomentSettings, TaskSettings
+from editkit.settings import Config, DataSettings, EditSettings, ModelSettings, MomentSettings
+from editkit.tasks import get_task
 
 _HERE = Path(__file__).resolve().parent
 # conf/ is inside the installed package, and beside it in a checkout.
 CONF_DIR = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if (p / "config.yaml").is_file())
-GROUPS = ("task", "model", "edit", "method", "moments")
+GROUPS = ("task", "model", "edit", "data", "method", "moments")
 _OPEN_GROUPS = {"model"}  # any other option is taken as the name: model=FOLDER_OR_NAME
 
 
@@ -39,15 +41,18 @@ def to_config(composed: DictConfig) -> Config:
     assert isinstance(values, dict)
     method = dict(values.pop("method"))
     name = method.pop("name")
+    task = values.pop("task")
     parts = {
-        "task": _typed(TaskSettings, values.pop("task"), "task"),
+        "task": _typed(get_task(task["name"]).settings, task, "task"),
         "model": _typed(ModelSettings, values.pop("model"), "model"),
         "edit": _typed(EditSettings, values.pop("edit"), "edit"),
+        "data": _typed(DataSettings, values.pop("data"), "data"),
         "method": _typed(get_method(name).settings, method, f"method={name}: method"),
         "moments": _typed(MomentSettings, values.pop("moments"), "moments"),
     }
+    check_format(parts["data"].name)
     top = _typed(_Top, values, "")
-    return Config(method_name=name, seed=top.seed, device=top.device, **parts)
+    return Config(method_name=name, **dataclasses.asdict(top), **parts)
 
 
 @dataclasses.dataclass
@@ -56,6 +61,7 @@ class _Top:
 
     seed: int = 0
     device: str = "auto"
+    resume: bool = False
 
 
 def _typed(schema: type, values: Any, where: str) -> Any:

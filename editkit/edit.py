@@ -6,6 +6,7 @@ how it was computed. The file is safetensors: tensors in float32, everything els
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import struct
@@ -142,7 +143,7 @@ class Edit:
 
     __rmul__ = __mul__
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 of the saved bytes."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
@@ -169,17 +170,17 @@ class Edit:
                 f"{found[:12]}: other weights than the edited ones differ. Load the base it was made for."
             )
 
-    def apply(self, lm: LanguageModel, *, check: bool = True) -> Snapshot:
+    def apply(self, lm: LanguageModel, *, check: bool = True, everything: bool | None = None) -> Snapshot:
         """Write the edit into the model and return the snapshot that undoes it (`restore()`, `verify()`).
 
         W + ΔW is added in float32 (float64 for float64 weights) and cast once to the weight's dtype. If
         anything fails, the weights are put back before the exception leaves. `check=False` skips
-        the comparison with the base. Warns of an update larger than its weight. Raises EditkitError for another base
-        or a result that is not finite.
+        the comparison with the base; `everything` is that of `Snapshot.take`. Warns of an update larger than its
+        weight. Raises EditkitError for another base or a result that is not finite.
         """
         if check:
             self.check_base(lm)
-        snapshot = Snapshot.take(lm.model, self.parameters)
+        snapshot = Snapshot.take(lm.model, self.parameters, everything=everything)
         try:
             with torch.no_grad():
                 for delta in self.deltas:
@@ -225,13 +226,13 @@ class Edit:
         return replace(self, deltas=deltas, base=base_of(lm), provenance=how)
 
     @contextlib.contextmanager
-    def applied(self, lm: LanguageModel, *, check: bool = True) -> Iterator["Applied"]:
+    def applied(self, lm: LanguageModel, *, check: bool = True, everything: bool | None = None) -> Iterator["Applied"]:
         """The edited model inside the `with`; the original, restored and verified, after it.
 
         Restores on every exit, exceptions and Ctrl-C included. The yielded `Applied` holds the reversal
         report once the body has ended. Raises ReversalError if any bit differs.
         """
-        snapshot = self.apply(lm, check=check)
+        snapshot = self.apply(lm, check=check, everything=everything)
         state = Applied(snapshot)
         try:
             yield state

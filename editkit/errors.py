@@ -28,6 +28,10 @@ class FactError(EditkitError):
     """A fact, its prompt, or its subject's place among the tokens is unusable."""
 
 
+class DataError(EditkitError):
+    """A data set, or a record of it, cannot be read as asked."""
+
+
 class EditFileError(EditkitError):
     """An edit file is corrupt, foreign, or made for another base model."""
 

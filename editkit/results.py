@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a report reads folders without torch and pandas, whose impo
 
 SCHEMA = 1
 RECORD, CONFIG, EDIT, CASES, TABLE = "record.json", "config.yaml", "edit.safetensors", "cases.parquet", "table.csv"
+AUDIT = "audit.parquet"
 EDITS, REPORT, FAILED = "edits.parquet", "report.html", "failed.txt"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy")
 
@@ -38,6 +39,8 @@ class Record:
     reversal: dict[str, Any]
     timings: dict[str, float]  # seconds
     texts: dict[str, Any] = field(default_factory=dict)
+    series: list[dict[str, Any]] = field(default_factory=list)  # the points of a lifelong run
+    data: dict[str, Any] = field(default_factory=dict)  # source, digest, and what was left out
     environment: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -84,11 +87,11 @@ def _commit() -> str | None:
     return head + ("-dirty" if changed.strip() else "")
 
 
-def write_cases(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """The per-case table as Parquet, one row a probe."""
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as Parquet."""
     import pandas
 
-    return write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
+    return write_bytes(path, pandas.DataFrame(rows).to_parquet(index=False))
 
 
 def write_record(folder: Path, record: Record) -> Path:
@@ -99,20 +102,25 @@ def write_record(folder: Path, record: Record) -> Path:
 def collect(folder: Path) -> "pandas.DataFrame":
     """One row for each complete run in `folder` (at any depth): settings that differ, then metrics.
 
-    Raises OutputError when there is no record.
+    Shards of one run are put together first (`merge`), and then the run stands for them. Raises OutputError when there
+    is no record.
     """
     import pandas
 
-    records = sorted(folder.rglob(RECORD), key=lambda p: [int(s) if s.isdigit() else s for s in p.parts])
+    merge(folder)
+    records = _records(folder)
     if not records:
         raise OutputError(f"No {RECORD} in '{folder}': no run has finished there.")
+    whole = {_without_shard(record) for record in records.values() if "shards" in record["data"]}
     rows, configured = [], dict[str, None]()
-    for path in records:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for path, record in records.items():
+        if _shards(record) > 1 and _without_shard(record) in whole:
+            continue
         settings = _flat(record["config"])
         configured |= dict.fromkeys(settings)
         row = {"run": str(path.parent.relative_to(folder))} | settings
-        row |= record["metrics"] | {name: record["edit"][name] for name in ("rank", "norm", "relative_norm")}
+        row |= {k: v["mean"] if isinstance(v, dict) else v for k, v in record["metrics"].items()}
+        row |= {name: record["edit"].get(name) for name in ("rank", "norm", "relative_norm")}
         row |= {"reversal_exact": record["reversal"]["exact"], "seconds": round(record["timings"]["total"], 2)}
         rows.append(row)
     table = pandas.DataFrame(rows)
@@ -122,6 +130,64 @@ def collect(folder: Path) -> "pandas.DataFrame":
         c for c in configured if (c == "method.name" and table[c].nunique() > 1) or by_method[c].nunique().max() > 1
     ]
     return table[["run", *differ, *(c for c in table.columns[1:] if c not in configured)]]
+
+
+def merge(folder: Path) -> list[Path]:
+    """Put the shards in `folder` together: a run folder `merged-N` for each set that is whole.
+
+    Its tables are those of one run over all of the data, byte for byte. A set that lacks a shard is left as it is.
+    """
+    from editkit.tables import JOURNAL, Tables
+
+    sets: dict[str, dict[str, Path]] = {}
+    for path, record in _records(folder).items():
+        if _shards(record) > 1:
+            sets.setdefault(_without_shard(record), {})[record["config"]["data"]["shard"]] = path
+    written: list[Path] = []
+    for shards in sets.values():
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in shards.values()]
+        first = records[0]
+        if len(shards) < _shards(first):
+            continue
+        lines = []
+        for path in shards.values():
+            lines += [json.loads(line) for line in (path.parent / JOURNAL).read_text(encoding="utf-8").splitlines()[1:]]
+        tables = Tables(lines)
+        target = folder / f"merged-{len(written)}"
+        tables.write(target)
+        config = first["config"] | {"data": first["config"]["data"] | {"shard": "0/1"}}
+        left_out = {"rejected": sorted({text for record in records for text in record["data"]["rejected"]})}
+        values = first | {
+            "config": config,
+            "edit": tables.edit(),
+            "metrics": tables.metrics(),
+            "reversal": first["reversal"] | {"exact": all(record["reversal"]["exact"] for record in records)},
+            "timings": {"total": sum(record["timings"]["total"] for record in records)},
+            "data": first["data"] | left_out | {"shard": "0/1", "shards": len(shards), "failed": tables.failed},
+        }
+        write_record(target, Record(**values))
+        written.append(target)
+    return written
+
+
+def _records(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Every record.json under `folder`, by its path, in the order of their numbers."""
+    paths = sorted(
+        folder.rglob(RECORD), key=lambda path: [(not s.isdigit(), int(s) if s.isdigit() else 0, s) for s in path.parts]
+    )
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def _shards(record: dict[str, Any]) -> int:
+    """How many shards the run of this record is one of; 1 for a run over all of its data."""
+    return int(record["data"].get("shard", "0/1").split("/")[1])
+
+
+def _without_shard(record: dict[str, Any]) -> str:
+    """The same text for shards of one run: everything that decides its results, but the shard."""
+    config = {key: value for key, value in record["config"].items() if key != "resume"}
+    config["data"] = config["data"] | {"shard": None}
+    return json.dumps([record["task"], config, record["model"]["digest"], record["data"].get("digest")], sort_keys=True)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

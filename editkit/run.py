@@ -22,6 +22,7 @@ from editkit import results
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
 from editkit.files import make_folder, write_text
+from editkit.tasks import get_task
 
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
 _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
@@ -66,11 +67,9 @@ def _hydra_main(composed: DictConfig) -> None:
 
 
 def _run(composed: DictConfig, folder: Path) -> None:
-    from editkit.tasks import edit  # torch is not imported before the configuration has been checked
-
-    config = to_config(composed)
+    config = to_config(composed)  # torch is not imported before the configuration has been checked
     write_text(folder / results.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
-    edit.run(config, folder)
+    get_task(config.task.name).load()(config, folder)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

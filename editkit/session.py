@@ -24,12 +24,11 @@ from editkit.errors import EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods import get_method
-from editkit.methods.common import Moments, find_moments
-from editkit.methods.contexts import context_templates
+from editkit.methods.common import Moments, shared_inputs
 from editkit.methods.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
-from editkit.settings import MethodSettings, MomentSettings, ValueSettings
+from editkit.settings import MethodSettings
 from editkit.snapshot import Reversal, Snapshot, uninterrupted
 
 FORMAT = "editkit-session/1"
@@ -77,8 +76,9 @@ class Session:
         self.steps: list[Edit] = []
         self._start = Snapshot.take(lm.model, [])  # digests of everything, to verify by at the end
         self._held: dict[str, Tensor] = {}  # W0 of every parameter that a step has changed
+        self._summed: tuple[list[Edit], dict[str, Tensor]] = [], {}  # the last sums: one step more adds to them
         self._moments = moments
-        self._inputs: tuple[Moments, list[str]] | None = None
+        self._inputs: dict[str, Any] | None = None
 
     def __enter__(self) -> "Session":
         return self
@@ -124,6 +124,12 @@ class Session:
         """The sum of all steps as one edit of the base, transformed where the session transforms."""
         return self._total(self.steps)
 
+    def relative_norm(self) -> float:
+        """‖Σ ΔW‖ / ‖W0‖ (Frobenius) over the parameters that the steps change; 0 without steps."""
+        changed = sum(change.square().sum().item() for change in self._sums(self.steps).values())
+        began = sum(start.double().square().sum().item() for start in self._held.values())
+        return (changed / began) ** 0.5 if self.steps else 0.0
+
     def reset(self) -> Reversal:
         """Take back everything: the weights of the session's begin, compared bit for bit with them."""
         self._write([])
@@ -135,7 +141,8 @@ class Session:
         folder = Path(folder)
         names = [f"{step.digest[:16]}.safetensors" for step in self.steps]
         for step, name in zip(self.steps, names, strict=True):
-            step.save(folder / name)
+            if not (folder / name).exists():  # a name is the digest of the bytes
+                step.save(folder / name)
         header = {
             "format": FORMAT,
             "base": asdict(self.base),
@@ -195,26 +202,17 @@ class Session:
 
     def _compute(self, facts: Fact | Sequence[Fact], earlier: Sequence[Edit]) -> Edit:
         options: dict[str, Any] = {"earlier": earlier} if self._registered.carries else {}
-        if isinstance(self.settings, ValueSettings):
-            moments, contexts = self._of_base()
-            options |= {"moments": moments, "contexts": contexts}
+        options |= self._of_base()
         function = self._registered.load()
         step: Edit = function(self.lm, facts, self.settings, seed=self.seed, progress=self.progress, **options)
         return replace(step, parents=tuple(edit.digest for edit in earlier))
 
-    def _of_base(self) -> tuple[Moments, list[str]]:
+    def _of_base(self) -> dict[str, Any]:
         """Second moments and contexts of W0, taken the first time they are needed."""
         if self._inputs is None:
-            assert isinstance(self.settings, ValueSettings)
-            asked = asdict(self.settings)
-            layers = [self.lm.check_layer(layer) for layer in asked.get("layers") or [asked["layer"]]]
-            moments = self._moments or MomentSettings()
             with self._undone_if_it_fails(always=True):
                 self._write([])
-                if isinstance(moments, MomentSettings) and moments.enabled:
-                    found, _ = find_moments(self.lm, layers, moments, self.seed, self.progress)
-                    moments = {layer: c for layer, c in found.items() if c is not None}
-                self._inputs = moments, context_templates(self.lm, self.settings.contexts, self.seed)
+                self._inputs = shared_inputs(self.lm, self.settings, self._moments, self.seed, self.progress)
         return self._inputs
 
     def _total(self, steps: Sequence[Edit]) -> Edit:
@@ -229,11 +227,15 @@ class Session:
 
     def _sums(self, steps: Sequence[Edit]) -> dict[str, Tensor]:
         """Σ ΔW of each parameter, [d_model, d_ff] in float64."""
-        sums: dict[str, Tensor] = {}
-        for step in [self._total(steps)] if self.transform else steps:
+        steps = [self._total(steps)] if self.transform else list(steps)
+        summed, known = self._summed
+        same = len(summed) <= len(steps) and all(a is b for a, b in zip(summed, steps, strict=False))
+        summed, sums = (summed, dict(known)) if same else ([], {})
+        for step in steps[len(summed) :]:
             for delta in step.deltas:
                 change = delta.change()
                 sums[delta.parameter] = sums[delta.parameter] + change if delta.parameter in sums else change
+        self._summed = steps, sums
         return sums
 
     def _write(self, steps: Sequence[Edit]) -> None:

@@ -294,12 +294,70 @@ class TraceSettings:
 
 
 @dataclass(frozen=True)
-class TaskSettings:
-    """What `editkit.run` does and shows."""
+class EditTaskSettings:
+    """task=edit: one fact, looked at before and after."""
 
     name: str = "edit"
     continuation: int = 20  # tokens of the continuation shown before and after
     top: int = 5  # most likely next tokens shown
+    audit: bool = False  # ask every fact of the atlas before and after; for models that know it
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is asked of the model for each case, before and after; see `editkit.metrics.measure`."""
+
+    generate: int = 2  # tokens of free greedy continuations beyond the longest answer of the case; 0: none at all
+    fluency: int = 100  # tokens sampled after each generation prompt, top-k 5; 0: none
+    distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
+
+    def __post_init__(self) -> None:
+        require(self.generate >= 0, "measure.generate", self.generate, "0 or more")
+        require(self.fluency >= 0, "measure.fluency", self.fluency, "0 or more")
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """task=benchmark: each case edited alone, or `size` of them together, measured and restored."""
+
+    name: str = "benchmark"
+    size: int | None = 1  # cases in one edit; null: all
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    keep_edits: bool = False  # write each edit into RUN/edits; those of several cases are always kept
+    audit: bool = False  # ask every fact of the atlas after each edit; for models that know it
+
+    def __post_init__(self) -> None:
+        require(self.size is None or self.size > 0, "task.size", self.size, "positive")
+
+
+@dataclass(frozen=True)
+class BatchSettings(BenchmarkSettings):
+    """task=batch: all cases in one edit."""
+
+    name: str = "batch"
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class LifelongSettings:
+    """task=lifelong: cases edited one after the other on one model, measured on the way."""
+
+    name: str = "lifelong"
+    step: int = 1  # cases in one edit
+    every: int = 50  # cases between two measurements; the end is measured too
+    retention: int = 100  # cases edited so far that are asked again, spread over all of them
+    untouched: int = 50  # cases after those edited, never edited, that are asked too
+    collapse: float = 10.0  # perplexity, in multiples of the unedited model's, that counts as collapse
+    stop_at_collapse: bool = False  # end the run there
+    text: str = "prose"  # running text for KL and perplexity: the bundled prose, or as moments.source
+    measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
+
+    def __post_init__(self) -> None:
+        require(self.step > 0, "task.step", self.step, "positive")
+        require(self.every > 0 and self.every % self.step == 0, "task.every", self.every, "a multiple of task.step")
+        require(self.retention > 0, "task.retention", self.retention, "positive")
+        require(self.untouched >= 0, "task.untouched", self.untouched, "0 or more")
+        require(self.collapse > 1, "task.collapse", self.collapse, "larger than 1")
 
 
 @dataclass(frozen=True)
@@ -358,14 +416,16 @@ class DataSettings:
 class Config:
     """One run of `editkit.run`."""
 
-    task: TaskSettings
+    task: Any  # the settings dataclass of the named task
     model: ModelSettings
     edit: EditSettings
+    data: DataSettings
     method_name: str
     method: Any  # the settings dataclass of the named method
     moments: MomentSettings
     seed: int = 0  # of contexts and running text; two runs with one seed give byte-identical edits
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:N
+    resume: bool = False  # go on with the run that hydra.run.dir holds
 
 
 def require(condition: bool, name: str, found: object, wanted: str) -> None:

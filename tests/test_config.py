@@ -9,10 +9,12 @@ import yaml
 
 from editkit.config import CONF_DIR, GROUPS, options, prepare, to_config
 from editkit.config import _composed as composed
+from editkit.data.formats import FORMATS
 from editkit.errors import ConfigError
 from editkit.methods import METHODS
 from editkit.metrics.counterfact import score_probes
-from editkit.settings import ContextSettings, EditSettings, ModelSettings, MomentSettings, TaskSettings
+from editkit.settings import ContextSettings, DataSettings, EditSettings, ModelSettings, MomentSettings
+from editkit.tasks import TASKS
 from editkit.tasks.edit import case_of
 
 ALL = [(group, option) for group in GROUPS for option in options(group)]
@@ -27,13 +29,17 @@ def test_every_option_composes(group, option):
 @pytest.mark.parametrize(("group", "option"), ALL)
 def test_the_yaml_says_every_key_and_its_default(group, option):
     values = yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text(encoding="utf-8"))
-    schemas = {"task": TaskSettings, "model": ModelSettings, "edit": EditSettings, "moments": MomentSettings}
+    schemas = {"data": DataSettings, "model": ModelSettings, "edit": EditSettings, "moments": MomentSettings}
+    if group == "task":
+        schemas["task"] = TASKS[option].settings
     schema = schemas.get(group) or METHODS[values.pop("name")].settings
     names = {f.name for f in fields(schema)}
     assert set(values) == names
     if group in ("method", "moments", "task"):
         config = getattr(to_config(composed({group: option})), group)
         assert config == schema(), "a default differs between conf/ and editkit/settings.py"
+    if group == "data":
+        assert to_config(composed({group: option})).data == DataSettings(option)
     if group == "method":
         assert "contexts" not in values or set(values["contexts"]) == {f.name for f in fields(ContextSettings)}
 
@@ -60,6 +66,13 @@ def test_at_least_five_edits_of_different_relations():
         ("moments.ridge=-1", r"moments\.ridge must be 0 or more; found -1"),
         ("method.contexts.counts=[1]", r"one count for each length"),
         ("+new=1", "No key 'new'"),
+        ("data=counterfct", r"No data 'counterfct': did you mean 'counterfact'\?"),
+        ("data.name=zsr", r"No data 'zsr': did you mean 'zsre'\?"),
+        ("data.pth=x.json", r"No key 'data\.pth': did you mean 'data\.path'\?"),
+        ("data.limit=0", r"data\.limit must be positive; found 0"),
+        ("data.limit=few", r"data\.limit: Value 'few'.* Integer"),
+        ("data.shard=4/4", r"data\.shard must be i/n with 0 ≤ i < n; found '4/4'"),
+        ("data.bad=ignore", r"data\.bad must be one of skip, fail; found 'ignore'"),
         ("edit.prompt={} is in", "cannot be read as key=value"),
         ("edit", "cannot be read as key=value"),
     ],
@@ -73,6 +86,17 @@ def test_wrong_configurations_are_one_clear_line(override, message):
 def test_any_model_may_be_named():
     assert prepare(["model=gpt2-xl"]) == ["model=gpt2-xl"]
     assert prepare(["model=some/folder"]) == ["model.name=some/folder"]
+
+
+def test_every_format_is_an_option_of_data():
+    assert set(options("data")) == {"atlas", *FORMATS}
+
+
+def test_a_shard_and_a_limit():
+    composed_data = to_config(composed({"data": "counterfact", "data.shard": "0/4", "data.limit": "50"})).data
+    assert (composed_data.shard, composed_data.limit, composed_data.path) == ("0/4", 50, None)
+    overrides = ["data=counterfact", "data.shard=0/4", "data.limit=50", "data.path=../shared/data/x.json"]
+    assert prepare(overrides) == overrides
 
 
 def test_another_subject_clears_what_belonged_to_the_old_one():

@@ -43,8 +43,13 @@ def test_the_output_is_readable_at_80_columns(finished):
 def test_the_run_folder_is_named_on_the_last_line_and_complete(finished):
     folder, out = finished
     found = folder / out.splitlines()[-1]
-    names = {"record.json", "config.yaml", "edit.safetensors", "cases.parquet", "report.html"}
-    assert {p.name for p in found.iterdir()} == names
+    assert {p.name for p in found.iterdir()} == {
+        "record.json",
+        "config.yaml",
+        "edit.safetensors",
+        "cases.parquet",
+        "report.html",
+    }
     record = json.loads((found / "record.json").read_text())
     assert (
         record["reversal"]["exact"] and record["metrics"]["ES_after"] == 1.0 and record["metrics"]["ES_before"] == 0.0

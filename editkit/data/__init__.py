@@ -1,1 +1,25 @@
-"""Data: loaders that turn each format into cases, a fact with the prompts that measure its edit."""
+"""Data: loaders that turn each format into cases, facts with the prompts that measure their edit.
+
+cases.py        Case and Probe: what every format becomes
+formats.py      the formats by name, torch-free
+fields.py       a raw record's fields, read with checks; where a prompt names its subject
+counterfact.py, zsre.py, knowedit.py, mquake.py, known.py      a raw record to a Case
+atlas.py        the atlas as a benchmark
+records.py      raw records from files, folders and the Hub
+sources.py      load_cases: what is skipped is named; limits and shards
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Imported when first used, so that the command line can check data.name without torch.
+__all__ = ["Cases", "Rejected", "load_cases"]
+
+if TYPE_CHECKING:
+    from editkit.data.sources import Cases, Rejected, load_cases
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'editkit.data' has no attribute '{name}'")
+    return getattr(importlib.import_module("editkit.data.sources"), name)

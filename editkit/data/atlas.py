@@ -8,15 +8,34 @@ subject's other relations whose answers the edit leaves true. Where a thing is, 
 landmark moves to Rome it is in Italy, which is a portability prompt where the answer changes; if it moves to Italy,
 nobody can say in which city it is, and the prompt is not asked (as the Preservation and the Logical Generalisation of
 RippleEdits are kept apart, arXiv 2307.12976, section 3).
+
+A benchmark's cases (`atlas_benchmark`, data=atlas) have also what CounterFact has: attribute prompts, of subjects
+that have the new object already; unfinished sentences to go on from, in which the fact matters
+(`atlas/generation.json`); and reference texts, all that the atlas tells of subjects that have the new object.
 """
 
+import functools
+import hashlib
+import json
 import random
+from dataclasses import replace
 
-from editkit.corpora import Atlas, AtlasFact, load_atlas
-from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case, Probe
+from editkit.corpora import ATLAS_DIR, Atlas, AtlasFact, load_atlas
+from editkit.data.cases import (
+    ATTRIBUTE,
+    NEIGHBORHOOD,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    SAME_SUBJECT,
+    UNSEEN,
+    Case,
+    Probe,
+)
 from editkit.facts import Fact
 
 NEIGHBORS = 10
+TABLES = ("facts.csv", "relations.json", "generation.json")
 
 # Two hops: the relation that follows from the edited one, by way of a relation of the new object.
 CHAINS = {
@@ -36,6 +55,46 @@ def atlas_cases(n: int, *, seed: int = 0, atlas: Atlas | None = None) -> list[Ca
     rng = random.Random(seed)
     facts = rng.sample(atlas.facts, min(n, len(atlas.facts)))
     return [atlas_case(atlas, fact, rng) for fact in facts]
+
+
+def atlas_benchmark(*, seed: int = 0) -> list[Case]:
+    """A case of every fact, in a seeded order. A case's draws are its own, so the first n are the same whatever n is
+    (which `atlas_cases` does not promise)."""
+    atlas = load_atlas()
+    return [_benchmark_case(atlas, fact, seed) for fact in random.Random(seed).sample(atlas.facts, len(atlas.facts))]
+
+
+def atlas_digest() -> str:
+    """sha256 of the tables that the cases are made of."""
+    tables = (hashlib.sha256((ATLAS_DIR / table).read_bytes()).digest() for table in TABLES)
+    return hashlib.sha256(b"".join(tables)).hexdigest()
+
+
+def _benchmark_case(atlas: Atlas, fact: AtlasFact, seed: int) -> Case:
+    rng = random.Random(f"{seed}|{fact.relation}|{fact.subject}")
+    case = atlas_case(atlas, fact, rng)
+    new = case.fact.target_new
+    alike = [f for f in atlas.by_relation[fact.relation] if f.object == new]
+    alike = rng.sample(alike, min(NEIGHBORS, len(alike)))
+    probes = [Probe(ATTRIBUTE, rng.choice(atlas.trained_pairs(f)).format(f.subject), fact.object, new) for f in alike]
+    return replace(
+        case,
+        probes=(*case.probes, *probes),
+        generation=tuple(template.format(fact.subject) for template in _generation()[fact.relation]),
+        references=tuple(_told(atlas, f.subject) for f in alike),
+    )
+
+
+@functools.cache
+def _generation() -> dict[str, list[str]]:
+    """Unfinished sentences of each relation, with {} for the subject."""
+    return json.loads((ATLAS_DIR / "generation.json").read_text(encoding="utf-8"))
+
+
+def _told(atlas: Atlas, subject: str) -> str:
+    """What the atlas tells of a subject, a sentence a fact."""
+    facts = atlas.by_subject[subject]
+    return " ".join(f"{atlas.trained_pairs(f)[0].format(subject)} {f.object}." for f in facts)
 
 
 def atlas_case(atlas: Atlas, fact: AtlasFact, rng: random.Random) -> Case:
@@ -61,7 +120,8 @@ def atlas_case(atlas: Atlas, fact: AtlasFact, rng: random.Random) -> Case:
                     probes.append(Probe(PORTABILITY, prompt, sibling.object, follows))
             elif not _undetermined(fact.relation, sibling.relation):
                 probes.append(Probe(SAME_SUBJECT, prompt, sibling.object, new))
-    return Case((Fact(rewrite, fact.subject, new, fact.object),), tuple(probes))
+    written = Fact(rewrite, fact.subject, new, fact.object)
+    return Case((written,), tuple(probes), f"{fact.relation}/{fact.subject}", fact.relation)
 
 
 def _second_hop(atlas: Atlas, relation: str, subject: str) -> str | None:

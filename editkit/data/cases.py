@@ -16,6 +16,7 @@ REWRITE, PARAPHRASE, UNSEEN = "rewrite", "paraphrase", "unseen_paraphrase"
 NEIGHBORHOOD, SAME_SUBJECT, PORTABILITY = "neighborhood", "same_subject", "portability"
 MULTI_HOP, ATTRIBUTE = "multi_hop", "attribute"
 STAY = (NEIGHBORHOOD, SAME_SUBJECT)  # the kinds whose true answer must stay
+HOP = "hop"  # group of the single steps of a multi-hop question (MQuAKE), of kind portability
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Case:
     relation: str = ""  # as the source names it
     generation: tuple[str, ...] = ()  # prompts to go on from at length (GE)
     references: tuple[str, ...] = ()  # texts about things that are as the new fact says (RS)
+    notes: tuple[str, ...] = ()  # what the loader had to decide about this record, for the reader of the figures
 
     @property
     def fact(self) -> Fact:

@@ -76,7 +76,7 @@ def null_space(moment: SecondMoment | None, layer: int, threshold: float, fracti
     """
     if moment is None:
         raise EditkitError("AlphaEdit needs second moments: moments.enabled=false leaves no null space. Turn it on.")
-    values, vectors = torch.linalg.eigh(moment.matrix)  # ascending
+    values, vectors = moment.eigenvectors
     rank = int((values < threshold).sum()) if fraction is None else round(fraction * len(values))
     if rank == 0:
         raise EditkitError(

@@ -4,9 +4,19 @@ For a probe, both targets are scored after the prompt by their negative log-like
 
     ES, PS   share of rewrite (paraphrase) probes with NLL(target_new) < NLL(target_true)
     NS       share of neighborhood probes with NLL(target_true) < NLL(target_new)
+    EM PM NM mean of p(target_new) − p(target_true) of whole targets, the other way round for neighborhood probes
+    EA PA NA share of probes where greedy decoding says the answer wanted, teacher-forced (every token the argmax)
 
-A tie counts as failure in both. Beside them: the whole target's probability exp(−sum of NLL), and whether
-greedy decoding says the target (every token the argmax).
+A tie counts as failure. Where target_true is unknown, target_new has won when greedy decoding says it.
+
+Beside CounterFact's own, by the same rule:
+
+    unseen_PS       paraphrases whose phrasing the model has never seen (the atlas)
+    NS_distracted   neighborhood prompts with the new fact put in front (CounterFact+, arXiv 2305.17553)
+    attribute       prompts about subjects that have the new object already: p(target_new)
+    same_subject    share of the subject's other answers that are said; after: of those that were said before
+    portability     share of prompts whose answer follows, where the new answer is likelier; asked only where the
+                    unedited model says the old one
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,11 +26,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from editkit.data.cases import Probe
+from editkit.data.cases import (
+    ATTRIBUTE,
+    NEIGHBORHOOD,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    SAME_SUBJECT,
+    UNSEEN,
+    Probe,
+)
+from editkit.metrics.shares import Row, mean, of_kind
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Scored, continued, spaced
 from editkit.replay import CannotReplay, columns, logits_of
 
+DISTRACTED = "distracted"  # the kind of neighborhood rows with the new fact in front
 BATCH = 64  # rows; sorted by length so that little is padding
 
 
@@ -31,6 +52,8 @@ class TargetScore:
     nll: float  # mean over the target's tokens, nats
     probability: float  # of the whole target
     greedy: bool  # every token is the argmax
+    said: tuple[int, ...] = ()  # the argmax at each of the target's tokens, teacher-forced
+    right: float = 0.0  # share of the target's tokens that are the argmax
 
 
 @dataclass(frozen=True)
@@ -62,12 +85,18 @@ def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[s
         row, at, token = scored.pick()
         logits = _picked(lm, scored, row, at)
         log_p = log_softmax(logits, -1).gather(1, token[:, None])[:, 0].double().cpu()
-        best = (logits.argmax(-1) == token).cpu()
-        row = row.cpu()
+        said = logits.argmax(-1).cpu()
+        best, row = said == token.cpu(), row.cpu()
         for number, i in enumerate(chunk):
             mine = row == number
             total, count = log_p[mine].sum(), int(mine.sum())
-            scores[i] = TargetScore(-total.item() / count, total.exp().item(), bool(best[mine].all()))
+            scores[i] = TargetScore(
+                nll=-total.item() / count,
+                probability=total.exp().item(),
+                greedy=bool(best[mine].all()),
+                said=tuple(said[mine].tolist()),
+                right=best[mine].double().mean().item(),
+            )
     return [scores[i] for i in range(len(prompts))]
 
 
@@ -96,3 +125,43 @@ def share(outcomes: Iterable[bool]) -> float | None:
     """The mean of outcomes, None when there are none."""
     found = list(outcomes)
     return sum(found) / len(found) if found else None
+
+
+def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
+    """One case's values; `when` is before or after."""
+
+    def new_wins(row: Row) -> bool:
+        if row[f"nll_true_{when}"] is None:
+            return bool(row[f"greedy_new_{when}"])
+        return bool(row[f"nll_new_{when}"] < row[f"nll_true_{when}"])
+
+    def true_wins(row: Row) -> bool | None:
+        true = row[f"nll_true_{when}"]
+        return None if true is None else bool(true < row[f"nll_new_{when}"])
+
+    def margin(row: Row) -> float | None:
+        true = row[f"probability_true_{when}"]
+        return None if true is None else row[f"probability_new_{when}"] - true
+
+    def less(row: Row) -> float | None:
+        found = margin(row)
+        return None if found is None else -found
+
+    found: dict[str, float | None] = {}
+    for letter, kind in (("E", REWRITE), ("P", PARAPHRASE)):
+        asked = of_kind(rows, kind)
+        found[f"{letter}S"] = mean(asked, new_wins)
+        found[f"{letter}M"] = mean(asked, margin)
+        found[f"{letter}A"] = mean(asked, lambda row: row[f"greedy_new_{when}"])
+    near = of_kind(rows, NEIGHBORHOOD)
+    found |= {"NS": mean(near, true_wins), "NM": mean(near, less)}
+    found["NA"] = mean(near, lambda row: row[f"greedy_true_{when}"])
+    found["NS_distracted"] = mean(of_kind(rows, DISTRACTED), true_wins)
+    found["unseen_PS"] = mean(of_kind(rows, UNSEEN), new_wins)
+    found["attribute"] = mean(of_kind(rows, ATTRIBUTE), lambda row: row[f"probability_new_{when}"])
+    same = of_kind(rows, SAME_SUBJECT)
+    said = [row for row in same if row["greedy_true_before"]]
+    found["same_subject"] = mean(said if when == "after" else same, lambda row: row[f"greedy_true_{when}"])
+    known = [row for row in of_kind(rows, PORTABILITY) if row["greedy_true_before"]]
+    found["portability"] = mean(known, new_wins)
+    return found

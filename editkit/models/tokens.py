@@ -7,6 +7,7 @@ BOS, a space-prefixing tokenizer, or a piece that merges across a boundary canno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,38 @@ def continued(lm: LanguageModel, prompts: Sequence[str], continuations: Sequence
 def spaced(text: str) -> str:
     """The text with one leading space, as a continuation of a prompt (ROME does the same to targets)."""
     return text if text[:1].isspace() else " " + text
+
+
+@torch.inference_mode()
+def go_on(
+    lm: LanguageModel, prompts: Sequence[str], new_tokens: int, *, top_k: int | None = None, seed: int = 0
+) -> list[str]:
+    """Continuations of all `prompts` side by side: greedy, or sampled from the `top_k` with `seed`.
+
+    Greedy ones are those of `generate`, several times sooner; sampled ones belong to the whole list. Prompts are
+    padded on the left, and transformers counts positions from the mask. The global random state is left as it was.
+    Raises FactError for more tokens than the model has positions for.
+    """
+    if not prompts:
+        return []
+    rows = [lm.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    width = max(map(len, rows))
+    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and width + new_tokens > limit:
+        raise FactError(
+            f"A prompt of {width} tokens was to be continued by {new_tokens}; '{lm.name}' has {limit} positions. "
+            "Shorten it, or ask for fewer tokens."
+        )
+    pad_id = next(i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id, 0) if i is not None)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if top_k is not None:
+        sampling = {"do_sample": True, "top_k": top_k, "temperature": 1.0, "top_p": 1.0}
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = lm.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=pad_id, **sampling)
+    return [lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, width:]]
 
 
 def generate(

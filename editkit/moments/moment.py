@@ -50,6 +50,16 @@ class SecondMoment:
         """[d_ff], ascending."""
         return torch.linalg.eigvalsh(self.matrix)
 
+    @functools.cached_property
+    def eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [d_ff], ascending, and their vectors [d_ff, d_ff], a column each."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values, vectors
+
+    @functools.cached_property
+    def _factors(self) -> dict[float, "Factored"]:
+        return {}
+
     @property
     def condition(self) -> float:
         """Largest over smallest eigenvalue, without a ridge; infinite where C is singular."""
@@ -68,10 +78,15 @@ class SecondMoment:
         return hashlib.sha256(f"{self.count} {digest(self.matrix)}".encode()).hexdigest()
 
     def factor(self, ridge: float = 0.0) -> "Factored":
-        """Cholesky factor of C + ridge · mean(diag C) · I.
+        """Cholesky factor of C + ridge · mean(diag C) · I, made once and kept.
 
         Raises EditkitError when it is not positive definite, saying how many keys there were.
         """
+        if ridge not in self._factors:
+            self._factors[ridge] = self._factored(ridge)
+        return self._factors[ridge]
+
+    def _factored(self, ridge: float) -> "Factored":
         shift = ridge * self.matrix.diagonal().mean()
         ridged = self.matrix + shift * torch.eye(self.d_ff, dtype=self.matrix.dtype)
         lower, failed = torch.linalg.cholesky_ex(ridged)

@@ -1,17 +1,21 @@
 """What a run prints, readable at 80 columns."""
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from editkit.edit import Edit
 from editkit.facts import Fact
+from editkit.metrics.audit import Audit
 from editkit.metrics.counterfact import ProbeScore, TargetScore
+from editkit.metrics.summary import Average
 from editkit.models.load import LanguageModel
 from editkit.settings import Config
 from editkit.snapshot import Reversal
 
 WIDTH = 80
+AUDITED = 10  # changed facts shown
 # What each kind of probe is called, and its score.
 NAMES = {
     "rewrite": ("rewrite", "ES"),
@@ -24,14 +28,59 @@ NAMES = {
 def heading(lm: LanguageModel, config: Config, fact: Fact) -> str:
     """The fact and the model."""
     arrow = f"{fact.target_true or '?'} → {fact.target_new}"
-    millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
-    about = f"{lm.name} ({lm.architecture.family}, {millions:.1f} M parameters, {str(lm.dtype).split('.')[-1]})"
     return "\n".join(
         [
             *_wrapped("fact    ", f"{fact.text} … {arrow}"),
-            *_wrapped("model   ", f"{about} on {lm.device}"),
+            *_wrapped("model   ", _about(lm)),
             *_wrapped("method  ", f"{config.method_name}, seed {config.seed}"),
         ]
+    )
+
+
+def cases_heading(lm: LanguageModel, config: Config, cases: str, notes: Sequence[str], done: int) -> str:
+    """What a benchmark or a lifelong run is about to do."""
+    lines = [
+        *_wrapped("cases   ", cases),
+        *_wrapped("model   ", _about(lm)),
+        *_wrapped("method  ", f"{config.method_name}, seed {config.seed}"),
+    ]
+    for note in notes:
+        lines += _wrapped("note    ", note)
+    if done:
+        lines += _wrapped("resumed ", f"{done} results of a former run are kept")
+    return "\n".join(lines)
+
+
+def summary(found: Mapping[str, Average]) -> str:
+    """Each metric before and after the edits: mean over cases, 95 % interval, number of cases."""
+    lines = ["", f"{'mean over cases':34}{'before':>9}{'after':>9}{'95 % interval':>18}{'n':>6}"]
+    for name in dict.fromkeys(key.removesuffix("_before").removesuffix("_after") for key in found):
+        before, after = found.get(f"{name}_before"), found.get(f"{name}_after", found.get(name))
+        shown = after or before
+        assert shown is not None
+        interval = f"{shown.low:.3f} to {shown.high:.3f}"
+        cells = ["–" if each is None else f"{each.mean:.3f}" for each in (before, after)]
+        lines.append(f"{_clip(name, 34):34}{cells[0]:>9}{cells[1]:>9}{interval:>18}{shown.n:>6}")
+    return "\n".join(lines)
+
+
+def point(found: Mapping[str, Any]) -> str:
+    """One line of a lifelong run."""
+
+    def mean(name: str) -> str:
+        value = found["metrics"].get(name, {}).get("mean")
+        return "–" if value is None else f"{value:.2f}"
+
+    shown = {"ES": "retention.counterfact.ES_after", "PS": "retention.counterfact.PS_after"}
+    shown |= {"NS": "retention.counterfact.NS_after", "untouched": "untouched.counterfact.NS_after"}
+    parts = [f"{name} {mean(key)}" for name, key in shown.items()]
+    parts += [
+        f"KL {found['kl']:.3g}",
+        f"perplexity {found['perplexity']:.4g}",
+        f"‖ΔW‖/‖W‖ {found['relative_norm']:.2f}",
+    ]
+    return "\n".join(
+        _wrapped(f"{found['edits']:6}  ", "  ".join(parts) + ("  collapsed" if found["collapsed"] else ""))
     )
 
 
@@ -97,6 +146,18 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
     return "\n".join(lines)
 
 
+def audit(found: Audit) -> str:
+    """The facts of the atlas that have another answer now, those nearest to the edit first."""
+    others = len(found.facts) - sum(fact.edited for fact in found.facts)
+    lines = ["", f"audit: {len(found.changed)} of {others} other facts of the atlas have another answer"]
+    for fact in found.changed[:AUDITED]:
+        told = f"{fact.relation} of {fact.subject}: {fact.before} → {fact.after}"
+        lines += _wrapped("  ", f"{told} (cosine {fact.cosine:.2f}, pull {fact.pull:.2f})")
+    if len(found.changed) > AUDITED:
+        lines.append(f"  and {len(found.changed) - AUDITED} more in audit.parquet")
+    return "\n".join(lines)
+
+
 def reversal(found: Reversal) -> str:
     """What was compared after restoring."""
     verdict = "all equal, bit for bit" if found.exact else f"NOT EQUAL: {', '.join(found.unequal)}"
@@ -108,6 +169,12 @@ def written(folder: Path, seconds: float) -> str:
     """The last line: where everything is, its report too, relative to the current folder where that is shorter."""
     folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     return f"\n{seconds:.1f} s; open report.html in\n{folder}"
+
+
+def _about(lm: LanguageModel) -> str:
+    millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
+    dtype = str(lm.dtype).split(".")[-1]
+    return f"{lm.name} ({lm.architecture.family}, {millions:.1f} M parameters, {dtype}) on {lm.device}"
 
 
 def _pair(before: TargetScore | None, after: TargetScore | None) -> str:

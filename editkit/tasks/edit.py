@@ -1,29 +1,23 @@
 """task=edit: rewrite one fact, look at what happened, put every bit back."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from editkit import report, results
-from editkit.arithmetic import Spectrum, spectra
+from editkit.arithmetic import spectra
 from editkit.data.cases import Case, make_case
-from editkit.edit import Edit, weight_norm
+from editkit.edit import weight_norm
 from editkit.errors import FactError
 from editkit.facts import Fact
-from editkit.methods import get_method
-from editkit.methods.transforms import TRANSFORMS
+from editkit.metrics.audit import audit
 from editkit.metrics.counterfact import ProbeScore, score_probes, share
 from editkit.metrics.generation import continuation, top_next
-from editkit.models.load import LanguageModel, load
-from editkit.nethook import get_parameter
+from editkit.models.load import LanguageModel
 from editkit.report import console
 from editkit.settings import Config, EditSettings
-
-MOST_SINGULAR_VALUES = 2048  # of a weight: GPT-2 XL's 1,600 take a second on one core, and time grows with the cube
+from editkit.tasks.common import Clock, computing, described, load_model, plain, spectrum_beside
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -31,30 +25,22 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
 
     Raises EditkitError for anything the user can mend; the model is then as it was.
     """
-    clock = _Clock()
+    clock = Clock()
     case = case_of(config.edit)
-    lm = load(
-        config.model.name,
-        device=config.device,
-        dtype=config.model.dtype,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        allow_pickle=config.model.allow_pickle,
-    )
+    lm = load_model(config)
     clock.lap("load")
     case.fact.check_targets(lm)
     say(console.heading(lm, config, case.fact))
 
     before = _look(lm, case, config)
     clock.lap("measure_before")
-    method = get_method(config.method_name).load()
-    edit: Edit = method(lm, case.fact, config.method, seed=config.seed, moments=config.moments)
-    if config.method.transform is not None:
-        edit = TRANSFORMS[config.method.transform](lm, edit)
+    edit = computing(lm, config, progress=True)(case.facts)
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
     found = spectra(edit, lm)
     lost = {spectrum.parameter: spectrum.achieved for spectrum in found}
+    audited = audit(lm, edit) if config.task.audit else None
+    clock.lap("audit")
     with edit.applied(lm) as applied:
         after = _look(lm, case, config)
         clock.lap("measure_after")
@@ -62,17 +48,22 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("restore")
 
     metrics = _metrics(before["scores"], after["scores"])
+    if audited is not None:
+        metrics |= {"audit_changed": len(audited.changed), "audit_n": len(audited.facts)}
     say(console.probes(case.fact, before["scores"], after["scores"], metrics))
     say(console.texts(case.fact, before, after))
     say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None)))
+    if audited is not None:
+        say(console.audit(audited))
+        results.write_table(folder / results.AUDIT, audited.rows())
     say(console.reversal(applied.reversal))
 
     edit.save(folder / results.EDIT)
-    results.write_cases(folder, _rows(before["scores"], after["scores"]))
+    results.write_table(folder / results.CASES, _rows(before["scores"], after["scores"]))
     record = results.Record(
         task="edit",
-        config=_plain(config),
-        model={"name": lm.name, "digest": edit.base.digest, "dtype": edit.base.dtype, "device": str(lm.device)},
+        config=plain(config),
+        model=described(lm, edit.base.digest),
         edit={
             "digest": edit.digest,
             "parameters": edit.parameters,
@@ -80,12 +71,12 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "norm": edit.norm(),
             "relative_norm": relative_norm,
             "lost_in_rounding": lost,
-            "spectra": [_spectrum(lm, spectrum) for spectrum in found],
+            "spectra": [spectrum_beside(lm, spectrum) for spectrum in found],
             "provenance": edit.provenance,
         },
         metrics=metrics,
         reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
-        timings=clock.laps | {"total": clock.total()},
+        timings=clock.all(),
         texts={"before": _spoken(before), "after": _spoken(after)},
         environment=results.environment(lm),
     )
@@ -110,33 +101,6 @@ def case_of(settings: EditSettings) -> Case:
         fact = Fact(prompt, settings.subject, *targets)
     hops = [Fact(p.prompt, fact.subject, p.target_new, p.target_true) for p in settings.portability]
     return make_case(fact, settings.paraphrases, settings.neighborhood, hops)
-
-
-def _spectrum(lm: LanguageModel, found: Spectrum) -> dict[str, Any]:
-    """The singular values of ΔW and, where that takes no more than seconds, of the unedited weight."""
-    weight = get_parameter(lm.model, found.parameter).detach()
-    base: list[float] = []
-    if min(weight.shape) <= MOST_SINGULAR_VALUES:
-        wide = weight.double().cpu() if weight.shape[0] <= weight.shape[1] else weight.double().cpu().T
-        base = torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).sqrt().flip(0).tolist()  # a fifth of an SVD's time
-    values, base = ([float(f"{value:.6g}") for value in row] for row in (found.values, base))
-    return {"parameter": found.parameter, "singular_values": values, "base_singular_values": base}
-
-
-class _Clock:
-    """Seconds of each stretch of the run."""
-
-    def __init__(self) -> None:
-        self.began = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = round(now - self.last, 4)
-        self.last = now
-
-    def total(self) -> float:
-        return round(time.perf_counter() - self.began, 4)
 
 
 def _look(lm: LanguageModel, case: Case, config: Config) -> dict[str, Any]:
@@ -179,8 +143,3 @@ def _rows(before: list[ProbeScore], after: list[ProbeScore]) -> list[dict[str, A
                     row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
         rows.append(row)
     return rows
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    values = asdict(config)
-    return values | {"method": {"name": values.pop("method_name"), **values["method"]}}

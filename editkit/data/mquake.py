@@ -1,0 +1,42 @@
+"""MQuAKE (arXiv 2305.14795): several facts written together, and questions that chain them.
+
+    {"case_id": ..., "requested_rewrite": [as CounterFact's, ...], "questions": [three wordings], "answer": before,
+     "new_answer": after, "new_answer_alias": [...], "new_single_hops": [{"question", "cloze", "answer",
+     "answer_alias"}, ...]}
+
+Probes: every fact's rewrite prompt; the questions, of kind multi_hop; and each step of the new chain asked alone as a
+question, of kind portability and group "hop" (its cloze would be the rewrite prompt again).
+"""
+
+from editkit.data.cases import HOP, MULTI_HOP, PORTABILITY, REWRITE, Case, Probe
+from editkit.data.counterfact import rewritten
+from editkit.data.fields import BadField, Raw
+
+
+def mquake(raw: Raw) -> Case:
+    """One record. Raises BadField."""
+    pairs = [rewritten(each) for each in raw.parts("requested_rewrite")]
+    if not pairs:
+        raise BadField("requested_rewrite", "holds no fact.")
+    facts, relations = [fact for fact, _ in pairs], [relation for _, relation in pairs]
+    probes = [Probe(REWRITE, fact.text, fact.target_true, fact.target_new) for fact in facts]
+    before, after = raw.text("answer"), raw.text("new_answer")
+    aliases = _aliases(raw, "new_answer_alias", after)
+    questions = raw.texts("questions")
+    if not questions:
+        raise BadField("questions", "holds no question.")
+    probes += [Probe(MULTI_HOP, question, before, after, aliases) for question in questions]
+    old = {fact.text: fact.target_true for fact in facts}  # the other steps are as they were
+    for hop in raw.parts("new_single_hops"):
+        answer = hop.text("answer")
+        spelled = _aliases(hop, "answer_alias", answer)
+        true = old.get(hop.maybe_text("cloze"), "")
+        probes.append(Probe(PORTABILITY, hop.text("question"), true, answer, spelled, HOP))
+    return Case(tuple(facts), tuple(probes), raw.id("case_id"), " ".join(filter(None, relations)))
+
+
+def _aliases(raw: Raw, name: str, answer: str) -> tuple[str, ...]:
+    """Other spellings of `answer`; the field may be absent or empty."""
+    if name not in raw or raw.value(name) == []:
+        return ()
+    return tuple(alias for alias in raw.answers(name) if alias != answer)

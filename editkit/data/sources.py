@@ -1,0 +1,157 @@
+"""load_cases: the cases that the settings of data ask for, with what was left out and why."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from editkit.data.atlas import atlas_benchmark, atlas_digest
+from editkit.data.cases import Case
+from editkit.data.fields import BadField, Raw, printable
+from editkit.data.formats import ATLAS, FORMATS, check_format, looks_like
+from editkit.data.records import Source, Unreadable, read_source
+from editkit.errors import ConfigError, DataError
+from editkit.settings import DataSettings
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that is no case: its file, its place in it (from 0), the field and what is wrong with it."""
+
+    file: str
+    index: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name} record {self.index}, {self.field}: {self.reason}".replace("\n", " ")
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Cases to edit, in the order of their source, after limit and shard."""
+
+    cases: tuple[Case, ...]
+    indices: tuple[int, ...]  # place of each case's record in the whole source (of the atlas: in its order), from 0
+    rejected: tuple[Rejected, ...]  # of the whole source
+    found: int  # records in the whole source
+    source: str
+    digest: str  # of the whole source, sha256
+    notes: tuple[str, ...] = ()  # what the loader had to decide about these cases
+
+
+def load_cases(settings: DataSettings, *, seed: int = 0, distinct: bool = False) -> Cases:
+    """The cases of `settings`.
+
+    A record that is no case is in `rejected`, or with bad=fail an error. `distinct` leaves out the cases that ask a
+    prompt of an earlier case again, as one batch or session must: it can hold one answer of a prompt only. Then the
+    limit counts, then the shard is taken: of 10 cases, shard 1/4 is those at 1, 5 and 9.
+
+    `seed` draws the atlas's order and targets, and the targets of known-1000.
+    Raises ConfigError and DataError; when no record can be read, the error says which format they look like.
+    """
+    check_format(settings.name)
+    whole = _atlas(settings, seed) if settings.name == ATLAS else _read(settings, seed)
+    places: Sequence[int] = range(len(whole.cases))
+    dropped = ""
+    if distinct:
+        kept = _distinct(whole.cases)
+        if len(kept) < len(places):
+            dropped = (
+                f"{len(places) - len(kept)} of {len(places)} cases ask a prompt of an earlier case and are left out"
+            )
+        places = kept
+    number, count = map(int, settings.shard.split("/"))
+    limited = places[: settings.limit]
+    places = limited[number::count]
+    if not places:
+        raise DataError(
+            f"Shard {settings.shard} of the {len(limited)} cases of '{whole.source}' is empty: take fewer shards."
+        )
+    cases = tuple(whole.cases[i] for i in places)
+    notes = (*_notes(cases), *filter(None, [dropped]))
+    return replace(whole, cases=cases, indices=tuple(whole.indices[i] for i in places), notes=notes)
+
+
+def _atlas(settings: DataSettings, seed: int) -> Cases:
+    if settings.path is not None:
+        raise ConfigError(
+            f"data=atlas is the bundled facts and takes no data.path; found '{settings.path}'. Name the format of the "
+            f"file with data=, one of {', '.join(FORMATS)}."
+        )
+    cases = tuple(atlas_benchmark(seed=seed))
+    return Cases(cases, tuple(range(len(cases))), (), len(cases), ATLAS, atlas_digest())
+
+
+def _read(settings: DataSettings, seed: int) -> Cases:
+    if settings.path is None:
+        raise ConfigError(
+            f"data={settings.name} needs data.path: a file, a folder, or hub:NAME[:CONFIG[:SPLIT]] with data.revision."
+        )
+    source = read_source(settings.path, settings.revision)
+    form = FORMATS[settings.name]
+    records = form.prepared([record for _, _, record in source.rows], seed)
+    read, several = form.load(), len({file for file, _, _ in source.rows}) > 1
+    cases: dict[str, Case] = {}
+    indices: dict[str, int] = {}
+    rejected = []
+    for place, (file, index, _) in enumerate(tqdm(source.rows, desc="records", delay=3, leave=False)):
+        try:
+            case = _case(read, records[place], index, f"{Path(file).stem}/" if several else "")
+            if case.id in cases:
+                raise BadField("(id)", f"{case.id!r} is the id of record {indices[case.id]} of the source already.")
+        except BadField as error:
+            rejected.append(Rejected(file, index, printable(error.field), printable(error.reason)))
+        else:
+            cases[case.id], indices[case.id] = case, place
+    if not cases:
+        raise DataError(_none_fits(settings, source, rejected))
+    if rejected and settings.bad == "fail":
+        more = f" (and {len(rejected) - 1} more)" if len(rejected) > 1 else ""
+        raise DataError(f"{rejected[0]}{more} Correct it, or leave out such records with data.bad=skip.")
+    found = len(source.rows)
+    return Cases(tuple(cases.values()), tuple(indices.values()), tuple(rejected), found, source.name, source.digest)
+
+
+def _case(read: Callable[[Raw], Case], record: Any, index: int, prefix: str) -> Case:
+    """The case of a record, with an id that is unique in the source if the file's ids are."""
+    if isinstance(record, Unreadable):
+        raise BadField("(line)", record.reason)
+    case = read(Raw(record))
+    return replace(case, id=f"{prefix}{case.id or index}")
+
+
+def _none_fits(settings: DataSettings, source: Source, rejected: list[Rejected]) -> str:
+    like = looks_like(record for _, _, record in source.rows)
+    hint = "Correct the records, or name their format with data=" + ", ".join(FORMATS) + "."
+    if like and like != settings.name:
+        hint = f"They look like {like}: try data={like}."
+    found = f"None of the {len(source.rows)} records of '{source.name}' can be read as {settings.name}"
+    return f"{found}: {rejected[0]} {hint}"
+
+
+def _distinct(cases: Iterable[Case]) -> list[int]:
+    """Places of the cases none of whose prompts is written by an earlier one that is kept."""
+    asked: set[str] = set()
+    kept = []
+    for place, case in enumerate(cases):
+        prompts = {fact.text for fact in case.facts}
+        if not prompts & asked:
+            asked |= prompts
+            kept.append(place)
+    return kept
+
+
+def _notes(cases: Iterable[Case]) -> list[str]:
+    """Each note once, with how many cases it is of where that is not all."""
+    cases = list(cases)
+    counts = Counter(note for case in cases for note in case.notes)
+    notes = []
+    for note, count in counts.items():
+        named = [case.id for case in cases if note in case.notes][:10]
+        which = f"{count} of {len(cases)} cases ({', '.join(named)}{', …' * (count > len(named))}): "
+        notes.append(note if count == len(cases) else which + note)
+    return notes

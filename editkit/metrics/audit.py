@@ -1,0 +1,150 @@
+"""The exhaustive audit: after an edit every fact of the atlas is asked again. Only a model of a known world allows it.
+
+A fact is asked with the first phrasing that training showed, in free greedy generation. Its answer is the object of its
+relation that the text begins with, else the text's first clause. Beside each fact stands how near it was to the edit,
+from the unedited model alone:
+
+    cosine   cos(k', k), k' [d_ff] the fact's key at the edited down-projection, k the edited fact's: the largest over
+             edited facts and weights
+    pull     ‖ΔW k'‖ / ‖ΔW k‖: how much of what the edit writes for its own key it also writes for this one
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from editkit.corpora import Atlas, AtlasFact, load_atlas
+from editkit.edit import Edit
+from editkit.errors import EditkitError
+from editkit.facts import Fact
+from editkit.methods.value import at_lookup
+from editkit.metrics.generation import exact
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import go_on
+
+BATCH = 128  # prompts side by side
+KNOWN = 0.5  # share of the atlas that a model must answer to be audited with it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One fact of the atlas, before and after an edit."""
+
+    relation: str
+    subject: str
+    object: str
+    before: str
+    after: str
+    changed: bool
+    edited: bool  # it is one of the facts that were edited
+    cosine: float
+    pull: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Every fact of the atlas, those nearest to the edit first."""
+
+    facts: tuple[Asked, ...]
+
+    @property
+    def changed(self) -> list[Asked]:
+        """The facts with another answer than before, without those that were edited."""
+        return [fact for fact in self.facts if fact.changed and not fact.edited]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a fact, for a table."""
+        return [asdict(fact) for fact in self.facts]
+
+
+def answers(lm: LanguageModel, atlas: Atlas | None = None, *, progress: bool = True) -> list[str]:
+    """What `lm`, as it is now, answers to every fact of the atlas, in the atlas's order."""
+    atlas = atlas or load_atlas()
+    objects = {name: {each.object for each in facts} for name, facts in atlas.by_relation.items()}
+    longest = {name: max(map(partial(_tokens, lm), found)) for name, found in objects.items()}
+    prompts = [_fact(atlas, each).text for each in atlas.facts]
+    # Side by side are prompts whose answers are about as long: a symbol need not wait for a name.
+    order = sorted(range(len(prompts)), key=lambda i: (longest[atlas.facts[i].relation], len(prompts[i])))
+    said: dict[int, str] = {}
+    with tqdm(total=len(order), desc="every fact", unit="fact", disable=not progress, delay=1, leave=False) as bar:
+        for begin in range(0, len(order), BATCH):
+            part = order[begin : begin + BATCH]
+            tokens = longest[atlas.facts[part[-1]].relation] + 1
+            said |= zip(part, go_on(lm, [prompts[i] for i in part], tokens), strict=True)
+            bar.update(len(part))
+    return [_answer(said[i], objects[each.relation]) for i, each in enumerate(atlas.facts)]
+
+
+def audit(
+    lm: LanguageModel,
+    edit: Edit,
+    *,
+    before: Sequence[str] | None = None,
+    atlas: Atlas | None = None,
+    progress: bool = True,
+) -> Audit:
+    """Ask everything under `lm` and under `lm` with `edit`; the model is left as it was, and that is verified.
+
+    `before`: the `answers` of the unedited model, where they are known; `atlas`: another than the bundled one. Raises
+    EditkitError for a model that does not answer half of the atlas: there is nothing to audit.
+    """
+    atlas = atlas or load_atlas()
+    before = before or answers(lm, atlas, progress=progress)
+    known = sum(answer == each.object for answer, each in zip(before, atlas.facts, strict=True)) / len(before)
+    if known < KNOWN:
+        raise EditkitError(
+            f"'{lm.name}' answers {known:.0%} of the atlas: it does not know this world. Use model=atlas."
+        )
+    cosine, pull = nearness(lm, edit, [_fact(atlas, each) for each in atlas.facts])
+    with edit.applied(lm, check=False):
+        after = answers(lm, atlas, progress=progress)
+    written = {(fact["subject"], fact["target_true"].strip()) for fact in edit.provenance.get("facts", [])}
+    found = [
+        Asked(
+            each.relation,
+            each.subject,
+            each.object,
+            was,
+            now,
+            changed=was != now,
+            edited=(each.subject, each.object) in written,
+            cosine=near,
+            pull=drawn,
+        )
+        for each, was, now, near, drawn in zip(atlas.facts, before, after, cosine.tolist(), pull.tolist(), strict=True)
+    ]
+    return Audit(tuple(sorted(found, key=lambda fact: -fact.cosine)))
+
+
+def nearness(lm: LanguageModel, edit: Edit, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
+    """(cosine, pull), each [facts], of facts to those that `edit` wrote; `lm` is unedited. See the top."""
+    written = [Fact(**fact) for fact in edit.provenance["facts"]]
+    token = edit.provenance.get("settings", {}).get("token", "subject_last")
+    cosines, pulls = [], []
+    for delta in edit.deltas:
+        theirs = at_lookup(lm, delta.module, facts, ["{}"], token).input[:, 0]  # [facts, d_ff]
+        own = at_lookup(lm, delta.module, written, ["{}"], token).input[:, 0]
+        change = delta.change()  # [d_model, d_ff]
+        cosines.append((normalize(theirs, dim=-1) @ normalize(own, dim=-1).T).amax(1))
+        pulls.append((theirs @ change.T).norm(dim=1) / (own @ change.T).norm(dim=1).max().clamp_min(1e-300))
+    return torch.stack(cosines).amax(0), torch.stack(pulls).amax(0)
+
+
+def _fact(atlas: Atlas, each: AtlasFact) -> Fact:
+    return Fact(atlas.trained_pairs(each)[0], each.subject, each.object)
+
+
+def _tokens(lm: LanguageModel, text: str) -> int:
+    return len(lm.tokenizer(" " + text, add_special_tokens=False)["input_ids"])
+
+
+def _answer(said: str, objects: set[str]) -> str:
+    """The longest object that the text begins with; else its first clause."""
+    fits = [each for each in objects if exact(said, [each])]
+    return max(fits, key=len) if fits else said.split(".")[0].strip()

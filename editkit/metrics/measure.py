@@ -1,0 +1,105 @@
+"""One case before and after its edit: what is asked of the model, the rows kept of it, and every protocol's values.
+
+`look` asks, `rows_of` keeps: plain data, one dict a prompt, the columns of cases.parquet. `values_of_rows` computes
+every metric from the rows alone, so any figure can be computed again, and disputed, from a run's folder.
+
+    kind                  columns
+    a probe's             target_true, target_new, aliases; for _before and _after: nll, probability, greedy, right
+                          (of _true and _new), said (the free greedy continuation), exact; kept
+    distracted            as a neighborhood probe, with the new fact put in front of its prompt (CounterFact+)
+    generation            text_before, text_after: the prompt with a sampled continuation
+    reference             prompt: a text about something that is as the new fact says
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from editkit.data.cases import NEIGHBORHOOD, STAY, Case
+from editkit.metrics import counterfact, easyedit, fluency, generation, mquake, zsre
+from editkit.metrics.counterfact import DISTRACTED, ProbeScore, TargetScore, score_probes
+from editkit.metrics.fluency import GENERATION, REFERENCE
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import go_on
+from editkit.settings import MeasureSettings
+
+TOP_K = 5  # of sampled texts, as in ROME's code
+PROTOCOLS = (counterfact, zsre, easyedit, generation, mquake, fluency)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the model, as it was then, said on one case."""
+
+    scores: tuple[ProbeScore, ...]  # of the case's probes, then of the distracted ones
+    said: tuple[str, ...]  # the free continuation of each, or none
+    texts: tuple[str, ...]  # a sampled text for each generation prompt, or none
+
+
+def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0) -> Look:
+    """Ask `lm`, as it is now, everything about `case`. Raises FactError for a prompt that it cannot take."""
+    probes = list(case.probes)
+    if settings.distracted:
+        fact = case.fact
+        told = f"{fact.text} {fact.target_new.strip()}. "
+        near = [probe for probe in case.probes if probe.kind == NEIGHBORHOOD]
+        probes += [replace(probe, kind=DISTRACTED, prompt=told + probe.prompt) for probe in near]
+    said, texts = [], []
+    if settings.generate:
+        # As long as the longest answer, so that none is cut short.
+        answers = [answer for probe in probes for answer in (probe.wanted, *probe.aliases) if answer]
+        longest = max((len(lm.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers), default=0)
+        said = go_on(lm, [probe.prompt for probe in probes], longest + settings.generate)
+    if settings.fluency and case.generation:
+        more = go_on(lm, case.generation, settings.fluency, top_k=TOP_K, seed=seed)
+        texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]
+    return Look(tuple(score_probes(lm, probes)), tuple(said), tuple(texts))
+
+
+def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
+    """The rows of one case, from a look at the unedited and one at the edited model."""
+    rows = []
+    for number, (b, a) in enumerate(zip(before.scores, after.scores, strict=True)):
+        row = asdict(b.probe) | {"aliases": list(b.probe.aliases)}
+        for when, score, said in (("before", b, before.said), ("after", a, after.said)):
+            for which, target in (("true", score.true), ("new", score.new)):
+                for key in ("nll", "probability", "greedy", "right"):
+                    row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
+            row[f"said_{when}"] = said[number] if said else None
+            row[f"exact_{when}"] = generation.exact(said[number], _answers(row)) if said and _answers(row) else None
+        row["kept"] = _kept(_wanted(b), _wanted(a))
+        rows.append(row)
+    for prompt, was, now in zip(case.generation, before.texts, after.texts, strict=False):
+        rows.append({"kind": GENERATION, "prompt": prompt, "text_before": was, "text_after": now})
+    return rows + [{"kind": REFERENCE, "prompt": text} for text in case.references if after.texts]
+
+
+def values_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """One case's value of every metric that applies, before and after, as PROTOCOL.NAME_before and _after."""
+    found: dict[str, float | None] = {}
+    for protocol in PROTOCOLS:
+        name = protocol.__name__.rsplit(".", 1)[-1]
+        name = "counterfact" if protocol is fluency else name
+        before, after = protocol.values(rows, "before"), protocol.values(rows, "after")
+        for metric in before:
+            for when, values in (("before", before), ("after", after)):
+                found[f"{name}.{metric}_{when}"] = values[metric]
+    return found
+
+
+def _answers(row: Row) -> list[str]:
+    """What a right answer may begin with."""
+    wanted = row["target_true"] if row["kind"] in (*STAY, DISTRACTED) else row["target_new"]
+    return [text for text in (wanted, *row["aliases"]) if text.strip()]
+
+
+def _wanted(score: ProbeScore) -> TargetScore:
+    """The score of the answer whose tokens are compared before and after."""
+    stays = score.probe.kind in (*STAY, DISTRACTED)
+    return score.true if stays and score.true is not None else score.new
+
+
+def _kept(before: TargetScore, after: TargetScore) -> float:
+    """Share of the argmax tokens at the target's positions that are as before (EasyEdit's locality)."""
+    return sum(b == a for b, a in zip(before.said, after.said, strict=True)) / len(before.said)

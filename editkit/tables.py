@@ -1,0 +1,74 @@
+"""From the lines of a benchmark's journals to its tables; from the journals of its shards to those of the whole.
+
+    cases.parquet    one row a probe
+    edits.parquet    one row a case: its edit and the value of every metric
+    summary.csv      one row a metric: mean over cases, n, 95 % interval
+
+The tables are a function of the lines, whatever their order: a run that was killed and gone on with, and shards of it
+put together, give the bytes of a run that was not.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from editkit.files import write_bytes, write_text
+from editkit.metrics.summary import Average, summary
+
+JOURNAL, CASES, EDITS, SUMMARY = "cases.jsonl", "cases.parquet", "edits.parquet", "summary.csv"
+Line = dict[str, Any]
+
+
+class Tables:
+    """The tables of a run from the lines of its journal, in the order of the data."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        ordered = sorted(lines, key=lambda line: line["index"])
+        self.measured = [line for line in ordered if "failed" not in line]
+        self.failed = [f"{line['case']}: {line['failed']}" for line in ordered if "failed" in line]
+        self.summary: dict[str, Average] = summary([line["values"] for line in self.measured])
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The summary as JSON."""
+        return {name: asdict(average) for name, average in self.summary.items()}
+
+    def edit(self) -> dict[str, Any]:
+        """What a record says of the edits: the largest rank, the mean norms, the spectra of the first."""
+        edits = [line["edit"] for line in self.measured]
+        means = {k: _mean([edit[k] for edit in edits]) for k in ("norm", "relative_norm", "seconds")}
+        return {"count": len({line["group"] for line in self.measured})} | {
+            "rank": max((edit["rank"] for edit in edits), default=None),
+            **means,
+            "spectra": next((edit["spectra"] for edit in edits if "spectra" in edit), []),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write the three tables. Raises OutputError."""
+        rows = [_whose(line) | row for line in self.measured for row in line["rows"]]
+        edits = [_whose(line) | _scalars(line["edit"]) | line["values"] for line in self.measured]
+        write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
+        write_bytes(folder / EDITS, pandas.DataFrame(edits).to_parquet(index=False))
+        write_text(folder / SUMMARY, self.csv())
+
+    def csv(self) -> str:
+        """The summary as text; the same lines give the same bytes."""
+        text = io.StringIO()
+        rows = [{"metric": name} | values for name, values in self.metrics().items()]
+        pandas.DataFrame(rows, columns=["metric", "mean", "n", "low", "high"]).to_csv(text, index=False)
+        return text.getvalue()
+
+
+def _whose(line: Line) -> dict[str, Any]:
+    return {"case": line["case"], "index": line["index"], "subject": line["subject"], "relation": line["relation"]}
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not isinstance(value, list | dict)}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

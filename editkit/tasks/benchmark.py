@@ -1,0 +1,186 @@
+"""task=benchmark and task=batch: edit each case alone, or several in one edit; measure before and after; restore.
+
+Each case is in the run folder's journal as soon as it is measured. `resume=true` with the same run folder goes on
+where a former run stopped, and ends with the same tables.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from editkit import report, results
+from editkit.arithmetic import spectra
+from editkit.data import load_cases
+from editkit.data.cases import Case
+from editkit.edit import Edit, weight_norm
+from editkit.errors import EditkitError, OutputError, ReversalError
+from editkit.facts import Fact
+from editkit.journal import Journal
+from editkit.metrics.audit import answers, audit
+from editkit.metrics.measure import Look, look, rows_of, values_of_rows
+from editkit.models.load import LanguageModel
+from editkit.report import console
+from editkit.settings import BenchmarkSettings, Config
+from editkit.snapshot import Snapshot
+from editkit.tables import JOURNAL, Tables
+from editkit.tasks.common import Clock, computing, described, load_model, plain, spectrum_beside
+
+EDITS, AUDITS = "edits", "audits"  # the folders of kept edits and of audits
+
+
+def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
+    """Run the task in `folder`. Raises EditkitError when nothing could be measured; the model is as it was.
+
+    A case that cannot be edited or measured is named in the record, counted, and left out.
+    """
+    clock, task = Clock(), config.task
+    cases = load_cases(config.data, seed=config.seed, distinct=task.size != 1)
+    lm = load_model(config)
+    digest = lm.digest
+    header = {
+        "config": {key: value for key, value in plain(config).items() if key != "resume"},
+        "model": digest,
+        "data": cases.digest,
+    }
+    with Journal(folder / JOURNAL, header, resume=config.resume) as journal:
+        about = f"{len(cases.cases)} of {cases.found} in {cases.source}"
+        say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
+        clock.lap("load")
+        whole = Snapshot.take(lm.model, [], everything=True)
+        bench = _Bench(lm, config, folder, journal)
+        numbered = list(zip(cases.indices, cases.cases, strict=True))
+        with tqdm(desc=task.name, total=len(numbered), initial=len(bench.done), unit="case", delay=1) as bar:
+            for number, members in enumerate(_groups(numbered, task.size)):
+                bench.group(number, members, bar.update)
+        clock.lap("edit_and_measure")
+        reversal = whole.verify().require()
+    tables = Tables(journal.lines)
+    tables.write(folder)
+    say(console.summary(tables.summary))
+    for text in (*map(str, cases.rejected), *tables.failed):
+        say(f"left out: {text}")
+    if not tables.measured:
+        raise EditkitError(f"None of the {len(cases.cases)} cases could be measured; the first: {tables.failed[0]}")
+    say(console.reversal(reversal))
+    record = results.Record(
+        task=task.name,
+        config=plain(config),
+        model=described(lm, digest),
+        edit=tables.edit(),
+        metrics=tables.metrics(),
+        reversal=asdict(reversal) | {"exact": reversal.exact},
+        timings=clock.all(),
+        environment=results.environment(lm),
+        data={
+            "source": cases.source,
+            "digest": cases.digest,
+            "found": cases.found,
+            "shard": config.data.shard,
+            "notes": cases.notes,
+            "rejected": [str(each) for each in cases.rejected],
+            "failed": tables.failed,
+        },
+    )
+    results.write_record(folder, record)
+    report.write(folder)
+    say(console.written(folder, record.timings["total"]))
+    return record
+
+
+Numbered = tuple[int, Case]  # the case, and its place in the data
+
+
+def _groups(cases: Sequence[Numbered], size: int | None) -> Iterator[list[Numbered]]:
+    size = size or len(cases)
+    for first in range(0, len(cases), size):
+        yield list(cases[first : first + size])
+
+
+class _Bench:
+    """Groups of cases, each edited together and measured one by one, and what they share."""
+
+    def __init__(self, lm: LanguageModel, config: Config, folder: Path, journal: Journal) -> None:
+        self.lm, self.config, self.folder, self.journal = lm, config, folder, journal
+        self.task: BenchmarkSettings = config.task
+        self.done = {line["index"] for line in journal.lines}
+        self.failed = {line["index"] for line in journal.lines if "failed" in line}
+        self.answers: list[str] | None = None  # of the unedited model to every fact, where there is an audit
+        self.compute = computing(lm, config)
+
+    def group(self, number: int, members: Sequence[Numbered], advance: Callable[[], object]) -> None:
+        """Edit the cases together and measure those that are not in the journal."""
+        befores = self._before(number, [member for member in members if member[0] not in self.done], advance)
+        together = [(index, case) for index, case in members if index not in self.failed]
+        if not befores:
+            return
+        try:
+            edit, about = self._edit(number, [fact for _, case in together for fact in case.facts], len(members) > 1)
+        except (OutputError, ReversalError):
+            raise
+        except EditkitError as error:
+            for index, case in together:
+                self._add(number, index, case, failed=str(error))
+                advance()
+            return
+        audited = self._audit(number, edit)
+        with edit.applied(self.lm, check=False, everything=False):
+            for index, case in together:
+                if index in befores:
+                    after = look(self.lm, case, self.task.measure, self.config.seed)
+                    rows = rows_of(case, befores[index], after)
+                    self._add(number, index, case, edit=about, rows=rows, values=values_of_rows(rows) | audited)
+                    advance()
+
+    def _before(self, number: int, todo: Sequence[Numbered], advance: Callable[[], object]) -> dict[int, Look]:
+        """What the unedited model says on each case; a case that cannot be asked is noted as failed."""
+        found: dict[int, Look] = {}
+        for index, case in todo:
+            try:
+                for fact in case.facts:
+                    fact.check_targets(self.lm)
+                found[index] = look(self.lm, case, self.task.measure, self.config.seed)
+            except EditkitError as error:
+                self._add(number, index, case, failed=str(error))
+                advance()
+        return found
+
+    def _edit(self, number: int, facts: Sequence[Fact], several: bool) -> tuple[Edit, dict[str, Any]]:
+        """The edit of a group and what its lines say of it; of a group that was begun before, the one that it had."""
+        path = self.folder / EDITS / f"{number}.safetensors"
+        lines = [line for line in self.journal.lines if line["group"] == number and "edit" in line]
+        if lines and path.exists():
+            return Edit.load(path), lines[0]["edit"]
+        began = time.perf_counter()
+        edit = Edit.load(path) if path.exists() else self.compute(facts)
+        about: dict[str, Any] = {
+            "rank": edit.rank,
+            "norm": edit.norm(),
+            "relative_norm": edit.norm() / weight_norm(self.lm, edit),
+            "seconds": round(time.perf_counter() - began, 4),
+        }
+        if several or self.task.keep_edits:
+            edit.save(path)
+        if number == 0:
+            about["spectra"] = [spectrum_beside(self.lm, each) for each in spectra(edit)]
+        return edit, about
+
+    def _audit(self, number: int, edit: Edit) -> dict[str, float | None]:
+        """How many other facts of the atlas a group's edit changes; its table is in the folder of audits."""
+        if not self.task.audit:
+            return {}
+        if self.answers is None:
+            self.answers = answers(self.lm)
+        found = audit(self.lm, edit, before=self.answers, progress=False)
+        results.write_table(self.folder / AUDITS / f"{number}.parquet", found.rows())
+        return {"audit.changed_after": len(found.changed)}
+
+    def _add(self, number: int, index: int, case: Case, **found: Any) -> None:
+        whose = {"index": index, "case": case.id, "group": number}
+        self.journal.append(whose | {"subject": case.fact.subject, "relation": case.relation} | found)
+        self.done.add(index)
+        if "failed" in found:
+            self.failed.add(index)

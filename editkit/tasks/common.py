@@ -1,0 +1,85 @@
+"""What the tasks share: the model of a configuration, a clock, and the configuration as JSON."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from editkit.arithmetic import Spectrum
+from editkit.edit import Edit
+from editkit.facts import Fact
+from editkit.methods import get_method
+from editkit.methods.common import shared_inputs
+from editkit.methods.transforms import TRANSFORMS
+from editkit.models.load import LanguageModel, load
+from editkit.nethook import get_parameter
+from editkit.settings import Config
+
+MOST_SINGULAR_VALUES = 2048  # of a weight: GPT-2 XL's 1,600 take a second on one core, and time grows with the cube
+
+
+class Clock:
+    """Seconds of each stretch of the run."""
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End a stretch; one of the same name grows."""
+        now = time.perf_counter()
+        self.laps[name] = round(self.laps.get(name, 0.0) + now - self.last, 4)
+        self.last = now
+
+    def all(self) -> dict[str, float]:
+        """Every stretch, and the total."""
+        return self.laps | {"total": round(time.perf_counter() - self.began, 4)}
+
+
+def load_model(config: Config) -> LanguageModel:
+    """The model that `config` names. Raises ModelError."""
+    return load(
+        config.model.name,
+        device=config.device,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        allow_pickle=config.model.allow_pickle,
+    )
+
+
+def computing(lm: LanguageModel, config: Config, *, progress: bool = False) -> Callable[[Sequence[Fact]], Edit]:
+    """The method of `config` as a function of facts alone; what its edits share is found now, on `lm` as it is."""
+    method = get_method(config.method_name).load()
+    options: dict[str, Any] = {"moments": config.moments}
+    options |= shared_inputs(lm, config.method, config.moments, config.seed, True)
+
+    def compute(facts: Sequence[Fact]) -> Edit:
+        edit: Edit = method(lm, list(facts), config.method, seed=config.seed, progress=progress, **options)
+        return TRANSFORMS[config.method.transform](lm, edit) if config.method.transform else edit
+
+    return compute
+
+
+def spectrum_beside(lm: LanguageModel, found: Spectrum) -> dict[str, Any]:
+    """The singular values of ΔW and, where that takes no more than seconds, of the unedited weight."""
+    weight = get_parameter(lm.model, found.parameter).detach()
+    base: list[float] = []
+    if min(weight.shape) <= MOST_SINGULAR_VALUES:
+        wide = weight.double().cpu() if weight.shape[0] <= weight.shape[1] else weight.double().cpu().T
+        base = torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).sqrt().flip(0).tolist()  # a fifth of an SVD's time
+    values, base = ([float(f"{value:.6g}") for value in row] for row in (found.values, base))
+    return {"parameter": found.parameter, "singular_values": values, "base_singular_values": base}
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as JSON, nested as on the command line."""
+    values = asdict(config)
+    return values | {"method": {"name": values.pop("method_name"), **values["method"]}}
+
+
+def described(lm: LanguageModel, digest: str) -> dict[str, str]:
+    """The model, for a record; `digest` is of the unedited one."""
+    return {"name": lm.name, "digest": digest, "dtype": str(lm.dtype).split(".")[-1], "device": str(lm.device)}

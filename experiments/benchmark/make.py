@@ -1,0 +1,134 @@
+"""The tables and curves of this study, from the folders of its two sweeps.
+
+    python experiments/benchmark/make.py SWEEP LIFELONG_SWEEP    # writes the JSON files and curves.png
+    python experiments/benchmark/make.py                         # prints the tables from the JSON files
+
+The JSON files keep every metric with its interval, and with what each run was made: commit, command, settings.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from editkit.files import write_text
+
+HERE = Path(__file__).parent
+COLUMNS = {
+    "S": "counterfact.S_after",
+    "ES": "counterfact.ES_after",
+    "PS": "counterfact.PS_after",
+    "unseen": "counterfact.unseen_PS_after",
+    "NS": "counterfact.NS_after",
+    "NS, distracted": "counterfact.NS_distracted_after",
+    "same subject": "counterfact.same_subject_after",
+    "follows": "counterfact.portability_after",
+    "said freely": "generation.rewrite_after",
+    "said, unseen": "generation.unseen_paraphrase_after",
+    "GE": "counterfact.GE_after",
+}
+CURVES = {
+    "ES of all edits so far": "retention.counterfact.ES_after",
+    "PS of all edits so far": "retention.counterfact.PS_after",
+    "NS of all edits so far": "retention.counterfact.NS_after",
+    "same subject, all so far": "retention.counterfact.same_subject_after",
+    "ES of the last stretch": "recent.counterfact.ES_after",
+    "untouched facts: true answer likelier": "untouched.counterfact.NS_after",
+}
+POINT = {"ES": "ES of all edits so far", "PS": "PS of all edits so far", "NS": "NS of all edits so far"}
+POINT |= {"recent ES": "ES of the last stretch", "untouched": "untouched facts: true answer likelier"}
+COLORS = {"rome": "#D55E00", "memit": "#0072B2", "alphaedit": "#009E73", "ft_l": "#CC79A7"}  # Okabe and Ito
+
+
+def read(sweep: Path) -> dict[str, Any]:
+    """{method: what its run found and was made with} of a sweep over methods."""
+    found = {}
+    for path in sorted(sweep.glob("*/record.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        environment = {key: record["environment"][key] for key in ("commit", "packages", "threads")}
+        # Where a run was started and what it wrote to does not decide what it found.
+        asked = [text for text in record["environment"]["command"][1:] if not text.startswith("hydra.")]
+        environment["command"] = " ".join(["python -m editkit.run", *asked])
+        kept = {key: record[key] for key in ("config", "metrics", "series", "timings", "edit", "reversal")}
+        kept["edit"] = {key: kept["edit"].get(key) for key in ("count", "rank", "norm", "relative_norm", "seconds")}
+        found[record["config"]["method"]["name"]] = kept | {"environment": environment, "model": record["model"]}
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Means over cases with half the width of their intervals."""
+    lines = ["| | " + " | ".join(COLUMNS) + " | seconds an edit |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for method, run in found.items():
+        cells = [_cell(run["metrics"].get(key)) for key in COLUMNS.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {run['edit']['seconds']:.2f} |")
+    n = [str(next(iter(found.values()))["metrics"].get(key, {}).get("n", "")) for key in COLUMNS.values()]
+    return "\n".join([*lines, "| n | " + " | ".join(n) + " | |"])
+
+
+def points(found: dict[str, Any]) -> str:
+    """The lifelong runs at some of their points."""
+    titles = [*POINT, "KL", "perplexity", "‖ΔW‖/‖W‖"]
+    lines = ["| | edits | " + " | ".join(titles) + " | collapsed |", "|---" * (len(titles) + 3) + "|"]
+    for method, run in found.items():
+        series = run["series"]
+        for point in [p for p in series if p["edits"] in (50, 100, 200, 300, 400) or p is series[-1]]:
+            cells = [_cell(point["metrics"].get(CURVES[key])) for key in POINT.values()]
+            cells += [f"{point['kl']:.2g}", f"{point['perplexity']:.3g}", f"{point['relative_norm']:.2f}"]
+            lines.append(f"| {method} | {point['edits']} | " + " | ".join(cells) + f" | {'yes' * point['collapsed']} |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The curves with their intervals as bands."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), sharex=True, constrained_layout=True)
+    flat = axes.ravel()
+    for axis, (title, key) in zip(flat, CURVES.items(), strict=False):
+        for method, run in found.items():
+            there = [(p["edits"], p["metrics"][key]) for p in run["series"] if key in p["metrics"]]
+            edits = [x for x, _ in there]
+            axis.plot(edits, [y["mean"] for _, y in there], color=COLORS[method], label=method, marker=".")
+            low, high = [y["low"] for _, y in there], [y["high"] for _, y in there]
+            axis.fill_between(edits, low, high, color=COLORS[method], alpha=0.15, linewidth=0)
+        axis.set(title=title, ylim=(-0.03, 1.03))
+    rest = {"KL on prose, nats a token": "kl", "‖ΔW‖/‖W‖": "relative_norm"}
+    for axis, (title, name) in zip(flat[len(CURVES) :], rest.items(), strict=True):
+        for method, run in found.items():
+            edits = [point["edits"] for point in run["series"]]
+            axis.plot(edits, [point[name] for point in run["series"]], color=COLORS[method], marker=".")
+        axis.set(title=title)
+    for axis in axes[1]:
+        axis.set_xlabel("edits")
+    flat[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found['mean']:.3f} ±{(found['high'] - found['low']) / 2:.3f}".replace("±0.", "±.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", type=Path, nargs="*", help="the folders of the two sweeps; none: print the tables")
+    sweeps = parser.parse_args().sweeps
+    if len(sweeps) not in (0, 2):
+        parser.error("give both sweeps, or none")
+    for sweep, name in zip(sweeps, ("benchmark", "lifelong"), strict=False):
+        text = json.dumps(read(sweep), indent=1, ensure_ascii=False) + "\n"
+        write_text(HERE / f"{name}.json", text)
+    benchmark, lifelong = (
+        json.loads((HERE / f"{name}.json").read_text(encoding="utf-8")) for name in ("benchmark", "lifelong")
+    )
+    if sweeps:
+        draw(lifelong, HERE / "curves.png")
+    print(table(benchmark), points(lifelong), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

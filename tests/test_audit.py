@@ -1,0 +1,91 @@
+"""The audit asks everything, names what changed, and says how near it was; against plain loops."""
+
+import pytest
+import torch
+
+from editkit import Fact, r_rome
+from editkit.corpora import Atlas, load_atlas
+from editkit.errors import EditkitError
+from editkit.facts import lookup_position
+from editkit.metrics.audit import answers, audit, nearness
+from editkit.models.tokens import generate, tokenise
+from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
+from tests.conftest import tiny_lm
+
+FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
+OTHERS = [Fact("{} is located in the city of", name, "Paris") for name in ("The Louvre", "Big Ben")]
+
+
+@pytest.fixture(scope="module")
+def edit(atlas_lm):
+    settings = RRomeSettings(contexts=ContextSettings(lengths=(4,), counts=(2,)))
+    return r_rome(atlas_lm, FACT, settings, moments=MomentSettings(tokens=3000), progress=False)
+
+
+def key(lm, module, fact):
+    """The input of `module` at the subject's last token, by a plain hook."""
+    rows, seen = tokenise(lm, [fact.text]), []
+    handle = lm.model.get_submodule(module).register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    with torch.inference_mode():
+        lm.model(**rows.inputs())
+    handle.remove()
+    return seen[0][0, lookup_position(rows, 0, fact.prompt, fact.subject)].double()
+
+
+def test_cosine_and_pull_are_those_of_a_plain_loop(atlas_lm, edit):
+    cosine, pull = nearness(atlas_lm, edit, [FACT, *OTHERS])
+    (delta,) = edit.deltas
+    own = key(atlas_lm, delta.module, FACT)
+    change = delta.left.double() @ delta.right.double()
+    for place, fact in enumerate([FACT, *OTHERS]):
+        k = key(atlas_lm, delta.module, fact)
+        assert cosine[place] == pytest.approx((k @ own / k.norm() / own.norm()).item(), abs=1e-6)
+        assert pull[place] == pytest.approx(((change @ k).norm() / (change @ own).norm()).item(), rel=1e-5)
+    assert cosine[0] == pytest.approx(1) and pull[0] == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    """A part of the atlas: everything of landmarks' cities and countries, and some more."""
+    whole = load_atlas()
+    kept = whole.by_relation["landmark_city"] + whole.by_relation["landmark_country"] + whole.facts[::25]
+    return Atlas(list(dict.fromkeys(kept)), whole.relations)
+
+
+@pytest.fixture(scope="module")
+def audited(atlas_lm, edit, atlas):
+    before = answers(atlas_lm, atlas, progress=False)
+    return before, audit(atlas_lm, edit, before=before, atlas=atlas, progress=False)
+
+
+def test_the_unedited_model_knows_its_world(audited, atlas):
+    before, found = audited
+    facts = atlas.facts
+    assert len(found.facts) == len(facts) == len(before)
+    right = sum(answer == fact.object for answer, fact in zip(before, facts, strict=True))
+    assert right / len(facts) > 0.98
+
+
+def test_the_edited_fact_has_changed_and_what_follows_is_named(audited):
+    _, found = audited
+    (edited,) = [fact for fact in found.facts if fact.edited]
+    assert (edited.subject, edited.before, edited.after, edited.changed) == ("The Eiffel Tower", "Paris", "Rome", True)
+    assert edited not in found.changed and len(found.changed) < 20
+    assert [fact.cosine for fact in found.facts] == sorted((fact.cosine for fact in found.facts), reverse=True)
+
+
+def test_answers_are_what_the_model_says_by_itself(atlas_lm, edit, audited, atlas):
+    """Of the nearest, the changed and some others: generated one by one."""
+    _, found = audited
+    some = [*found.facts[:5], *found.changed[:3], *found.facts[-5:]]
+    prompts = {(f.relation, f.subject, f.object): atlas.trained_pairs(f)[0].format(f.subject) for f in atlas.facts}
+    with edit.applied(atlas_lm):
+        for fact in some:
+            (said,) = generate(atlas_lm, [prompts[fact.relation, fact.subject, fact.object]], 12)
+            assert said.strip().startswith(fact.after)
+
+
+def test_a_model_that_does_not_know_the_atlas_is_refused(edit):
+    lm = tiny_lm("gpt2")
+    with pytest.raises(EditkitError, match="does not know this world"):
+        audit(lm, edit, before=["nothing"] * len(load_atlas().facts), progress=False)

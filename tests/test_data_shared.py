@@ -1,0 +1,147 @@
+"""The real files beside the checkout: every record is a case, and its prompts are the source's own, none lost."""
+
+import json
+
+import pytest
+
+from editkit.data import load_cases
+from editkit.data.cases import ATTRIBUTE, HOP, MULTI_HOP, NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, STAY
+from editkit.data.counterfact import TRAP
+from editkit.errors import DataError
+from editkit.settings import DataSettings
+
+# Records of each, by the folder's README.
+COUNTS = {
+    ("counterfact", "counterfact.json"): 560,
+    ("counterfact_flat", "counterfact_flat.json"): 1000,
+    ("zsre", "zsre.json"): 300,
+    ("zsre", "knowedit/zsre.json"): 100,
+    ("knowedit", "knowedit"): 290,
+    ("knowedit", "knowedit/wikibio.json"): 30,
+    ("mquake", "mquake.json"): 80,
+    ("known", "known_1000.json"): 1209,
+}
+
+
+def loaded(folder, name, file):
+    return load_cases(DataSettings(name, str(folder / file), bad="fail"))
+
+
+def raw(folder, file):
+    return json.loads((folder / file).read_text(encoding="utf-8"))
+
+
+def probes(cases, *kinds):
+    return [probe for case in cases for probe in case.probes if probe.kind in kinds]
+
+
+@pytest.mark.parametrize(("name", "file"), COUNTS)
+def test_every_record_is_a_case(shared_data, name, file):
+    found = loaded(shared_data, name, file)
+    assert len(found.cases) == found.found == COUNTS[name, file] and not found.rejected
+    assert len({case.id for case in found.cases}) == len(found.cases)
+    for case in found.cases:
+        rewrites = [probe for probe in case.probes if probe.kind == REWRITE]
+        assert [(p.prompt, p.target_true, p.target_new) for p in rewrites] == [
+            (fact.text, fact.target_true, fact.target_new) for fact in case.facts
+        ]
+        assert case.probes[: len(rewrites)] == tuple(rewrites)
+        for probe in case.probes:
+            assert probe.prompt.strip() and probe.wanted.strip() and "{}" not in probe.prompt
+            assert probe.wanted not in probe.aliases and all(probe.aliases)
+        assert all(text.strip() for text in case.generation)
+
+
+def test_counterfact_keeps_every_prompt(shared_data):
+    cases, records = loaded(shared_data, "counterfact", "counterfact.json").cases, raw(shared_data, "counterfact.json")
+    for kind, field in ((PARAPHRASE, "paraphrase"), (NEIGHBORHOOD, "neighborhood"), (ATTRIBUTE, "attribute")):
+        assert [p.prompt for p in probes(cases, kind)] == [p for r in records for p in r[f"{field}_prompts"]]
+    assert [case.generation for case in cases] == [tuple(r["generation_prompts"]) for r in records]
+    assert [case.id for case in cases] == [str(r["case_id"]) for r in records]
+
+
+def test_the_flat_file_gives_no_paraphrase(shared_data):
+    found = loaded(shared_data, "counterfact_flat", "counterfact_flat.json")
+    records = raw(shared_data, "counterfact_flat.json")
+    assert not probes(found.cases, PARAPHRASE) and found.notes == (TRAP,)
+    assert [case.generation for case in found.cases] == [(r["rephrase_prompt"],) for r in records]
+    assert [case.fact.text for case in found.cases] == [r["prompt"] for r in records]
+    assert {(p.kind, p.target_true) for p in probes(found.cases, *STAY)} == {
+        (NEIGHBORHOOD, r["locality_ground_truth"]) for r in records
+    }
+
+
+def test_zsre_asks_what_easyedit_asks(shared_data):
+    found, records = loaded(shared_data, "zsre", "zsre.json"), raw(shared_data, "zsre.json")
+    assert [case.fact.target_new for case in found.cases] == [r["alt"].strip() for r in records]
+    assert [p.prompt for p in probes(found.cases, NEIGHBORHOOD)] == [r["loc"] + "?" for r in records]
+    assert [p.target_new for p in probes(found.cases, PORTABILITY)] == [r["portability"]["New Answer"] for r in records]
+    same = [i for i, r in enumerate(records) if r["alt"].strip() in r["answers"]]
+    assert [i for i, case in enumerate(found.cases) if not case.fact.target_true] == same
+    assert found.notes[1].startswith(f"{len(same)} of 300 cases ({', '.join(map(str, same))}): ")
+
+
+def test_knowedit_keeps_every_question(shared_data):
+    for file in ("wiki_recent", "wiki_counterfact", "zsre", "wikibio"):
+        cases, records = (read(shared_data, f"knowedit/{file}.json") for read in (_cases, raw))
+        for kinds, field in (((PORTABILITY,), "portability"), (STAY, "locality")):
+            assert [(p.group, p.prompt) for p in probes(cases, *kinds)] == [
+                (group, asked["prompt"].strip())
+                for record in records
+                for group, all_asked in record.get(field, {}).items()
+                for asked in all_asked
+            ]
+
+
+def _cases(folder, file):
+    return loaded(folder, "knowedit", file).cases
+
+
+def test_nested_answers_of_wiki_recent(shared_data):
+    cases, records = (read(shared_data, "knowedit/wiki_recent.json") for read in (_cases, raw))
+    asked = [a for r in records for part in ("portability", "locality") for q in r[part].values() for a in q]
+    found = probes(cases, PORTABILITY, *STAY)
+    for probe, record in zip(found, asked, strict=True):
+        flat = [answer.strip() for answers in record["ground_truth"] for answer in answers]
+        assert probe.wanted == flat[0] and {probe.wanted, *probe.aliases} == set(flat)
+
+
+def test_mquake_asks_questions_and_hops(shared_data):
+    cases, records = loaded(shared_data, "mquake", "mquake.json").cases, raw(shared_data, "mquake.json")
+    assert [len(case.facts) for case in cases] == [len(r["requested_rewrite"]) for r in records]
+    assert [(p.prompt, p.target_new) for p in probes(cases, MULTI_HOP)] == [
+        (question.strip(), r["new_answer"]) for r in records for question in r["questions"]
+    ]
+    assert [(p.prompt, p.target_new, p.group) for p in probes(cases, PORTABILITY)] == [
+        (hop["question"], hop["answer"], HOP) for r in records for hop in r["new_single_hops"]
+    ]
+
+
+def test_known_prompts_are_the_longer_ones(shared_data):
+    cases, records = loaded(shared_data, "known", "known_1000.json").cases, raw(shared_data, "known_1000.json")
+    assert [case.fact.text for case in cases] == [r["prompt"] for r in records]
+    assert [case.fact.target_true for case in cases] == [r["attribute"] for r in records]
+    answers = {
+        relation: {r["attribute"] for r in records if r["relation_id"] == relation}
+        for relation in {r["relation_id"] for r in records}
+    }
+    for case in cases:
+        assert case.fact.target_new in answers[case.relation] or len(answers[case.relation]) == 1
+
+
+@pytest.mark.parametrize(
+    ("read_as", "file", "is_"),
+    [
+        ("zsre", "counterfact.json", "counterfact"),
+        ("counterfact", "counterfact_flat.json", "counterfact_flat"),
+        ("counterfact_flat", "counterfact.json", "counterfact"),
+        ("zsre", "counterfact_flat.json", "counterfact_flat"),
+        ("counterfact", "zsre.json", "zsre"),
+        ("counterfact", "mquake.json", "mquake"),
+        ("mquake", "known_1000.json", "known"),
+        ("counterfact", "knowedit", "knowedit"),
+    ],
+)
+def test_a_file_read_as_another_format(shared_data, read_as, file, is_):
+    with pytest.raises(DataError, match=f"They look like {is_}: try data={is_}"):
+        load_cases(DataSettings(read_as, str(shared_data / file)))

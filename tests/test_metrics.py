@@ -1,0 +1,332 @@
+"""Every metric against its value on paper, from a model whose next-token probabilities are a table written here."""
+
+import math
+import random
+from itertools import pairwise
+
+import numpy
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from editkit.data.cases import (
+    ATTRIBUTE,
+    MULTI_HOP,
+    NEIGHBORHOOD,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    SAME_SUBJECT,
+    UNSEEN,
+    Case,
+    Probe,
+)
+from editkit.facts import Fact
+from editkit.metrics.counterfact import score_probes
+from editkit.metrics.drift import Drift
+from editkit.metrics.fluency import consistency, ngram_entropy
+from editkit.metrics.generation import exact
+from editkit.metrics.measure import look, rows_of, values_of_rows
+from editkit.metrics.summary import RESAMPLES, summary
+from editkit.models.architecture import architecture_of
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import generate, go_on
+from editkit.settings import MeasureSettings
+from tests.conftest import tiny_lm
+from tests.families import SITES
+
+WORDS = ["<end>", "Tower", "Louvre", "is", "in", "lies", "was", "Rome", "Paris", "New", "York", "speaks", "has", "."]
+REST = 1e-12  # of every token that a row does not name, before it is normalised
+
+# P(next | last): all that this model knows.
+BEFORE = {
+    "in": {"Paris": 0.5, "Rome": 0.25, "New": 0.125, "York": 0.125},
+    "is": {"Rome": 0.5, "Paris": 0.5},
+    "lies": {"New": 0.5, "Paris": 0.3, "Rome": 0.2},
+    "New": {"York": 0.5, "Rome": 0.25, "Paris": 0.25},
+    "speaks": {"Paris": 0.75, "Rome": 0.25},
+    "has": {"Rome": 0.6, "Paris": 0.4},
+    "was": {"Paris": 0.9, "Rome": 0.1},
+    "Paris": {".": 1.0},
+    "Rome": {".": 1.0},
+    "York": {".": 1.0},
+    ".": {"<end>": 1.0},
+}
+AFTER = BEFORE | {
+    "in": {"Rome": 0.75, "Paris": 0.125, "New": 0.125},
+    "was": {"Paris": 0.4, "Rome": 0.6},
+    "lies": {"Paris": 0.6, "New": 0.4},
+    "speaks": {"Paris": 0.375, "Rome": 0.625},
+}
+
+
+def table_lm(table):
+    """A GPT-2 without blocks to speak of: the residual is the token's own axis, and the head reads the table."""
+    size = len(WORDS)
+    config = GPT2Config(vocab_size=size, n_embd=size, n_layer=1, n_head=1, n_positions=64, tie_word_embeddings=False)
+    model = GPT2LMHeadModel(config).eval()
+    rows = torch.full((size, size), REST, dtype=torch.float64)
+    for last, found in table.items():
+        for word, p in found.items():
+            rows[WORDS.index(last), WORDS.index(word)] = p
+    log_p = (rows / rows.sum(1, keepdim=True)).log()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.wte.weight.copy_(10 * torch.eye(size))
+        # Layer norm of 10 e_t is s (e_t − 1/size) with s = 10 / its standard deviation; a bias makes it s e_t.
+        deviation = math.sqrt(100 / size - (10 / size) ** 2 + config.layer_norm_epsilon)
+        model.transformer.ln_f.weight.fill_(1)
+        model.transformer.ln_f.bias.fill_(10 / deviation / size)
+        model.lm_head.weight.copy_((log_p.T * deviation / 10).float())
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<end>", eos_token="<end>", pad_token="<end>")
+    return LanguageModel("table", model, tokenizer, architecture_of("gpt2"))
+
+
+FACT = Fact("The {} is in", "Tower", "Rome", "Paris")
+CASE = Case(
+    (FACT,),
+    (
+        Probe(REWRITE, "Tower in", "Paris", "Rome"),
+        Probe(PARAPHRASE, "Tower was", "Paris", "Rome"),
+        Probe(PARAPHRASE, "Tower is", "Paris", "Rome"),  # a tie
+        Probe(UNSEEN, "Tower has", "Paris", "Rome"),
+        Probe(NEIGHBORHOOD, "Louvre speaks", "Paris", "Rome"),
+        Probe(NEIGHBORHOOD, "Louvre was", "Paris", "Rome"),
+        Probe(SAME_SUBJECT, "Tower speaks", "Paris", "Rome"),  # said before
+        Probe(SAME_SUBJECT, "Tower has", "Paris", "Rome"),  # not said before
+        Probe(PORTABILITY, "Tower was", "Paris", "Rome"),  # said before
+        Probe(PORTABILITY, "Tower has", "Paris", "Rome"),  # not said before: not asked
+        Probe(ATTRIBUTE, "Louvre in", "Paris", "Rome"),
+        Probe(MULTI_HOP, "Tower lies", "Paris", "York", ("New York",)),
+        Probe(MULTI_HOP, "Tower speaks", "Paris", "York"),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def values():
+    settings = MeasureSettings(generate=1, fluency=0, distracted=False)
+    before, after = (look(table_lm(table), CASE, settings) for table in (BEFORE, AFTER))
+    rows = rows_of(CASE, before, after)
+    return values_of_rows(rows), rows
+
+
+def test_nll_is_a_mean_over_tokens_and_probability_a_product():
+    probes = [Probe(REWRITE, "Tower lies", "New York", "Paris"), Probe(REWRITE, "Tower in", "New York", "Rome")]
+    long, short = score_probes(table_lm(BEFORE), probes)
+    assert long.true.nll == pytest.approx(math.log(2), rel=1e-5)  # (ln 2 + ln 2) / 2
+    assert long.true.probability == pytest.approx(1 / 4, rel=1e-5)
+    assert short.true.nll == pytest.approx((math.log(8) + math.log(2)) / 2, rel=1e-5)
+    assert short.true.probability == pytest.approx(1 / 16, rel=1e-5)
+    # Summed, New York would lose to Rome by 4; a token, it is ln 4 against ln 4.
+    assert short.new.nll == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_a_tie_fails_in_both_directions():
+    (tie,) = score_probes(table_lm(BEFORE), [Probe(REWRITE, "Tower is", "Paris", "Rome")])
+    assert tie.true.nll == tie.new.nll and not tie.new_wins and not tie.true_wins
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("counterfact.ES", 0, 1),
+        ("counterfact.EM", 0.25 - 0.5, 0.75 - 0.125),
+        ("counterfact.EA", 0, 1),
+        ("counterfact.PS", 0, 0.5),  # the tie never counts
+        ("counterfact.PM", (0.1 - 0.9) / 2, (0.6 - 0.4) / 2),
+        ("counterfact.unseen_PS", 1, 1),
+        ("counterfact.NS", 1, 0),
+        ("counterfact.NM", (0.5 + 0.8) / 2, (0.375 - 0.625 + 0.4 - 0.6) / 2),
+        ("counterfact.NA", 1, 0),
+        ("counterfact.same_subject", 0.5, 0),  # of the one that was said before
+        ("counterfact.portability", 0, 1),
+        ("counterfact.attribute", 0.25, 0.75),
+        ("zsre.efficacy", 0, 1),
+        ("zsre.specificity", 1, 0),
+        ("easyedit.reliability", 0, 1),
+        ("easyedit.portability", 0.5, 1),
+        ("easyedit.locality", 1, 0),
+        ("generation.rewrite", 0, 1),
+        ("generation.neighborhood", 1, 0),
+        ("generation.portability", 0.5, 1),
+        ("mquake.multi_hop", 1, 0),  # "New York" is an alias, said before after the first of two questions
+    ],
+)
+def test_on_paper(values, name, before, after):
+    found, _ = values
+    assert found[f"{name}_before"] == pytest.approx(before, abs=1e-5)
+    assert found[f"{name}_after"] == pytest.approx(after, abs=1e-5)
+
+
+def test_teacher_forced_tokens_are_counted_one_by_one(values):
+    case = Case(
+        (FACT,), (Probe(REWRITE, "Tower lies", "Paris", "New Rome"), Probe(NEIGHBORHOOD, "in", "New York", "Rome"))
+    )
+    settings = MeasureSettings(generate=0, fluency=0, distracted=False)
+    table = BEFORE | {"lies": {"New": 0.6, "Paris": 0.4}, "New": {"York": 0.6, "Rome": 0.4}}
+    moved = table | {"New": {"York": 0.4, "Rome": 0.6}}
+    before, after = (look(table_lm(t), case, settings) for t in (table, moved))
+    found = values_of_rows(rows_of(case, before, after))
+    assert (found["zsre.efficacy_before"], found["zsre.efficacy_after"]) == (0.5, 1.0)  # New right, Rome not yet
+    assert (found["zsre.specificity_before"], found["zsre.specificity_after"]) == (0.5, 0.0)
+    assert found["easyedit.locality_after"] == 0.5  # Paris at the first token as before; York has become Rome
+    assert found["generation.rewrite_before"] is None
+
+
+def test_an_unknown_truth_is_judged_by_what_is_said():
+    case = Case((FACT,), (Probe(REWRITE, "Tower in", "", "Rome"),))
+    before, after = (look(table_lm(t), case, MeasureSettings(fluency=0)) for t in (BEFORE, AFTER))
+    found = values_of_rows(rows_of(case, before, after))
+    assert (found["counterfact.ES_before"], found["counterfact.ES_after"]) == (0, 1)
+    assert found["counterfact.EM_after"] is None
+
+
+def test_distracted_neighbors_have_the_new_fact_in_front(values):
+    case = Case((FACT,), (Probe(NEIGHBORHOOD, "Louvre was", "Paris", "Rome"),))
+    before, after = (look(table_lm(t), case, MeasureSettings(generate=0, fluency=0)) for t in (BEFORE, AFTER))
+    rows = rows_of(case, before, after)
+    assert [row["prompt"] for row in rows] == ["Louvre was", "The Tower is in Rome. Louvre was"]
+    assert values_of_rows(rows)["counterfact.NS_distracted_before"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "right"),
+    [
+        (" Rome is a city", ["Rome"], True),
+        (" rome.", ["Rome"], True),
+        ("  New\nYork,", ["New York"], True),
+        (" Romeo", ["Rome"], False),
+        (" the city of Rome", ["Rome"], False),
+        (" UK", ["United Kingdom", "UK"], True),
+        (" U.K. and", ["U.K."], True),
+        ("", ["Rome"], False),
+    ],
+)
+def test_an_exact_match_begins_with_the_answer(said, answers, right):
+    assert exact(said, answers) is right
+
+
+def test_entropy_on_paper():
+    # a b a b a: bigrams ab ba ab ba, one bit; trigrams aba bab aba, log2 3 − 2/3
+    h3 = math.log2(3) - 2 / 3
+    assert ngram_entropy("a b a b a") == pytest.approx((2 / 3 * 1 + 4 / 3 * h3) / 2)
+    assert ngram_entropy("word " * 50) == 0 and ngram_entropy("") == 0
+    text = " ".join(random.Random(0).choices("abcdefgh", k=200))
+    words = text.split()
+    by_hand = []
+    for grams in (list(pairwise(words)), list(zip(words, words[1:], words[2:], strict=False))):
+        shares = [grams.count(gram) / len(grams) for gram in set(grams)]
+        by_hand.append(-sum(p * math.log2(p) for p in shares))
+    assert ngram_entropy(text) == pytest.approx((2 / 3 * by_hand[0] + 4 / 3 * by_hand[1]) / 2)
+
+
+def test_consistency_on_paper():
+    # "rome" in both references: weight 1; "old" and "big" in one of two: ln(3/2) + 1
+    w = math.log(3 / 2) + 1
+    references, texts = ["Rome old", "Rome big"], ["rome rome old unknown"]
+    expected = (2 * 2 + w * w) / (math.hypot(2, w) * math.hypot(2, w, w))
+    assert consistency(texts, references) == pytest.approx(expected)
+    assert consistency(references, references) == pytest.approx(1) and consistency(["nothing"], references) == 0
+
+
+def test_texts_are_scored_where_there_are_prompts_and_references():
+    case = Case(
+        (FACT,), (Probe(REWRITE, "Tower in", "Paris", "Rome"),), generation=("Tower in",), references=("Rome .",)
+    )
+    before, after = (look(table_lm(t), case, MeasureSettings(fluency=2)) for t in (BEFORE, AFTER))
+    rows = rows_of(case, before, after)
+    assert before.texts[0].startswith("Tower in") and len(rows) == 3
+    found = values_of_rows(rows)
+    assert found["counterfact.GE_before"] > 0 and found["counterfact.RS_after"] is not None
+
+
+# --- averages -----------------------------------------------------------------------------------------------------
+
+
+def test_averages_are_over_cases_and_leave_out_those_without_a_value():
+    found = summary([{"a": 1.0, "b": None}, {"a": 0.0, "b": 0.5}, {"a": None, "b": None}, {"a": 0.5}])
+    assert found["a"].mean == 0.5 and found["a"].n == 3
+    assert found["b"].mean == 0.5 and found["b"].n == 1 and found["b"].low == found["b"].high == 0.5
+    assert "c" not in summary([{"c": None}]) and summary([]) == {}
+
+
+def test_intervals_are_those_of_a_plain_bootstrap():
+    rng = random.Random(1)
+    values = [rng.random() if rng.random() < 0.8 else None for _ in range(40)]
+    (found,) = summary([{"a": v} for v in values]).values()
+    drawn = numpy.random.default_rng(0).integers(40, size=(RESAMPLES, 40))
+    means = []
+    for resample in drawn:
+        there = [values[i] for i in resample if values[i] is not None]
+        means.append(sum(there) / len(there))
+    low, high = numpy.quantile(means, [0.025, 0.975])
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_s_is_the_harmonic_mean_of_the_averages():
+    cases = [{f"counterfact.{k}_after": v for k, v in zip(("ES", "PS", "NS"), row, strict=True)} for row in
+             ((1.0, 0.5, 0.75), (1.0, 1.0, 0.25), (0.0, 0.0, 1.0))]  # fmt: skip
+    found = summary(cases)["counterfact.S_after"]
+    assert found.mean == pytest.approx(3 / (1 / (2 / 3) + 1 / 0.5 + 1 / (2 / 3))) and found.n == 3
+    drawn = numpy.random.default_rng(0).integers(3, size=(RESAMPLES, 3))
+    columns = numpy.array([list(case.values()) for case in cases])
+    each = []
+    for resample in drawn:
+        means = columns[resample].mean(0)
+        each.append(3 / (1 / means).sum() if (means > 0).all() else 0.0)
+    assert (found.low, found.high) == tuple(pytest.approx(q) for q in numpy.quantile(each, [0.025, 0.975]))
+
+
+# --- side by side -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [family for family in SITES if family != "mixtral"])
+def test_continuations_side_by_side_are_those_one_by_one(family):
+    lm = tiny_lm(family)
+    prompts = ["Rome", "The capital of France is", "A long prompt about nothing in particular goes on", "It"]
+    assert go_on(lm, prompts, 6) == generate(lm, prompts, 6)
+
+
+def test_sampling_is_seeded_and_leaves_the_global_state(atlas_lm):
+    prompts = ["Rome is", "The capital of France"]
+    state = torch.random.get_rng_state()
+    first, again, other = (go_on(atlas_lm, prompts, 12, top_k=5, seed=s) for s in (3, 3, 4))
+    assert first == again != other and torch.equal(state, torch.random.get_rng_state())
+
+
+# --- drift --------------------------------------------------------------------------------------------------------
+
+
+def test_drift_is_that_of_a_plain_loop(atlas_lm):
+    drift = Drift.take(atlas_lm, tokens=384, length=64)
+    weight = atlas_lm.model.transformer.h[2].mlp.c_proj.weight
+    held = weight.detach().clone()
+    before = [_log_p(atlas_lm, ids) for ids in drift.blocks]
+    try:
+        with torch.no_grad():
+            weight.mul_(1.3)
+        after, found = [_log_p(atlas_lm, ids) for ids in drift.blocks], drift.measure(atlas_lm)
+    finally:
+        with torch.no_grad():
+            weight.copy_(held)
+    kl, nll, n = 0.0, 0.0, 0
+    for p, q, ids in zip(before, after, drift.blocks.tolist(), strict=True):
+        for place in range(len(ids) - 1):
+            kl += sum(math.exp(a) * (a - b) for a, b in zip(p[place].tolist(), q[place].tolist(), strict=True))
+            nll -= q[place][ids[place + 1]].item()
+            n += 1
+    assert n == 6 * 63
+    assert found["kl"] == pytest.approx(kl / n, rel=1e-4) and found["kl"] > 1e-4
+    assert found["perplexity"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+    same = drift.measure(atlas_lm)
+    assert same["kl"] == pytest.approx(0, abs=1e-9) and same["perplexity"] == pytest.approx(drift.perplexity)
+
+
+def _log_p(lm, ids):
+    with torch.inference_mode():
+        return lm.model(ids[None]).logits[0].double().log_softmax(-1)
