@@ -140,7 +140,7 @@ def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
         "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
         "column, and every run whose interval reaches it.", "note"), Charts(drawn)]  # fmt: skip
     for protocol, own in metrics.items():
-        title = words.PROTOCOLS.get(protocol, protocol)
+        title = words.protocol(protocol)
         columns = ["run", "n", *(name.rpartition(".")[2] for name in own)]
         best = {name: _best([_after(run, name) for run in runs], words.meaning(name).better) for name in own}
         rows_: list[list[Any]] = []

@@ -6,7 +6,7 @@ from typing import Any
 from editkit.metrics.summary import summary
 from editkit.report.read import Average, finite
 
-HEADLINE = ("counterfact.ES", "counterfact.PS", "counterfact.NS")
+HEADLINE = ("ES", "PS", "NS")
 
 
 def average(values: Iterable[object]) -> Average | None:
@@ -26,10 +26,10 @@ def by(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[dict[str, An
 def headline(names: Iterable[str]) -> list[str]:
     """The metrics to show first: ES, PS and NS where they are, else the first three of the first protocol."""
     known = list(names)
-    found = [name for name in HEADLINE if name in known]
-    if found or not known:
-        return found
-    protocol = known[0].rpartition(".")[0]
+    for prefix in ("counterfact.", "retention.counterfact.", "retention."):
+        if found := [prefix + name for name in HEADLINE if prefix + name in known]:
+            return found
+    protocol = known[0].rpartition(".")[0] if known else ""
     return [name for name in known if name.rpartition(".")[0] == protocol][:3]
 
 

@@ -102,7 +102,7 @@ def scores(run: Run) -> list[Any]:
         protocols.setdefault(metric.protocol, []).append(metric)
     drawn, tables = [], []
     for protocol, metrics in protocols.items():
-        title = words.PROTOCOLS.get(protocol, protocol)
+        title = words.protocol(protocol)
         drawn += _score_charts(title, [m for m in metrics if words.meaning(m.name).unit == words.SHARE])
         rows = [(m.name.rpartition(".")[2], m.before, m.after, _n(m), words.meaning(m.name).text) for m in metrics]
         tables.append(Table(("metric", "before", "after", "n", "what it is"), rows, title, stacked=True))
