@@ -98,6 +98,8 @@ def test_a_sweep_leaves_one_table(tmp_path):
     table = pandas.read_csv(path)
     assert len(table) == 4 and {"method.layer", "seed", "ES_after", "NS_after", "reversal_exact"} <= set(table.columns)
     assert table.reversal_exact.all() and sorted(table["method.layer"].unique()) == [3, 4]
+    page = tmp_path / done.stdout.splitlines()[-2]
+    assert page.name == "report.html" and "4 runs compared" in page.read_text(encoding="utf-8")
 
 
 def test_a_failing_job_does_not_stop_a_sweep(tmp_path):

@@ -119,7 +119,7 @@ def whiskers(
     title: str,
     groups: Sequence[tuple[str, Sequence[Average | None]]],
     series: Sequence[str],
-    axis: str = "mean over cases, with its 95 % interval",
+    axis: str = "",
     note: str = "",
     *,
     share: bool = True,
@@ -134,6 +134,7 @@ def whiskers(
     aside = widest <= LABEL  # short names stand left of their marks, long ones above
     left, right, step = (widest + 14 if aside else 8), WIDTH - 58, 15
     found = [a for _, averages in groups for a in averages if a is not None and a.mean is not None]
+    axis = axis or ("mean over cases, with its 95 % interval" if any(a.low is not None for a in found) else "mean")
     ends = [v for a in found for v in (a.mean, a.low, a.high) if v is not None] or [0.0, 1.0]
     scale = Scale(*covering(ends, share=share), left, right)
     several = len(series) > 1
@@ -327,7 +328,7 @@ def heat_map(
             drawing.text(x + 3, bottom + 10, clip(columns[j], 66), "muted", anchor="end", tilt=-55, tip=columns[j])
         else:
             drawing.text(x, bottom + 13, clip(columns[j], cell * every), "muted", anchor="middle", tip=columns[j])
-    drawing.text(left + cell * len(columns) / 2, bottom + room + 16, x_name, "muted", anchor="middle")
+    drawing.x_name(left + cell * len(columns) / 2, bottom + room + 16, x_name)
     table: list[tuple[object, ...]] = [(name, *line) for name, line in zip(rows, values, strict=True)]
     return Chart(title, drawing.svg(), ("", *columns), table, note)
 

@@ -140,20 +140,26 @@ def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
         "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
         "column, and every run whose interval reaches it.", "note"), Charts(drawn)]  # fmt: skip
     for protocol, own in metrics.items():
-        title = words.PROTOCOLS.get(protocol, protocol)
+        title = words.protocol(protocol)
         columns = ["run", "n", *(name.rpartition(".")[2] for name in own)]
         best = {name: _best([_after(run, name) for run in runs], words.meaning(name).better) for name in own}
         rows_: list[list[Any]] = []
         for label, found in _unedited(runs, own):
-            rows_.append([label, max((a.n or 0 for a in found if a), default=0) or None, *found])
+            rows_.append([label, _counts(found), *found])
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
             values = [_after(run, metric) for metric in own]
             if not any(values):
                 continue
             cells = [Best(v) if i in best[m] else v for m, v in zip(own, values, strict=True)]
-            rows_.append([name, max((v.n or 0 for v in values if v), default=0) or None, *cells])
+            rows_.append([name, _counts(values), *cells])
         blocks.append(Table(columns, rows_, title))
     return blocks
+
+
+def _counts(averages: Sequence[Average | None]) -> int | str | None:
+    """n of a row; its least and greatest where its metrics have different ones."""
+    found = sorted({a.n for a in averages if a is not None and a.n})
+    return None if not found else found[0] if len(found) == 1 else f"{found[0]:,}–{found[-1]:,}"
 
 
 def _after(run: Run, name: str) -> Average | None:

@@ -23,7 +23,7 @@ def edit_sections(run: Run) -> list[Section]:
         Section("fact", "The fact", _fact(run)),
         Section("probabilities", "Before and after", _probes(run)),
         Section("says", "What the model says", _says(run)),
-        Section("update", "The update", [*_update(run), *update_blocks(run)]),
+        Section("update", "The update", _update(run)),
     ]
 
 
@@ -95,7 +95,7 @@ def _says(run: Run) -> list[Any]:
         if look.get("continuation") is not None:
             spoken.append((when, str(look["continuation"])))
     blocks: list[Any] = [Charts(drawn)] if drawn else []
-    return blocks + ([Table(("", "continuation (greedy)"), spoken, stacked=True)] if spoken else [])
+    return blocks + ([Table(("when", "continuation (greedy)"), spoken, stacked=True)] if spoken else [])
 
 
 def _token(token: object) -> str:
@@ -134,6 +134,7 @@ def _update(run: Run) -> list[Any]:
             (x.get("layer"), finite(x.get("written")), finite(x.get("missing")), x.get("null_space")) for x in layers
         ]
         blocks.append(Table(("block", "share of the residual written", "‖residual‖", "null space"), written))
+    drawn += spectra(run)
     return blocks + ([Charts(drawn)] if drawn else [])
 
 
@@ -151,7 +152,7 @@ def _loss(report: dict[str, Any], number_of: int, count: int) -> charts.Chart | 
     return charts.lines(title, curves, "step", "nats (log scale)", log=True) if curves else None
 
 
-def update_blocks(run: Run) -> list[Any]:
+def spectra(run: Run) -> list[charts.Chart]:
     """Spectra of the update's weights, where the record holds them."""
     drawn = []
     for found in run.record["edit"].get("spectra") or []:
@@ -163,4 +164,4 @@ def update_blocks(run: Run) -> list[Any]:
         )
         if change:
             drawn.append(charts.spectrum(str(found.get("parameter") or "?"), change, base))
-    return [Charts(drawn)] if drawn else []
+    return drawn

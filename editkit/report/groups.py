@@ -3,23 +3,16 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from editkit.metrics.summary import summary
 from editkit.report.read import Average, finite
 
-HEADLINE = ("counterfact.ES", "counterfact.PS", "counterfact.NS")
-RESAMPLES = 1000
+HEADLINE = ("ES", "PS", "NS")
 
 
-def average(values: Iterable[object], seed: int = 0) -> Average | None:
-    """The mean of the numbers among `values` and its 95 % percentile bootstrap interval; None without any."""
-    import numpy
-
-    found = numpy.array([v for v in map(finite, values) if v is not None])
-    if not len(found):
-        return None
-    generator = numpy.random.default_rng(seed)
-    means = [found[generator.integers(len(found), size=len(found))].mean() for _ in range(RESAMPLES)]
-    low, high = numpy.quantile(means, [0.025, 0.975])
-    return Average(float(found.mean()), len(found), float(low), float(high))
+def average(values: Iterable[object]) -> Average | None:
+    """The mean of the numbers among `values` with the interval of `metrics.summary`; None without any."""
+    found = summary([{"value": finite(value)} for value in values]).get("value")
+    return None if found is None else Average(found.mean, found.n, found.low, found.high)
 
 
 def by(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[dict[str, Any]]]:
@@ -33,10 +26,10 @@ def by(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[dict[str, An
 def headline(names: Iterable[str]) -> list[str]:
     """The metrics to show first: ES, PS and NS where they are, else the first three of the first protocol."""
     known = list(names)
-    found = [name for name in HEADLINE if name in known]
-    if found or not known:
-        return found
-    protocol = known[0].rpartition(".")[0]
+    for prefix in ("counterfact.", "retention.counterfact.", "retention."):
+        if found := [prefix + name for name in HEADLINE if prefix + name in known]:
+            return found
+    protocol = known[0].rpartition(".")[0] if known else ""
     return [name for name in known if name.rpartition(".")[0] == protocol][:3]
 
 

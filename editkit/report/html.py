@@ -142,9 +142,8 @@ def _environment() -> jinja2.Environment:
 def _numeric_columns(table: Any) -> set[int]:
     """The columns of numbers (and –): set to the right."""
     rows = table["rows"] if isinstance(table, dict) else table.rows
-    known = [{i for i, value in enumerate(row) if value is not None} for row in rows]
-    words = {i for row, here in zip(rows, known, strict=True) for i in here if not _numeric(row[i])}
-    return set().union(*known) - words
+    words = {i for row in rows for i, value in enumerate(row) if value is not None and not _numeric(value)}
+    return set(range(max(map(len, rows), default=0))) - words
 
 
 def _numeric(value: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from editkit.report import again, charts, groups, words
 from editkit.report.compare import published_blocks
-from editkit.report.edit_parts import edit_sections, probe_table, update_blocks
+from editkit.report.edit_parts import edit_sections, probe_table, spectra
 from editkit.report.html import Charts, Fold, Page, Pairs, Section, Table, Text, Tiles, cell
 from editkit.report.lifelong_parts import lifelong_sections
 from editkit.report.read import Average, Metric, Run, finite
@@ -89,7 +89,7 @@ def _measured(run: Run) -> list[Section]:
         Section("scores", "Scores", scores(run)),
         Section("probabilities", "Before and after", _probabilities(run)),
         Section("relations", "By relation", _relations(run)),
-        Section("update", "Size of the updates", [*_sizes(run), *update_blocks(run)]),
+        Section("update", "Size of the updates", _sizes(run)),
         Section("worst", "Worst cases", _worst(run)),
         Section("rejected", "Rejected records", _rejected(run)),
     ]
@@ -102,7 +102,7 @@ def scores(run: Run) -> list[Any]:
         protocols.setdefault(metric.protocol, []).append(metric)
     drawn, tables = [], []
     for protocol, metrics in protocols.items():
-        title = words.PROTOCOLS.get(protocol, protocol)
+        title = words.protocol(protocol)
         drawn += _score_charts(title, [m for m in metrics if words.meaning(m.name).unit == words.SHARE])
         rows = [(m.name.rpartition(".")[2], m.before, m.after, _n(m), words.meaning(m.name).text) for m in metrics]
         tables.append(Table(("metric", "before", "after", "n", "what it is"), rows, title, stacked=True))
@@ -185,6 +185,7 @@ def _sizes(run: Run) -> list[Any]:
             middle = sorted(values)[len(values) // 2]
             note = f"Median {number(middle)}, least {number(min(values))}, greatest {number(max(values))}."
             drawn.append(charts.histogram(label, values, label, note))
+    drawn += spectra(run)
     return [Charts(drawn)] if drawn else []
 
 

@@ -32,7 +32,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return "–"
     size = abs(value)
     if size >= 1e9 or 0 < size < 1e-4:
-        return f"{value:.{digits - 2}e}"
+        return f"{value:.{digits - 1}g}"
     if value == int(value) or size >= 10**digits:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
@@ -172,11 +172,18 @@ class Drawing:
 
     def x_axis(self, scale: Scale, top: float, bottom: float, name: str, ticks: Sequence[float] | None = None) -> None:
         """Grid lines from `top` to `bottom`, numbers below, the quantity's name below them."""
-        for tick in scale.ticks() if ticks is None else ticks:
-            x = scale(tick)
+        if ticks is None:
+            widest = max((text_width(number(tick)) for tick in scale.ticks()), default=0)
+            ticks = scale.ticks(max(44, widest + 16))
+        for tick in ticks:
+            x, half = scale(tick), text_width(number(tick)) / 2
             self.line(x, top, x, bottom, "grid")
-            self.text(x, bottom + 14, number(tick), "muted", anchor="middle")
-        self.text((scale.start + scale.end) / 2, bottom + 29, clip(name, self.width - 8), "muted", anchor="middle")
+            self.text(min(x, self.width - half), bottom + 14, number(tick), "muted", anchor="middle")
+        self.x_name((scale.start + scale.end) / 2, bottom + 29, name)
+
+    def x_name(self, middle: float, y: float, name: str) -> None:
+        """The name of what runs along x, around `middle` as far as the drawing goes."""
+        self.text(middle, y, clip(name, 2 * min(middle, self.width - middle)), "muted", anchor="middle", tip=name)
 
     def y_axis(self, scale: Scale, left: float, right: float, name: str) -> None:
         """Grid lines, numbers left of them, the quantity's name above."""
