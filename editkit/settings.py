@@ -91,6 +91,7 @@ class ValueSettings(MethodSettings):
     stop_loss: float = 0.05  # stop when the loss falls under this
     contexts: ContextSettings = field(default_factory=ContextSettings)
     engine: str = "replay"  # replay: only the work that δ changes; full: every row, token and block, as the reference
+    cache: bool = False  # keep values on disk, and read them where all that they depend on is the same
 
     def __post_init__(self) -> None:
         super().__post_init__()

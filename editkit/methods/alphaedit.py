@@ -52,7 +52,7 @@ def alphaedit(
     templates = given_or_drawn(lm, contexts, settings.contexts, seed)
     aim = lm.architecture.aim(layers[-1])
     sites = [lm.architecture.down(layers[-1])]
-    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress)
+    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress, weights=base.digest)
 
     def solve(layer: int, keys: Tensor) -> Tensor:
         name = lm.architecture.down(layer)

@@ -77,7 +77,7 @@ def _write(
     templates = given_or_drawn(lm, contexts, settings.contexts, seed)
     aim = lm.architecture.aim(layers[-1])
     sites = [lm.architecture.down(layers[-1])]
-    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress)
+    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress, weights=base.digest)
     weight = settings.moment_weight
     assert weight is not None  # resolved
 

@@ -39,7 +39,7 @@ def pmet(
     base = base_of(lm)
     factored, described = factor_moments(lm, layers, moments, seed, progress)
     templates = given_or_drawn(lm, contexts, settings.contexts, seed)
-    weight, stop_kl = settings.moment_weight, settings.stop_kl
+    weight = settings.moment_weight
     assert weight is not None  # resolved
 
     down = lm.architecture.down(layers[-1])
@@ -53,8 +53,9 @@ def pmet(
         settings,
         templates,
         progress,
+        weights=base.digest,
         said_weight=settings.said_weight,
-        stop=lambda said, kl: said & (kl <= stop_kl),
+        stop_kl=settings.stop_kl,
     )
     deltas, _, written = spread(
         lm,

@@ -58,7 +58,7 @@ def rome(
     updates: list[Update] = []
     with ExitStack() as undo:  # earlier facts stay applied while the later ones are computed
         for number, fact in enumerate(facts):
-            updates += _updates(lm, [fact], given, progress)
+            updates += _updates(lm, [fact], given, progress, changed=number > 0)
             if number + 1 < len(facts):
                 left, right, _ = updates[-1]
                 delta = low_rank_delta(lm, lm.architecture.down(given.layer), left[:, None], right[None])
@@ -135,25 +135,27 @@ def _edit(lm: LanguageModel, facts: Sequence[Fact], updates: Sequence[Update], g
     return Edit((delta,), given.base, provenance(name, given.settings, facts, seed, **said))
 
 
-def _updates(lm: LanguageModel, facts: Sequence[Fact], given: _Given, progress: bool) -> list[Update]:
-    """A rank-one update for each fact, all for the model as it is now."""
+def _updates(
+    lm: LanguageModel, facts: Sequence[Fact], given: _Given, progress: bool, *, changed: bool = False
+) -> list[Update]:
+    """A rank-one update for each fact, all for the model as it is now: `changed` since the base was taken, or not."""
     settings, layer, templates = given.settings, given.layer, given.templates
     site = lm.architecture.down(layer)
     jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
-    found = optimise(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress)
+    weights = lm.digest if changed and settings.cache else given.base.digest
+    found = optimise(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress, weights=weights)
     return [_update(fact, each, settings, given.factored) for fact, each in zip(facts, found, strict=True)]
 
 
 def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Factored) -> Update:
     """One update with its health report. Raises EditkitError for a degenerate key."""
     assert found.clean is not None
-    keys, values = found.clean  # [contexts, d_ff or d_model]
+    (k_bare, k_mean), (v_bare, v_mean) = found.clean
     delta = found.delta[0]
-    k_mean, k_bare = keys.mean(0), keys[0]
     u = factored.solve(k_mean)
     u = u / u.norm()
     if settings.keys == "mean":
-        k, residual = k_mean, values[0] + delta - values.mean(0)
+        k, residual = k_mean, v_bare + delta - v_mean
     else:
         k, residual = k_bare, delta
     k_dot_u = (k @ u).item()
@@ -166,7 +168,7 @@ def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Fact
         "k_dot_u": k_dot_u,
         "k_norm": k.norm().item(),
         "cos_bare_mean": torch.cosine_similarity(k_bare, k_mean, dim=0).item(),
-        "v0_norm": values[0].norm().item(),
+        "v0_norm": v_bare.norm().item(),
         "delta_norm": delta.norm().item(),
         "clamp_hit": found.clamp_hit,
         "steps": found.steps,

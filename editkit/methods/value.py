@@ -21,6 +21,7 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from editkit.facts import Fact, lookup_position
+from editkit.methods.cache import cached, key_of
 from editkit.methods.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import by_token, tokenise
@@ -69,7 +70,8 @@ class Optimised:
     delta: Tensor  # [sites, d_model] float64 on the CPU
     steps: list[dict[str, float]] = field(default_factory=list)  # loss terms before each step
     clamp_hit: bool = False
-    clean: AtLookup | None = None  # at the last site while there was no δ, [contexts, d]; where no norms were given
+    # Where no norms were given: at the site while there was no δ, [2, d], the bare prompt's and the contexts' mean.
+    clean: AtLookup | None = None
 
 
 def optimise(
@@ -83,15 +85,39 @@ def optimise(
     name: str,
     progress: bool,
     said_weight: float = 1.0,
-    stop: Callable[[Tensor, Tensor], Tensor] | None = None,
+    stop_kl: float | None = None,
+    weights: str | None = None,
 ) -> list[Optimised]:
     """For each of `jobs` a δ for each of `sites` (modules of block `layer`) by Adam. `settings` are resolved.
 
-    `norms` [facts, sites] are the ‖v0‖; None, with one site, takes its output for the bare prompt, and keeps what else
-    passed there. The NLL counts `said_weight` once the target is the likeliest answer in
-    every row; `stop(said, kl)`, both [facts], ends a fact besides its loss. As many facts go together as memory
-    takes; a batch that runs out of it is halved.
+    `norms` [facts, sites] are the ‖v0‖; None, with one site, takes its output for the bare prompt, and keeps what
+    passed there. The NLL counts `said_weight` once the target is the likeliest answer in every row; with `stop_kl` a
+    fact ends then, besides by its loss, when its KL is no more than that. As many facts go together as memory takes; a
+    batch that runs out of it is halved. `weights`, the digest of the model as it is now, is needed for
+    `settings.cache` (cache.py).
     """
+
+    def compute() -> list[Optimised]:
+        return _optimised(lm, layer, sites, jobs, norms, settings, name, progress, said_weight, stop_kl)
+
+    if not settings.cache or weights is None:
+        return compute()
+    key = key_of(lm, layer, sites, jobs, norms, settings, said_weight=said_weight, stop_kl=stop_kl)
+    return cached(lm, weights, key, compute, Optimised)
+
+
+def _optimised(
+    lm: LanguageModel,
+    layer: int,
+    sites: Sequence[str],
+    jobs: Sequence[FactRows],
+    norms: Tensor | None,
+    settings: ValueSettings,
+    name: str,
+    progress: bool,
+    said_weight: float,
+    stop_kl: float | None,
+) -> list[Optimised]:
     found: dict[int, Optimised] = {}
     engine: type[FullDepth] | type[Replayed] = FullDepth if settings.engine == "full" else Replayed
     waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].columns, max(jobs[i].lookup)))
@@ -116,9 +142,10 @@ def optimise(
                     sizes = torch.stack([at.output[:1].norm(dim=-1) for at in clean if at is not None])
                 else:
                     clean, sizes = [None] * len(part), norms[part]
-                results = _together(lm, ready, sizes, settings, said_weight, stop, show)
+                results = _together(lm, ready, sizes, settings, said_weight, stop_kl, show)
                 for result, at in zip(results, clean, strict=True):
-                    result.clean = at
+                    if at is not None:
+                        result.clean = AtLookup(*(torch.stack((side[0], side.mean(0))) for side in at))
             except CannotReplay as error:
                 warnings.warn(
                     f"The family '{lm.architecture.family}' runs at full depth, which is slow: {error}", stacklevel=2
@@ -141,7 +168,7 @@ def _together(
     norms: Tensor,
     settings: ValueSettings,
     said_weight: float,
-    stop: Callable[[Tensor, Tensor], Tensor] | None,
+    stop_kl: float | None,
     show: Show,
 ) -> list[Optimised]:
     """The facts of one batch. Those that have ended are frozen, and leave when the losses are read."""
@@ -171,8 +198,8 @@ def _together(
         terms = torch.stack((loss + decay, nll, settings.kl_factor * kl, decay)).detach()
         unread.append((terms, alive))
         alive = alive & ~(terms[0] < settings.stop_loss)
-        if stop is not None:
-            alive = alive & ~stop(said, kl.detach())
+        if stop_kl is not None:
+            alive = alive & ~(said & (kl.detach() <= stop_kl))
         if (step + 1) % every == 0 or step == steps - 1:
             over = step == steps - 1
             kept = [i for i, on in enumerate(alive.tolist()) if on and not over]
