@@ -15,7 +15,19 @@ All P are means over the samples of the corruption. `trace` is of one prompt, `a
 token, and `propose_layers` says which blocks to edit. Arrays come out; report/plots.py draws them.
 """
 
+from editkit.tracing.average import AverageTrace, average_trace
 from editkit.tracing.corruption import embedding_std
 from editkit.tracing.prompt import PARTS, Traced, parts_of, trace
+from editkit.tracing.proposal import Proposal, propose_layers
 
-__all__ = ["PARTS", "Traced", "embedding_std", "parts_of", "trace"]
+__all__ = [
+    "PARTS",
+    "AverageTrace",
+    "Proposal",
+    "Traced",
+    "average_trace",
+    "embedding_std",
+    "parts_of",
+    "propose_layers",
+    "trace",
+]

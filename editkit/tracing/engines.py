@@ -98,8 +98,8 @@ class FullDepth:
         """[samples, vocabulary] for the last token of the corrupted prompt."""
         changes = {self.lm.architecture.embedding: lambda h: corrupted(h, self.subject, self.first)} | changes
         with Trace(self.lm.model, list(changes), outputs=False, edit=changes):
-            logits = self.lm.model(**self.rows.inputs(), use_cache=False).logits[:, -1]
-        return logits
+            logits = self.lm.model(**self.rows.inputs(), use_cache=False).logits
+        return logits[:, -1]
 
     def _of(self, logits: Tensor) -> float:
         return logits.float().softmax(-1)[:, self.answer].double().mean().item()
