@@ -11,7 +11,7 @@ from tests.conftest import tiny_lm
 
 FACTS = [
     Fact("{} is located in the city of", "The Eiffel Tower", "Rome"),
-    Fact("Because of this the town of {} is in", "Big Ben", "Oslo"),
+    Fact("Because of this the town of {} is", "Big Ben", "Oslo"),
     Fact("The city that has the {}", "Big Ben", "Oslo"),  # nothing behind the subject
 ]
 SETTINGS = TraceSettings(samples=2, kinds=("state", "mlp"))
@@ -33,7 +33,7 @@ def test_it_is_the_mean_over_facts_of_the_mean_over_the_tokens_of_a_part():
             assert found.count(kind)[p] == len(values) >= 1
             wanted = [sum(column) / len(values) for column in zip(*values, strict=True)]
             assert found.mean(kind)[p].tolist() == pytest.approx(wanted, abs=1e-12)
-    assert found.count("state").tolist() == [3, 1, 3, 2, 2, 2]
+    assert found.count("state").tolist() == [3, 3, 3, 2, 1, 2]
 
 
 def made(effect, total=0.8):
