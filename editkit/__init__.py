@@ -35,6 +35,7 @@ _PUBLIC = {
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
     "apply_files": "editkit.arithmetic",
+    "average_trace": "editkit.tracing",
     "emmet": "editkit.methods.memit",
     "ft": "editkit.methods.finetune",
     "ft_l": "editkit.methods.finetune",
@@ -42,6 +43,7 @@ _PUBLIC = {
     "mend": "editkit.methods.mend",
     "memit": "editkit.methods.memit",
     "pmet": "editkit.methods.pmet",
+    "propose_layers": "editkit.tracing",
     "r_rome": "editkit.methods.rome",
     "rome": "editkit.methods.rome",
     "rome_each": "editkit.methods.rome",
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
     from editkit.settings import RRomeSettings as RRomeSettings
     from editkit.settings import TraceSettings as TraceSettings
     from editkit.snapshot import Snapshot as Snapshot
+    from editkit.tracing import average_trace as average_trace
+    from editkit.tracing import propose_layers as propose_layers
     from editkit.tracing import trace as trace
 
 

@@ -88,13 +88,23 @@ class Replay(Columns):
 
         `seen` is filled with the keys and values of all columns, those before column 0 in front.
         """
+        return get_module(self.lm.model, self.lm.architecture.final_norm)(self.through(stream, seen))
+
+    def through(self, stream: Tensor, seen: KeysAndValues | None = None) -> Tensor:
+        """The same before the final norm: what leaves the last of the blocks."""
         prefix = _Prefix(self.kept, seen)
         for number, (args, kwargs) in enumerate(self.calls):
             block = get_module(self.lm.model, self.lm.architecture.block.format(self.start + number))
             args, kwargs = _mapped((args, kwargs), lambda value: prefix if value is _CACHE else value)
             args, kwargs = with_input(args, kwargs, lambda _, stream=stream: stream)
             stream = hidden(block(*args, **kwargs))
-        return get_module(self.lm.model, self.lm.architecture.final_norm)(stream)
+        return stream
+
+    def first_block(self) -> "Replay":
+        """Block `start` alone, ready to run on a stream of the caller's; `final` and `stream` have no columns."""
+        kept = {self.start: self.kept[self.start]} if self.start in self.kept else {}
+        nothing = self.final[:, :0]
+        return replace(self, calls=self.calls[:1], kept=kept, final=nothing, stream=nothing)
 
     def of(self, rows: Tensor) -> "Replay":
         """The same for some of the rows, [kept] indices."""
@@ -119,7 +129,7 @@ class Replay(Columns):
     def after(self, column: int, start: int, seen: KeysAndValues) -> "Replay":
         """Blocks `start`, … on the columns from `column` on, behind what a run of all columns has `seen`.
 
-        Its `stream` is left empty: it is the caller's, [rows, columns − column, d_model].
+        Its `stream` is left without columns: it is the caller's, [rows, columns − column, d_model].
         """
         count = self.stream.shape[1]
 
@@ -132,7 +142,7 @@ class Replay(Columns):
         calls = [_mapped(call, cut) for call in self.calls[start - self.start :]]
         left = count - column
         kept = {layer: (keys[:, :, :-left], values[:, :, :-left]) for layer, (keys, values) in seen.items()}
-        later = replace(self, first=self.first + column, final=self.final[:, column:], stream=self.stream[:0])
+        later = replace(self, first=self.first + column, final=self.final[:, column:], stream=self.stream[:, :0])
         return replace(later, start=start, calls=calls, kept=kept)
 
 

@@ -13,7 +13,8 @@ from editkit.errors import ConfigError
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 TRANSFORMS = ("rect", "prune")
 ENGINES = ("replay", "full")
-TRACE_KINDS = ("state", "mlp", "attention")
+TRACE_KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
+CORRUPTIONS = ("noise", "swap")
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -277,21 +278,31 @@ class MendSettings(MethodSettings):
 class TraceSettings:
     """Causal tracing (arXiv 2202.05262, section 2 and code `causal_trace.py`)."""
 
-    noise: float = 3.0  # on the subject's embeddings, in standard deviations of the embedding matrix
-    samples: int = 10  # of noise; probabilities are means over them
+    corruption: str = "noise"  # of the subject's embeddings: noise on them, or swap: another subject's in their place
+    noise: float = 3.0  # in standard deviations of embeddings
+    sigma: float | None = (
+        None  # one standard deviation; None: over the vocabulary (a trace), over subjects (an average)
+    )
+    samples: int = 10  # of noise, or other subjects at most; probabilities are means over them
     window: int | None = None  # blocks whose MLP or attention is put back together; None: the paper's 10 of 48, scaled
-    kinds: tuple[str, ...] = TRACE_KINDS  # what is put back: state, mlp, attention
+    kinds: tuple[str, ...] = TRACE_KINDS[:3]  # what is put back: state, mlp, attention, severed_mlp, severed_attention
     engine: str = "replay"  # replay: only what a place can reach; full: the whole model for every place
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", tuple(self.kinds))
+        object.__setattr__(self, "kinds", tuple(dict.fromkeys(self.kinds)))
+        require_one_of(self.corruption, "trace.corruption", CORRUPTIONS)
         require(self.noise > 0, "trace.noise", self.noise, "positive")
+        require(self.sigma is None or self.sigma > 0, "trace.sigma", self.sigma, "positive")
         require(self.samples > 0, "trace.samples", self.samples, "positive")
         require(self.window is None or self.window > 0, "trace.window", self.window, "positive")
         require(len(self.kinds) > 0, "trace.kinds", self.kinds, "one or more of " + ", ".join(TRACE_KINDS))
         for kind in self.kinds:
             require_one_of(kind, "trace.kinds", TRACE_KINDS)
         require_one_of(self.engine, "trace.engine", ENGINES)
+
+    def window_of(self, layers: int) -> int:
+        """The blocks put back together in a model of `layers` blocks."""
+        return self.window or max(1, round(10 * layers / 48))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,12 @@ class Architecture:
     mlp: str | None  # None where its parts lie in the block itself
     mlp_norm: str | None = None  # a norm between the MLP's output and the residual stream
     head: str = "lm_head"
+    attention_projection: str | None = None  # where the attention module adds the residual too: what puts out its own
+
+    @property
+    def attention_output(self) -> str:
+        """The module whose output is what attention adds to the residual stream, and no more."""
+        return self.attention_projection or self.attention
 
     def down(self, layer: int) -> str:
         """The name of the down-projection module of block `layer`."""
@@ -54,8 +60,8 @@ _LLAMA = _family(
     "llama", "model.embed_tokens", "model.layers.{}", ("self_attn", "mlp", "down_proj"), final_norm="model.norm"
 )
 _GPT2 = _family("gpt2", "transformer.wte", "transformer.h.{}", ("attn", "mlp", "c_proj"), final_norm="transformer.ln_f")
-_BLOOM = _family(
-    "bloom",
+_FALCON = _family(
+    "falcon",
     "transformer.word_embeddings",
     "transformer.h.{}",
     ("self_attention", "mlp", "dense_4h_to_h"),
@@ -83,8 +89,8 @@ _ENTRIES = [
         down_projection="model.decoder.layers.{}.fc2",
         final_norm="model.decoder.final_layer_norm",
     ),
-    _BLOOM,
-    replace(_BLOOM, family="falcon"),
+    _FALCON,
+    replace(_FALCON, family="bloom", attention_projection="transformer.h.{}.self_attention.dense"),
     replace(_LLAMA, family="phi", down_projection="model.layers.{}.mlp.fc2", final_norm="model.final_layernorm"),
     *(replace(_LLAMA, family=family) for family in ("llama", "mistral", "qwen2", "qwen3", "phi3")),
     *(replace(_LLAMA, family=family, mlp_norm=_NORM_AFTER) for family in ("gemma2", "gemma3_text", "olmo2")),

@@ -1,0 +1,33 @@
+"""Causal tracing: where in a model, and at which token, a fact is recalled (Meng et al. 2022, arXiv 2202.05262, 2).
+
+The subject's embeddings are corrupted, by noise or by another subject in its place, so that the model forgets the
+answer o that it gives to a prompt. Then, one at a time, the clean activation of one place is put back:
+
+    total effect       TE = P(o | clean) − P(o | corrupted)
+    indirect effect    IE = P(o | corrupted, clean h at (token, block)) − P(o | corrupted)
+
+    state              the residual stream behind a block
+    mlp, attention     their outputs, in a window of blocks around it
+    severed_mlp        as state, with the MLPs (attentions) of all later blocks held at that token at what they put
+    severed_attention  out in the corrupted run: what the state does other than by way of them
+
+All P are means over the samples of the corruption. `trace` is of one prompt, `average_trace` of many facts by kind of
+token, and `propose_layers` says which blocks to edit. Arrays come out; report/plots.py draws them.
+"""
+
+from editkit.tracing.average import AverageTrace, average_trace
+from editkit.tracing.corruption import embedding_std
+from editkit.tracing.prompt import PARTS, Traced, parts_of, trace
+from editkit.tracing.proposal import Proposal, propose_layers
+
+__all__ = [
+    "PARTS",
+    "AverageTrace",
+    "Proposal",
+    "Traced",
+    "average_trace",
+    "embedding_std",
+    "parts_of",
+    "propose_layers",
+    "trace",
+]

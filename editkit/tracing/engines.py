@@ -1,0 +1,214 @@
+"""How the places of a trace are run: the whole model for each, or only what they can reach.
+
+`FullDepth` is the reference's way, one forward of all tokens and blocks a place. `Replayed` gives the same from the
+place on: a place reaches only later blocks and later tokens. All blocks' places at one token are run together, the
+rows of each joining in where its first block begins, so that the products are large.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import by_token, tokenise
+from editkit.nethook import Trace, get_module
+from editkit.replay import CannotReplay, KeysAndValues, logits_of, replay
+
+HEAD_ROWS = 256  # whose logits are held at once
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is done at one token: clean outputs of `kind` put back in `blocks`, those of `held` kept corrupted."""
+
+    kind: str  # state, mlp, attention
+    blocks: range
+    held: str = ""  # mlp, attention: in all blocks behind
+
+    @property
+    def start(self) -> int:
+        """The first block that runs otherwise than in the corrupted run."""
+        return self.blocks.stop if self.kind == "state" else self.blocks.start
+
+
+def places_of(kind: str, layers: int, window: int) -> list[Place]:
+    """The place of `kind` at each block: the reference's window around it, cut at the ends."""
+    if kind in ("mlp", "attention"):
+        return [Place(kind, range(max(0, i - window // 2), min(layers, i + (window + 1) // 2))) for i in range(layers)]
+    held = kind.removeprefix("severed_") if kind != "state" else ""
+    return [Place("state", range(i, i + 1), held) for i in range(layers)]
+
+
+class FullDepth:
+    """The whole model once for every place, as the reference runs it.
+
+    `subject`: [samples, tokens, d_embedding] that stands for the embeddings of the tokens from `first` on.
+    """
+
+    def __init__(self, lm: LanguageModel, text: str, first: int, subject: Tensor) -> None:
+        self.lm, self.first, self.subject, self.samples = lm, first, subject, len(subject)
+        self.rows = tokenise(lm, [text] * self.samples)
+        self.sites = [self.site(kind, block) for kind in ("state", "mlp", "attention") for block in range(lm.layers)]
+        with Trace(lm.model, self.sites, clone=True) as trace:  # Falcon adds to an output in place
+            logits = lm.model(**tokenise(lm, [text]).inputs(), use_cache=False).logits[0, -1].float()
+        self.clean_outputs = {site: by_token(trace[site].output, 1)[0] for site in self.sites}  # [tokens, d_model]
+        self.answer = int(logits.argmax())
+        self.clean = logits.softmax(-1)[self.answer].item()
+        self.corrupted = self._corrupted()
+
+    def site(self, kind: str, block: int) -> str:
+        """The module whose output is put back; for an MLP its down-projection, which in every family adds nothing."""
+        where = self.lm.architecture
+        names = {"state": where.block, "mlp": where.down_projection, "attention": where.attention_output}
+        return names[kind].format(block)
+
+    def at(self, token: int, places: Sequence[Place]) -> list[float]:
+        """P(answer) with each of the places put back at `token`."""
+        return [self._of(self._logits(self._changes(token, place))) for place in places]
+
+    def _corrupted(self) -> float:
+        with Trace(self.lm.model, self.sites, clone=True) as trace:
+            logits = self._logits({})
+        self._noisy = {site: by_token(trace[site].output, self.samples) for site in self.sites}
+        return self._of(logits)
+
+    def _changes(self, token: int, place: Place) -> dict[str, Change]:
+        def putting(value: Tensor) -> Change:
+            def put(h: Tensor) -> Tensor:
+                h = h.clone()
+                by_token(h, self.samples)[:, token] = value
+                return h
+
+            return put
+
+        sites = [self.site(place.kind, block) for block in place.blocks]
+        changes = {site: putting(self.clean_outputs[site][token]) for site in sites}
+        if place.held:
+            sites = [self.site(place.held, block) for block in range(place.start, self.lm.layers)]
+            changes |= {site: putting(self._noisy[site][:, token]) for site in sites}
+        return changes
+
+    def _logits(self, changes: dict[str, Change]) -> Tensor:
+        """[samples, vocabulary] for the last token of the corrupted prompt."""
+        changes = {self.lm.architecture.embedding: lambda h: corrupted(h, self.subject, self.first)} | changes
+        with Trace(self.lm.model, list(changes), outputs=False, edit=changes):
+            logits = self.lm.model(**self.rows.inputs(), use_cache=False).logits
+        return logits[:, -1]
+
+    def _of(self, logits: Tensor) -> float:
+        return logits.float().softmax(-1)[:, self.answer].double().mean().item()
+
+
+class Replayed(FullDepth):
+    """Only the blocks and tokens that a place can reach, behind what one corrupted run saw. Raises CannotReplay."""
+
+    def _corrupted(self) -> float:
+        lm, samples = self.lm, self.samples
+        # A clean row in front, for replay's own check; behind, one that ends sooner, without which there is no padding,
+        # and transformers leaves out the mask that later columns need.
+        rows = tokenise(lm, [self.rows.texts[0]] * (samples + 2))
+        end = rows.last(0)
+        short = end - (end > self.first)
+
+        def corrupt(h: Tensor) -> Tensor:
+            if len(h) != samples + 2:  # the pass over earlier tokens, and the check
+                return h
+            return torch.cat((h[:1], corrupted(h[1:-1], self.subject, 0), h[-1:]))
+
+        with Trace(lm.model, lm.architecture.embedding, outputs=False, edit=corrupt):
+            ready = replay(lm, rows, [self.first] * (samples + 2), [end] * (samples + 1) + [short], start=0)
+        self._ready = ready.of(torch.arange(1, samples + 1, device=lm.device))
+        self._seen: KeysAndValues = {}
+        held = [self.site(kind, block) for kind in ("mlp", "attention") for block in range(lm.layers)]
+        blocks = [*(self.site("state", block) for block in range(lm.layers)), lm.architecture.final_norm]
+        with (
+            Trace(lm.model, held, clone=True) as outputs,
+            Trace(lm.model, blocks, inputs=True, outputs=False) as trace,
+        ):
+            final = self._ready.run(self._ready.stream, self._seen)
+        self._streams = [trace[site].input for site in blocks]  # [samples, columns, d_model] entering each block
+        self._noisy = {site: by_token(outputs[site].output, samples) for site in held}  # [samples, columns, d_model]
+        return self._of(logits_of(lm, final[:, -1]))
+
+    def at(self, token: int, places: Sequence[Place]) -> list[float]:
+        last = token == self.rows.last(0)
+        # In the last block a token reaches nobody but itself.
+        live = [i for i, place in enumerate(places) if last or place.start < self.lm.layers - (place.kind != "state")]
+        live.sort(key=lambda i: places[i].start)
+        found = [self.corrupted] * len(places)
+        for i, probability in zip(live, self._together(token, [places[i] for i in live]), strict=True):
+            found[i] = probability
+        return found
+
+    def _together(self, token: int, places: Sequence[Place]) -> list[float]:
+        """P(answer) of places in the order of their first blocks; the rows of each are its samples."""
+        lm, samples, column = self.lm, self.samples, token - self.first
+        h = self._streams[0][:0, column:]  # [places begun × samples, columns, d_model]
+        begun = 0
+        for block in range(lm.layers + 1):
+            for place in places[begun:]:
+                if place.start > block:
+                    break
+                stream = self._streams[block][:, column:]
+                if place.kind == "state":
+                    stream = stream.clone()
+                    stream[:, 0] = self.clean_outputs[self.site("state", block - 1)][token]
+                h, begun = torch.cat((h, stream)), begun + 1
+            if begun and block < lm.layers:
+                rows = torch.arange(samples, device=lm.device).repeat(begun)
+                one = self._ready.after(column, block, self._seen).first_block().of(rows)
+                changes = self._changes_in(block, token, places[:begun])
+                with Trace(lm.model, list(changes), outputs=False, edit=changes) if changes else nullcontext():
+                    h = one.through(h)
+        h = get_module(lm.model, lm.architecture.final_norm)(h[:, -1])
+        p = [logits_of(lm, some).float().softmax(-1)[:, self.answer] for some in h.split(HEAD_ROWS)]
+        return torch.cat(p).double().view(len(places), samples).mean(1).tolist() if places else []
+
+    def _changes_in(self, block: int, token: int, places: Sequence[Place]) -> dict[str, Change]:
+        """What to put at column 0 of the rows of those places that change something inside the block."""
+        parts: dict[str, list[tuple[int, Tensor]]] = {}
+        for number, place in enumerate(places):
+            if place.kind != "state" and block in place.blocks:
+                site = self.site(place.kind, block)
+                parts.setdefault(site, []).append((number, self.clean_outputs[site][token]))
+            if place.held:
+                site = self.site(place.held, block)
+                parts.setdefault(site, []).append((number, self._noisy[site][:, token - self.first]))
+
+        def putting(values: list[tuple[int, Tensor]]) -> Change:
+            def put(h: Tensor) -> Tensor:
+                h = h.clone()
+                each = by_token(h, len(places) * self.samples)
+                for number, value in values:
+                    each[number * self.samples : (number + 1) * self.samples, 0] = value
+                return h
+
+            return put
+
+        return {site: putting(values) for site, values in parts.items()}
+
+
+def corrupted(h: Tensor, subject: Tensor, begin: int) -> Tensor:
+    """`h` [samples, tokens, d_embedding] with `subject` in the place of the embeddings from token `begin` on."""
+    h = h.clone()
+    h[:, begin : begin + subject.shape[1]] = subject
+    return h
+
+
+def started(lm: LanguageModel, text: str, first: int, subject: Tensor, engine: str) -> FullDepth:
+    """The engine asked for; with a warning at full depth where this model cannot be replayed."""
+    if engine == "full":
+        return FullDepth(lm, text, first, subject)
+    try:
+        return Replayed(lm, text, first, subject)
+    except CannotReplay as error:
+        warnings.warn(
+            f"The family '{lm.architecture.family}' is traced at full depth, which is slow: {error}", stacklevel=3
+        )
+        return FullDepth(lm, text, first, subject)

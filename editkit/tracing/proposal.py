@@ -1,0 +1,81 @@
+"""Which blocks to edit, by an average trace, with the evidence."""
+
+from dataclasses import dataclass
+
+import torch
+
+from editkit.errors import EditkitError
+from editkit.tracing.average import AverageTrace
+from editkit.tracing.prompt import PARTS
+
+WHERE = PARTS.index("last subject token")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Consecutive blocks to edit, and why. Effects are averages over facts, of putting MLP outputs back at the
+    subject's last token; `method.layer` or `method.layers` takes the blocks."""
+
+    layers: tuple[int, ...]
+    effect: float  # mean over the blocks proposed
+    low: float  # 95 % bootstrap interval over facts
+    high: float
+    by_block: tuple[float, ...]  # of every block
+    rival: tuple[int, ...]  # the best other choice of as many blocks
+    margin: float  # effect above the rival's, over the same facts
+    margin_low: float
+    margin_high: float
+    support: float  # share of the bootstrap samples in which these blocks come out first
+    total_effect: float
+    facts: int
+
+    def __str__(self) -> str:
+        share = self.effect / self.total_effect if self.total_effect > 0 else float("nan")
+        return (
+            f"Edit {_named(self.layers)}: there the MLPs' clean outputs at the subject's last token bring back "
+            f"{self.effect:.3f} [{self.low:.3f}, {self.high:.3f}] of P(answer), {share:.0%} of the "
+            f"{self.total_effect:.3f} that the corruption takes ({self.facts} facts). "
+            f"The best other choice, {_named(self.rival)}, is {self.margin:.3f} "
+            f"[{self.margin_low:.3f}, {self.margin_high:.3f}] below; {_named(self.layers)} came first in {self.support:.0%} of bootstrap samples."
+        )
+
+
+def propose_layers(average: AverageTrace, n: int = 1) -> Proposal:
+    """The `n` consecutive blocks at which MLP outputs at the subject's last token bring back most, on average.
+
+    The last block is left out: what it puts out at the subject reaches no other token. With a window over one block
+    the effect of a block is of the window around it. Raises EditkitError when the trace has no "mlp", or too few
+    blocks for a choice.
+    """
+    if "mlp" not in average.effect:
+        raise EditkitError(f"A proposal is made from the kind 'mlp'; the trace has {', '.join(average.effect)}.")
+    if average.layers - 1 - n < 1 or n < 1:
+        raise EditkitError(
+            f"{n} of the {average.layers - 1} blocks that can be edited were asked for: nothing to choose."
+        )
+    each = average.resampled("mlp")[:, WHERE, :-1].unfold(1, n, 1).mean(-1)  # [resamples, choices]
+    mean = average.mean("mlp")[WHERE]
+    choices = mean[:-1].unfold(0, n, 1).mean(-1)
+    order = choices.argsort(descending=True).tolist()
+    best, second = order[0], order[1]
+    bounds = torch.tensor([0.025, 0.975], dtype=each.dtype)
+    low, high = each[:, best].quantile(bounds).tolist()
+    margin_low, margin_high = (each[:, best] - each[:, second]).quantile(bounds).tolist()
+    return Proposal(
+        layers=tuple(range(best, best + n)),
+        effect=choices[best].item(),
+        low=low,
+        high=high,
+        by_block=tuple(mean.tolist()),
+        rival=tuple(range(second, second + n)),
+        margin=(choices[best] - choices[second]).item(),
+        margin_low=margin_low,
+        margin_high=margin_high,
+        support=(each.argmax(1) == best).double().mean().item(),
+        total_effect=average.total_effect,
+        facts=len(average.texts),
+    )
+
+
+def _named(layers: tuple[int, ...]) -> str:
+    return f"block {layers[0]}" if len(layers) == 1 else f"blocks {layers[0]} to {layers[-1]}"
