@@ -45,7 +45,7 @@ def before_and_after(lm: LanguageModel, edit: Edit, look: Callable[[], T]) -> tu
 
 @dataclass(frozen=True, eq=False)
 class Lens:
-    """What each depth would say at the prompt's last token. Depth 0 is the embedding, depth i what leaves block i − 1."""
+    """What each depth would say at the prompt's last token. Depth 0: the embedding; depth i: behind block i − 1."""
 
     axes: ClassVar[tuple[str, str]] = ("depth", "word")
 
@@ -232,9 +232,9 @@ def side_effects(
         relative = (change[where] / size[where]).sqrt().item()
         found.append((change[where].sqrt().item(), relative, _largest(cosines), _largest(own_cosines)))
         drops.append(drop)
-    columns = torch.tensor(found, dtype=torch.float64).view(-1, 4).T
+    change_, relative_, cosine, cosine_key = torch.tensor(found, dtype=torch.float64).view(-1, 4).T
     drop_ = torch.tensor(drops, dtype=torch.float64) if targets is not None else None
-    return SideEffects(tuple(prompts), *columns, drop=drop_)
+    return SideEffects(tuple(prompts), change_, relative_, cosine, cosine_key, drop_)
 
 
 def _moved(delta: Any, keys: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import pytest
 
 FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000", "task.measure.fluency=8"]
 TABLES = ("summary.csv", "cases.parquet")  # edits.parquet holds seconds
+# Bytes are compared, and sums of floats depend on the number of threads; joblib gives its workers fewer.
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(*arguments):
@@ -19,7 +21,7 @@ def command(*arguments):
 
 
 def run(*arguments, cwd):
-    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*arguments), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
 
 
 def finished(*arguments, cwd):
@@ -65,7 +67,9 @@ def test_the_averages_are_those_of_the_case_table(whole):
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path):
     arguments = ["data.limit=4", "hydra.run.dir=killed"]
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     journal = tmp_path / "killed" / "cases.jsonl"
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
@@ -124,7 +128,8 @@ def test_a_case_that_cannot_be_edited_is_named_and_counted(tmp_path):
     def case(number, subject, new, prompt="{} is located in the city of"):
         rewrite = {"prompt": prompt, "subject": subject, "relation_id": "P1"}
         rewrite |= {"target_new": {"str": new}, "target_true": {"str": "Paris"}}
-        return {"case_id": number, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
+        prompts = {f"{kind}_prompts": [] for kind in ("paraphrase", "neighborhood", "attribute", "generation")}
+        return {"case_id": number, "requested_rewrite": rewrite, **prompts}
 
     cases = [case(1, "The Eiffel Tower", "Rome"), case(2, "The Louvre " * 200, "Rome"), case(3, "The Louvre", "Rome")]
     (tmp_path / "mine.json").write_text(json.dumps([*cases, case(4, "Big Ben", "Rome", "no place for it")]))

@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"facts", "edit", "peft_folder", "arithmetic"},
     {"moments", "replay"},
-    {"data", "methods", "metrics", "probes", "shaping", "tracing"},
+    {"data", "methods", "metrics", "probes", "shaping", "tracing", "lenses"},
     {"session"},
     {"results", "tables"},
     {"report", "tasks", "config"},

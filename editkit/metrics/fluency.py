@@ -8,11 +8,11 @@ A text is its prompt and what is sampled after it from the five most likely toke
 an end token, as in the reference: entropies grow with length, so another length gives other figures.
 
 Words of GE are cut as nltk cuts them for the reference, but for a few: clitics ("'s", "n't") alone, "well-known" and
-"3,000" whole, each other mark alone. On 400 passages of WikiText-2 of 80 words GE × 100 differs from that of nltk's words
-by 0.01 in the mean, standard deviation 0.2; words cut at every mark would raise it by 4. Words of RS are scikit-learn's: two
-letters or digits or more, in lower case. The reference's inverse document frequencies are of all its snippets; here
-they are of the case's references, smoothed as scikit-learn does, so RS is comparable only among runs with the same
-references.
+"3,000" whole, each other mark alone. On 400 passages of WikiText-2 of 80 words GE × 100 differs from that of nltk's
+words by 0.01 in the mean, standard deviation 0.2; words cut at every mark would raise it by 4. Words of RS are
+scikit-learn's: two letters or digits or more, in lower case. The reference's inverse document frequencies are of all
+its snippets; here they are of the case's references, smoothed as scikit-learn does, so RS is comparable only among runs
+with the same references.
 """
 
 import math

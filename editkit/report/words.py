@@ -1,6 +1,6 @@
 """What the report calls things: metrics, protocols, kinds of probe; and which way is better."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Kinds of rows in cases.parquet (editkit.data.cases and metrics, whose import brings torch) in the order of a page.
 KINDS = {
@@ -97,6 +97,9 @@ def meaning(name: str) -> Meaning:
     for known in (rest, f"counterfact.{rest}"):
         if known in _MEANINGS:
             return _MEANINGS[known]
+    if rest.startswith("easyedit."):  # KnowEdit's parts: easyedit.portability_Reasoning
+        whole, _, part = rest.partition("_")
+        return replace(_MEANINGS[whole], text=part.replace("_", " ")) if whole in _MEANINGS else Meaning("", 0, OTHER)
     if rest.startswith("generation."):
         return _ANY_GENERATION
     return next((found for part, found in _LESS.items() if part in rest.lower()), Meaning("", 0, OTHER))

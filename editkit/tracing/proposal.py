@@ -36,7 +36,8 @@ class Proposal:
             f"{self.effect:.3f} [{self.low:.3f}, {self.high:.3f}] of P(answer), {share:.0%} of the "
             f"{self.total_effect:.3f} that the corruption takes ({self.facts} facts). "
             f"The best other choice, {_named(self.rival)}, is {self.margin:.3f} "
-            f"[{self.margin_low:.3f}, {self.margin_high:.3f}] below; {_named(self.layers)} came first in {self.support:.0%} of bootstrap samples."
+            f"[{self.margin_low:.3f}, {self.margin_high:.3f}] below; "
+            f"{_named(self.layers)} came first in {self.support:.0%} of bootstrap samples."
         )
 
 
