@@ -67,6 +67,7 @@ def table_lm(table):
     """A GPT-2 without blocks to speak of: the residual is the token's own axis, and the head reads the table."""
     size = len(WORDS)
     config = GPT2Config(vocab_size=size, n_embd=size, n_layer=1, n_head=1, n_positions=64, tie_word_embeddings=False)
+    config.eos_token_id = WORDS.index("<end>")
     model = GPT2LMHeadModel(config).eval()
     rows = torch.full((size, size), REST, dtype=torch.float64)
     for last, found in table.items():
@@ -303,7 +304,7 @@ def test_texts_are_scored_where_there_are_prompts_and_references():
     case = Case(
         (FACT,), (Probe(REWRITE, "Tower in", "Paris", "Rome"),), generation=("Tower in",), references=("Rome .",)
     )
-    before, after = (look(table_lm(t), case, MeasureSettings(fluency=2)) for t in (BEFORE, AFTER))
+    before, after = (look(table_lm(t), case, MeasureSettings(fluency=6)) for t in (BEFORE, AFTER))
     rows = rows_of(case, before, after)
     assert before.texts[0].startswith("Tower in") and len(rows) == 3
     look_further = look(table_lm(BEFORE), case, MeasureSettings(fluency=5))
