@@ -246,7 +246,8 @@ def average_trace(
 def _by_part(found: Traced, kind: str) -> Tensor:
     """[parts, blocks]: the mean over the tokens of each part, NaN where there is none."""
     effect = found.indirect_effect(kind)
-    return torch.stack([effect[tokens].mean(0) for tokens in found.parts.values()])
+    none = torch.full_like(effect[0], float("nan"))  # its one NaN: the mean of nothing has another's bits
+    return torch.stack([effect[tokens].mean(0) if tokens else none for tokens in found.parts.values()])
 
 
 @torch.inference_mode()
