@@ -308,7 +308,7 @@ class Trace(_Readable):
             h = h.detach().requires_grad_().clone()  # the clone may be changed in place, a leaf may not
 
         def on_backward(g: Tensor) -> Tensor:
-            # Autograd may hand one tensor to several consumers, or an expanded one: only a copy may be changed in place.
+            # Autograd may hand out an expanded tensor, or one to several: only a copy may be changed in place.
             changed = edit(g.clone()) if edit else g
             record.keep("grad", g if self._record_early else changed)
             self._graded(record)
