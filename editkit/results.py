@@ -42,6 +42,7 @@ class Record:
     series: list[dict[str, Any]] = field(default_factory=list)  # the points of a lifelong run
     data: dict[str, Any] = field(default_factory=dict)  # source, digest, and what was left out
     environment: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, Any] | None = None  # of task=trace: "kind" (one, average), its proposal; arrays are beside
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -62,7 +62,7 @@ def save(figure: Any, path: str | Path, kinds: Sequence[str] = WRITTEN) -> list[
         raise EditkitError(f"A picture cannot be saved as '{wrong[0]}': kinds are {', '.join(WRITTEN)}.")
     if path.suffix not in ("", *(f".{kind}" for kind in WRITTEN)) or not path.name:
         raise EditkitError(f"A picture cannot be saved as '{path}': end the name in .png, .pdf or .csv, or in nothing.")
-    numbers = getattr(figure, "numbers", None)
+    numbers: Any = getattr(figure, "numbers", None)
     if numbers is None and "csv" in kinds:
         raise EditkitError("This figure has no numbers to save: give one that editkit.report.plots drew, or leave csv.")
     written = []

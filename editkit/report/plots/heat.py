@@ -76,7 +76,7 @@ def panels(
         axes.set_xticks(shown, [heads[j] for j in shown], fontsize=SMALL, parse_math=False, **turned)
         axes.set_yticks(range(len(rows)), names, fontsize=SIZE, parse_math=False)
         lowest, leftmost = i + across >= len(maps), i % across == 0
-        axes.tick_params(length=2, labelbottom=lowest, labelleft=leftmost)
+        axes.tick_params(length=2, labelbottom=lowest, left=leftmost, labelleft=leftmost)
         axes.set_xlabel(x_name if lowest else "", fontsize=SIZE, parse_math=False)
         axes.set_ylabel(y_name if leftmost else "", fontsize=SIZE, parse_math=False)
         axes.spines[:].set_visible(False)

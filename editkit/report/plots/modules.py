@@ -83,6 +83,6 @@ def gradient_lines(
     axes.set_ylim(len(sites) - 0.5, -0.5)
     axes.minorticks_off()
     axes.set_xlabel("root mean square", fontsize=SIZE)
-    legend(figure, handles, [names.get(kind, kind) for kind in kinds] + (["fault"] if bad else []))
+    legend(figure, handles, [str(names.get(kind, kind)) for kind in kinds] + (["fault"] if bad else []))
     headed(figure, title)
     return done(figure, frame, path)

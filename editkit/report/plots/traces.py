@@ -31,7 +31,7 @@ def trace_map(
     high = max(float(traced.probability[kind].max()) for kind in kinds)
     if high <= traced.corrupted:  # nothing comes back
         high = max(traced.clean, traced.corrupted + 1e-6)
-    answer = f"P({traced.answer.strip() or traced.answer!r})"
+    answer = f"P({token(traced.answer, 1.2)})"
     if title is None:
         title = f"{answer} with one clean place put back; clean {number(traced.clean, 3)}, corrupted "
         title += number(traced.corrupted, 3)
@@ -122,7 +122,7 @@ def average_lines(
         axes.axhline(0, color="0.4", linewidth=0.8)
         if proposal is not None:
             begin, end = proposal.layers[0] - 0.5, proposal.layers[-1] + 0.5
-            shade = axes.axvspan(begin, end, facecolor="0.88", edgecolor="0.6", hatch="///", linewidth=0)
+            shade = axes.axvspan(begin, end, facecolor="0.88", edgecolor="0.78", hatch="///", linewidth=0)
         for i, kind in enumerate(kinds):
             some = frame[(frame.kind == kind) & (frame.part == part)]
             style = series(i)
