@@ -109,6 +109,7 @@ def prepare(overrides: list[str]) -> list[str]:
     - `model=NAME` for a NAME that is no option becomes `model.name=NAME`.
     - Another subject clears target_true, neighborhood and portability of the chosen edit, another prompt its
       paraphrases as well, unless they are given too: they belong to the fact that was replaced.
+    - A trace with a data set named is an average over it.
 
     Raises ConfigError for whatever does not fit, before anything is loaded.
     """
@@ -121,6 +122,9 @@ def prepare(overrides: list[str]) -> list[str]:
             ["paraphrases=[]"] if "edit.prompt" in keys else []
         )
     ready += [f"edit.{text}" for text in cleared if f"edit.{text.split('=')[0]}" not in keys]
+    of_data = any(key == "data" or key.startswith("data.") for key in keys)
+    if "task=trace" in overrides and of_data and "task.average" not in keys:
+        ready.append("task.average=true")
     _check([_parse(text) for text in ready])
     return ready
 

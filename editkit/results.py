@@ -40,9 +40,9 @@ class Record:
     timings: dict[str, float]  # seconds
     texts: dict[str, Any] = field(default_factory=dict)
     series: list[dict[str, Any]] = field(default_factory=list)  # the points of a lifelong run
+    trace: dict[str, Any] | None = None  # of a trace: kind (one, average), the proposal
     data: dict[str, Any] = field(default_factory=dict)  # source, digest, and what was left out
     environment: dict[str, Any] = field(default_factory=dict)
-    trace: dict[str, Any] | None = None  # of task=trace: "kind" (one, average), its proposal; arrays are beside
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -280,9 +280,8 @@ class TraceSettings:
 
     corruption: str = "noise"  # of the subject's embeddings: noise on them, or swap: another subject's in their place
     noise: float = 3.0  # in standard deviations of embeddings
-    sigma: float | None = (
-        None  # one standard deviation; None: over the vocabulary (a trace), over subjects (an average)
-    )
+    # One standard deviation; None: of the embeddings of the vocabulary (a trace) or of the subjects (an average).
+    sigma: float | None = None
     samples: int = 10  # of noise, or other subjects at most; probabilities are means over them
     window: int | None = None  # blocks whose MLP or attention is put back together; None: the paper's 10 of 48, scaled
     kinds: tuple[str, ...] = TRACE_KINDS[:3]  # what is put back: state, mlp, attention, severed_mlp, severed_attention
@@ -303,6 +302,19 @@ class TraceSettings:
     def window_of(self, layers: int) -> int:
         """The blocks put back together in a model of `layers` blocks."""
         return self.window or max(1, round(10 * layers / 48))
+
+
+@dataclass(frozen=True)
+class TraceTaskSettings:
+    """task=trace: where a fact is recalled, or where the cases of data=… are on average."""
+
+    name: str = "trace"
+    average: bool = False  # over the cases of data=…, in place of edit=…; naming a data set on the command line sets it
+    layers: int = 1  # consecutive blocks that an average proposes to edit
+    trace: TraceSettings = field(default_factory=TraceSettings)
+
+    def __post_init__(self) -> None:
+        require(self.layers > 0, "task.layers", self.layers, "positive")
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,13 @@ def test_any_model_may_be_named():
     assert prepare(["model=some/folder"]) == ["model.name=some/folder"]
 
 
+def test_a_trace_of_a_data_set_is_an_average():
+    assert "task.average=true" in prepare(["task=trace", "data.limit=5"])
+    assert prepare(["task=trace", "edit=gpt2_fact"]) == ["task=trace", "edit=gpt2_fact"]
+    assert prepare(["task=trace", "data=known", "task.average=false"])[-1] == "task.average=false"
+    assert prepare(["task=benchmark", "data=known"]) == ["task=benchmark", "data=known"]
+
+
 def test_every_format_is_an_option_of_data():
     assert set(options("data")) == {"atlas", *FORMATS}
 

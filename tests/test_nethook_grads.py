@@ -55,6 +55,34 @@ def test_edited_gradients_reach_what_is_below(gpt2):
     assert torch.allclose(weight.grad, 2 * plain, rtol=1e-5)
 
 
+class TwoWays(nn.Module):
+    """Two modules on one input; autograd hands the gradient of a sum to both as one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["expanded", "shared"])
+def test_a_gradient_changed_in_place_is_changed_at_its_site_alone(weighted):
+    net, x = TwoWays(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    weights = torch.arange(12.0).view(4, 3)  # a plain sum's gradient is one number, expanded
+
+    def grads_with(change):
+        net.zero_grad()
+        with Trace(net, "a", edit_grad=change):
+            out = net(x)
+            ((out * weights) if weighted else out).sum().backward()
+        return [net.a.weight.grad.clone(), net.b.weight.grad.clone()]
+
+    plain, anew, in_place = grads_with(lambda g: g), grads_with(lambda g: 0.5 * g), grads_with(lambda g: g.mul_(0.5))
+    assert torch.equal(anew[0], 0.5 * plain[0]) and torch.equal(anew[1], plain[1])
+    assert torch.equal(in_place[0], anew[0]) and torch.equal(in_place[1], anew[1])
+
+
 def test_v15_frozen_models_and_leaves(gpt2):
     with Trace(gpt2, BLOCKS, grads=True) as expected:
         loss_of(logits(gpt2)).backward()

@@ -90,7 +90,7 @@ class Interrupted(list):
     def __iter__(self):
         Interrupted.passes += 1
         for i, fact in enumerate(super().__iter__()):
-            if i == self.at and Interrupted.passes > 1:
+            if i == self.at and Interrupted.passes > 2:  # twice its subjects are collected
                 raise KeyboardInterrupt
             yield fact
 

@@ -308,7 +308,8 @@ class Trace(_Readable):
             h = h.detach().requires_grad_().clone()  # the clone may be changed in place, a leaf may not
 
         def on_backward(g: Tensor) -> Tensor:
-            changed = edit(g) if edit else g
+            # Autograd may hand out an expanded tensor, or one to several: only a copy may be changed in place.
+            changed = edit(g.clone()) if edit else g
             record.keep("grad", g if self._record_early else changed)
             self._graded(record)
             return changed

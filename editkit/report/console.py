@@ -13,6 +13,7 @@ from editkit.metrics.summary import Average
 from editkit.models.load import LanguageModel
 from editkit.settings import Config
 from editkit.snapshot import Reversal
+from editkit.tracing import PARTS, AverageTrace, Traced
 
 WIDTH = 80
 AUDITED = 10  # changed facts shown
@@ -144,6 +145,55 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
             text += f", condition {moments['condition']:.2g}"
         lines += _wrapped("  ", text)
     return "\n".join(lines)
+
+
+def trace_heading(lm: LanguageModel, what: str) -> str:
+    """What is about to be traced."""
+    return "\n".join([*_wrapped("trace   ", what), *_wrapped("model   ", _about(lm))])
+
+
+def traced(found: Traced) -> str:
+    """One prompt: what the corruption takes, and where most of it comes back."""
+    lines = [
+        *_wrapped("answer  ", f"{found.answer.strip()!r}: P {found.clean:.4f}, {found.corrupted:.4f} corrupted"),
+        "",
+    ]
+    lines.append(f"{'put back':24}{'at':14}{'most comes back at':24}{'P':>8}{'share':>8}")
+    first, last = found.subject
+    for kind, table in found.probability.items():
+        label = _put_back(kind, found.window)
+        for where, begin, end in (("the subject", first, last + 1), ("later tokens", last + 1, len(table))):
+            if begin == end:
+                continue
+            row, block = divmod(int(table[begin:end].argmax()), table.shape[1])
+            p = table[begin + row, block].item()
+            share = (p - found.corrupted) / found.total_effect if found.total_effect else float("nan")
+            place = f"{_clip(repr(found.tokens[begin + row].strip()), 14)}, block {block}"
+            lines.append(f"{label:24}{where:14}{place:24}{p:8.4f}{share:8.0%}")
+            label = ""
+    return "\n".join(lines)
+
+
+def average(found: AverageTrace, proposal: str) -> str:
+    """Many facts: for each kind of token the block at which most comes back; and the proposal."""
+    text = f"P {found.clean.mean():.4f}, {found.corrupted.mean():.4f} corrupted; {len(found.texts)} facts"
+    lines = [*_wrapped("answers ", text + (f", {len(found.skipped)} left out" if found.skipped else "")), ""]
+    lines.append(f"{'average indirect effect':24}{'at':24}{'block':>6}{'AIE':>7}{'95 % interval':>19}")
+    for kind in found.effect:
+        mean, (low, high) = found.mean(kind), found.interval(kind)
+        for p, part in enumerate(PARTS):
+            if mean[p].isnan().all():
+                continue
+            b = int(mean[p].argmax())
+            label = _put_back(kind, found.window) if p == 0 else ""
+            cells = f"{b:6}{mean[p, b]:7.3f}{f'{low[p, b]:.3f} to {high[p, b]:.3f}':>19}"
+            lines.append(f"{label:24}{part:24}{cells}")
+    return "\n".join([*lines, "", *_wrapped("", proposal)])
+
+
+def _put_back(kind: str, window: int) -> str:
+    blocks = f", {window} block{'s' * (window > 1)}" if kind in ("mlp", "attention") else ""
+    return kind.replace("_", " ") + blocks
 
 
 def audit(found: Audit) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from editkit.errors import ConfigError, did_you_mean
-from editkit.settings import BatchSettings, BenchmarkSettings, EditTaskSettings, LifelongSettings
+from editkit.settings import BatchSettings, BenchmarkSettings, EditTaskSettings, LifelongSettings, TraceTaskSettings
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ TASKS = {
     "benchmark": Task("editkit.tasks.benchmark:run", BenchmarkSettings),
     "batch": Task("editkit.tasks.benchmark:run", BatchSettings),
     "lifelong": Task("editkit.tasks.lifelong:run", LifelongSettings),
+    "trace": Task("editkit.tasks.trace:run", TraceTaskSettings),
 }
 
 

@@ -1,7 +1,7 @@
 """The average trace of many facts, by kind of token, and the blocks that it proposes to edit."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -124,6 +124,100 @@ def _listed(table: Tensor) -> list[list[float | None]]:
     return [[value if value == value else None for value in row] for row in table.tolist()]
 
 
+@dataclass(frozen=True, eq=False)
+class TracedFact:
+    """One fact of an average trace; or, with `skipped`, why it is not in it."""
+
+    text: str
+    skipped: str = ""
+    clean: float = float("nan")
+    corrupted: float = float("nan")
+    window: int = 0
+    effect: dict[str, Tensor] = field(default_factory=dict)  # [parts, blocks], NaN where a prompt has no such token
+
+    def to_json(self) -> dict[str, Any]:
+        if self.skipped:
+            return {"text": self.text, "skipped": self.skipped}
+        values = {kind: [None if row.isnan().any() else row.tolist() for row in e] for kind, e in self.effect.items()}
+        return (
+            {"text": self.text} | {n: getattr(self, n) for n in ("clean", "corrupted", "window")} | {"effect": values}
+        )
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> "TracedFact":
+        if "skipped" in said:
+            return cls(said["text"], said["skipped"])
+        effect = {}
+        for kind, rows in said["effect"].items():
+            blocks = len(next(row for row in rows if row is not None))
+            filled = [[float("nan")] * blocks if row is None else row for row in rows]
+            effect[kind] = torch.tensor(filled, dtype=torch.float64)
+        return cls(said["text"], "", said["clean"], said["corrupted"], said["window"], effect)
+
+
+def with_sigma(lm: LanguageModel, facts: Sequence[Fact], settings: TraceSettings) -> TraceSettings:
+    """The settings with σ over the embeddings of the facts' subjects, as the paper takes it, where none is given."""
+    subjects = list(dict.fromkeys(fact.subject for fact in facts))
+    if settings.sigma is None and settings.corruption == "noise" and subjects:
+        return replace(settings, sigma=embedding_std(lm, subjects))
+    return settings
+
+
+def trace_each(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    settings: TraceSettings,
+    *,
+    others: Sequence[str] | None = None,
+    seed: int = 0,
+    done: Collection[int] = (),
+    progress: bool = True,
+) -> Iterator[tuple[int, TracedFact]]:
+    """(number, result) of each fact but the numbers in `done`; the noise of a fact depends on its number alone."""
+    others = list(dict.fromkeys(fact.subject for fact in facts)) if others is None else others
+    known = 0
+    with tqdm(
+        total=len(facts), initial=len(done), desc="average trace", unit="fact", disable=not progress, delay=1
+    ) as bar:
+        for number, fact in enumerate(facts):
+            if number in done:
+                continue
+            try:
+                if fact.target_true and not knows(lm, fact):
+                    found = TracedFact(fact.text, "the model does not know it")
+                else:
+                    one = trace(lm, fact, settings, others=others, seed=seed + number, progress=False)
+                    effect = {kind: _by_part(one, kind) for kind in settings.kinds}
+                    found = TracedFact(fact.text, "", one.clean, one.corrupted, one.window, effect)
+                    known += 1
+            except FactError as error:
+                found = TracedFact(fact.text, str(error))
+            yield number, found
+            bar.set_postfix(traced=known, refresh=False)
+            bar.update()
+
+
+def average_of(
+    lm: LanguageModel, found: Sequence[TracedFact], settings: TraceSettings, *, seed: int = 0, complete: bool = True
+) -> AverageTrace:
+    """The average of what `trace_each` found with `settings`. Raises EditkitError when no fact could be traced."""
+    done = [each for each in found if not each.skipped]
+    skipped = tuple((each.text, each.skipped) for each in found if each.skipped)
+    if not done:
+        reasons = "; ".join(dict.fromkeys(why for _, why in skipped)) or "none was given"
+        raise EditkitError(f"None of {len(found)} facts could be traced: {reasons}. Give facts that '{lm.name}' knows.")
+    return AverageTrace(
+        texts=tuple(each.text for each in done),
+        clean=torch.tensor([each.clean for each in done], dtype=torch.float64),
+        corrupted=torch.tensor([each.corrupted for each in done], dtype=torch.float64),
+        effect={kind: torch.stack([each.effect[kind] for each in done]) for kind in settings.kinds},
+        window=done[0].window,
+        skipped=skipped,
+        complete=complete,
+        how={"model": lm.name, "seed": seed} | json_of(settings),
+    )
+
+
 def average_trace(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -143,51 +237,26 @@ def average_trace(
 
     Raises EditkitError when no fact is left.
     """
-    settings = settings or TraceSettings()
-    subjects = list(dict.fromkeys(fact.subject for fact in facts))
-    if settings.sigma is None and settings.corruption == "noise" and subjects:
-        settings = replace(settings, sigma=embedding_std(lm, subjects))
-    others = subjects if others is None else others
-    done: list[Traced] = []
-    texts: list[str] = []
-    skipped: list[Skipped] = []
+    settings = with_sigma(lm, facts, settings or TraceSettings())
+    found: list[TracedFact] = []
     complete = True
-    with tqdm(facts, desc="average trace", unit="fact", disable=not progress, delay=1) as bar:
-        try:
-            for number, fact in enumerate(bar):
-                bar.set_postfix(known=len(done), skipped=len(skipped), refresh=False)
-                try:
-                    if fact.target_true and not knows(lm, fact):
-                        skipped.append((fact.text, "the model does not know it"))
-                        continue
-                    done.append(trace(lm, fact, settings, others=others, seed=seed + number, progress=False))
-                    texts.append(fact.text)
-                except FactError as error:
-                    skipped.append((fact.text, str(error)))
-        except KeyboardInterrupt:
-            if not done:
-                raise
-            complete = False
-            warnings.warn(f"interrupted: the average is over the {len(done)} facts traced so far", stacklevel=2)
-    if not done:
-        reasons = "; ".join(dict.fromkeys(why for _, why in skipped)) or "none was given"
-        raise EditkitError(f"None of {len(facts)} facts could be traced: {reasons}. Give facts that '{lm.name}' knows.")
-    return AverageTrace(
-        texts=tuple(texts),
-        clean=torch.tensor([found.clean for found in done], dtype=torch.float64),
-        corrupted=torch.tensor([found.corrupted for found in done], dtype=torch.float64),
-        effect={kind: torch.stack([_by_part(found, kind) for found in done]) for kind in settings.kinds},
-        window=done[0].window,
-        skipped=tuple(skipped),
-        complete=complete,
-        how={"model": lm.name, "seed": seed} | json_of(settings),
-    )
+    try:
+        for _, each in trace_each(lm, facts, settings, others=others, seed=seed, progress=progress):
+            found.append(each)
+    except KeyboardInterrupt:
+        traced = sum(not each.skipped for each in found)
+        if not traced:
+            raise
+        complete = False
+        warnings.warn(f"interrupted: the average is over the {traced} facts traced so far", stacklevel=2)
+    return average_of(lm, found, settings, seed=seed, complete=complete)
 
 
 def _by_part(found: Traced, kind: str) -> Tensor:
     """[parts, blocks]: the mean over the tokens of each part, NaN where there is none."""
     effect = found.indirect_effect(kind)
-    return torch.stack([effect[tokens].mean(0) for tokens in found.parts.values()])
+    none = torch.full_like(effect[0], float("nan"))  # its one NaN: the mean of nothing has another's bits
+    return torch.stack([effect[tokens].mean(0) if tokens else none for tokens in found.parts.values()])
 
 
 @torch.inference_mode()

@@ -1,0 +1,115 @@
+"""task=trace: where one fact is recalled; or, over the cases of a data set, where facts are and which blocks to edit.
+
+Over a data set each fact is in the run folder's journal as soon as it is traced, and `resume=true` with the same run
+folder goes on where a former run stopped.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from editkit import report, results
+from editkit.data import load_cases
+from editkit.errors import EditkitError
+from editkit.journal import Journal
+from editkit.models.load import LanguageModel
+from editkit.report import console
+from editkit.settings import Config
+from editkit.snapshot import Reversal, Snapshot
+from editkit.tasks.common import Clock, described, load_model, plain
+from editkit.tasks.edit import case_of
+from editkit.tracing import AverageTrace, propose_layers, trace
+from editkit.tracing.average import TracedFact, average_of, trace_each, with_sigma
+
+JOURNAL = "facts.jsonl"
+TRACE, AVERAGE = "trace", "average"  # .npz and .json
+
+
+def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
+    """Run the task and write the arrays, pictures and record into `folder` (made and writable).
+
+    Raises EditkitError for anything the user can mend. The model's weights are not touched, and that is verified.
+    """
+    clock = Clock()
+    lm, digest, told = _average(config, folder, clock, say) if config.task.average else _one(config, folder, clock, say)
+    reversal: Reversal = told.pop("whole").verify().require()
+    clock.lap("verify")
+    say(console.reversal(reversal))
+    record = results.Record(
+        task="trace",
+        config=plain(config),
+        model=described(lm, digest),
+        edit={},
+        reversal=asdict(reversal) | {"exact": reversal.exact},
+        timings=clock.all(),
+        environment=results.environment(lm),
+        **told,
+    )
+    results.write_record(folder, record)
+    report.write(folder)
+    say(console.written(folder, record.timings["total"]))
+    return record
+
+
+Told = tuple[LanguageModel, str, dict[str, Any]]
+
+
+def _one(config: Config, folder: Path, clock: Clock, say: Callable[[str], None]) -> Told:
+    fact = case_of(config.edit).fact
+    lm = load_model(config)
+    whole = Snapshot.take(lm.model, [], everything=True)
+    say(console.trace_heading(lm, fact.text))
+    clock.lap("load")
+    found = trace(lm, fact, config.task.trace, seed=config.seed)
+    clock.lap("trace")
+    say(console.traced(found))
+    found.save(folder / TRACE)
+    metrics = {"clean": found.clean, "corrupted": found.corrupted, "total_effect": found.total_effect}
+    metrics |= {f"{kind}_most": found.indirect_effect(kind).max().item() for kind in found.probability}
+    return lm, lm.digest, {"whole": whole, "metrics": metrics, "trace": {"kind": "one", **found.how}}
+
+
+def _average(config: Config, folder: Path, clock: Clock, say: Callable[[str], None]) -> Told:
+    cases = load_cases(config.data, seed=config.seed)
+    lm = load_model(config)
+    digest = lm.digest
+    whole = Snapshot.take(lm.model, [], everything=True)
+    facts = [case.fact for case in cases.cases]
+    say(console.trace_heading(lm, f"{len(facts)} of {cases.found} facts in {cases.source}"))
+    clock.lap("load")
+    settings = with_sigma(lm, facts, config.task.trace)
+    header = {"trace": asdict(settings), "seed": config.seed, "model": digest, "data": cases.digest}
+    header["indices"] = list(cases.indices)
+    with Journal(folder / JOURNAL, header, resume=config.resume) as journal:
+        found = {line["number"]: TracedFact.from_json(line) for line in journal.lines}
+        for number, one in trace_each(lm, facts, settings, seed=config.seed, done=list(found)):
+            journal.append({"number": number} | one.to_json())
+            found[number] = one
+    average = average_of(lm, [found[number] for number in sorted(found)], settings, seed=config.seed)
+    clock.lap("trace")
+    average.save(folder / AVERAGE)
+    results.write_table(folder / "average.parquet", average.to_frame().to_dict("records"))
+    proposal, text = _proposal(average, config.task.layers)
+    say(console.average(average, text))
+    metrics = {"clean": average.clean.mean().item(), "corrupted": average.corrupted.mean().item()}
+    metrics |= {"total_effect": average.total_effect, "facts": len(average.texts)}
+    told: dict[str, Any] = {"kind": "average", "proposal": proposal, **average.how}
+    data = {
+        "source": cases.source,
+        "digest": cases.digest,
+        "found": cases.found,
+        "notes": cases.notes,
+        "rejected": [str(each) for each in cases.rejected],
+        "failed": [f"{text}: {why}" for text, why in average.skipped],
+    }
+    return lm, digest, {"whole": whole, "metrics": metrics, "trace": told, "data": data}
+
+
+def _proposal(average: AverageTrace, layers: int) -> tuple[dict[str, Any] | None, str]:
+    """The proposal as JSON with its text, or why there is none."""
+    try:
+        proposal = propose_layers(average, layers)
+    except EditkitError as error:
+        return None, str(error)
+    return asdict(proposal) | {"text": str(proposal)}, str(proposal)
