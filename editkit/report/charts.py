@@ -294,8 +294,13 @@ def heat_map(
     quantity: str,
     note: str = "",
     starred: Sequence[int] = (),
+    low: float | None = None,
 ) -> Chart:
-    """`values` [rows, columns], the first row on top, in the colours of cividis; starred rows get a *."""
+    """`values` [rows, columns], the first row on top, in the colours of cividis; starred rows get a *.
+
+    A cell's value is shown where it is pointed at, a row's greatest where the keyboard has come to the row. `low`: what
+    colours begin at; None: the least value.
+    """
     named = [f"{name}*" if i in starred else name for i, name in enumerate(rows)]
     left = min(110, max(text_width(clip(name, 102)) for name in named)) + 8
     cell = (WIDTH - 6 - left) / len(columns)
@@ -306,22 +311,36 @@ def heat_map(
     every = 1 if tilted else max(1, math.ceil(widest / cell))
     room = min(widest, 70) if tilted else 12
     known = [v for line in values for v in line if v is not None and math.isfinite(v)] or [0.0]
-    low, high = min(known), max(known)
+    low, high = min(known) if low is None else low, max(known)
     drawing = Drawing(bottom + room + 24, f"{title}: {quantity} by row and {x_name}, {number(low)} to {number(high)}")
     drawing.text(2, 11, clip(quantity, WIDTH - 4), "muted")
     for i in range(60):
         drawing.box(40 + i * 2, 18, 2.4, 10, fill=_cividis(i / 59))
     drawing.text(36, 27, number(low, 3), "muted", anchor="end")
     drawing.text(166, 27, number(high, 3), "muted")
+    drawing.role = "group"
+    aside = 172 + text_width(number(high, 3))
+
+    def told(text: str) -> None:
+        drawing.text(WIDTH - 2, 27, clip(text, WIDTH - 2 - aside), "readout", anchor="end")
+
     for i, (name, line) in enumerate(zip(named, values, strict=True)):
         y = top + i * tall
+        held = [(j, value) for j, value in enumerate(line) if value is not None and math.isfinite(value)]
+        most = max(held, key=lambda each: each[1], default=None)
+        summed = f"{name}: " + (f"most {number(most[1], 3)}, {x_name} {columns[most[0]]}" if most else "no value")
+        drawing.begin("row", summed)
         drawing.text(left - 6, y + tall / 2 + 4, clip(name, 102), anchor="end", tip=name)
-        for j, value in enumerate(line):
-            if value is None or not math.isfinite(value):
-                continue
+        for j, value in held:
             part = (value - low) / (high - low) if high > low else 0.5
+            drawing.begin("cell")
             tip = f"{rows[i]}, {x_name} {columns[j]}: {number(value)}"
             drawing.box(left + j * cell, y, cell + 0.3, tall + 0.3, tip=tip, fill=_cividis(part))
+            told(f"{clip(rows[i], 70)}, {x_name} {columns[j]}: {number(value, 3)}")
+            drawing.end()
+        drawing.box(left, y, WIDTH - 6 - left, tall, "edge")
+        told(f"{clip(name, 50)}: {summed[len(name) + 2 :]}")
+        drawing.end()
     for j in range(0, len(columns), every):
         x = left + (j + 0.5) * cell
         if tilted:

@@ -89,7 +89,18 @@ class Run:
             raise RecordError(
                 f"'{path}' is no record of editkit: it names no task. Remove it or choose another folder."
             )
-        for name in ("config", "model", "edit", "metrics", "reversal", "timings", "texts", "environment", "data"):
+        for name in (
+            "config",
+            "model",
+            "edit",
+            "metrics",
+            "reversal",
+            "timings",
+            "texts",
+            "environment",
+            "data",
+            "trace",
+        ):
             if not isinstance(record.get(name), dict):
                 if record.get(name) is not None:
                     raise RecordError(f"'{path}' is damaged: its '{name}' is no object. Run it again or remove it.")

@@ -10,6 +10,7 @@ from editkit.report.html import Charts, Fold, Page, Pairs, Section, Table, Text,
 from editkit.report.lifelong_parts import lifelong_sections
 from editkit.report.read import Average, Metric, Run, finite
 from editkit.report.svg import mean, number
+from editkit.report.trace_parts import trace_sections, trace_tiles, trace_title
 
 WORST = 10
 SHOWN_REJECTED = 100
@@ -18,8 +19,11 @@ RELATIONS_A_CHART, RELATION_CHARTS = 10, 3
 
 def page_of(run: Run) -> Page:
     """Raises RecordError for a table that cannot be read."""
-    sections = edit_sections(run) if run.task == "edit" else _measured(run)
-    sections.append(Section("published", "Beside published numbers", published_blocks([run], [run.method])))
+    if run.task == "trace":
+        sections = trace_sections(run)
+    else:
+        sections = edit_sections(run) if run.task == "edit" else _measured(run)
+        sections.append(Section("published", "Beside published numbers", published_blocks([run], [run.method])))
     sections += [Section("restored", "Restored", _restored(run))] if run.record["reversal"] else []
     sections.append(Section("settings", "Settings", [*_data(run), *again.settings(run)]))
     sections.append(Section("time", "Time", [_timings(run)]))
@@ -27,6 +31,8 @@ def page_of(run: Run) -> Page:
 
 
 def _title(run: Run) -> str:
+    if run.task == "trace":
+        return trace_title(run)
     edit = run.record["config"].get("edit")
     if run.task == "edit" and isinstance(edit, dict) and edit.get("subject"):
         return f"{edit['subject']} → {edit.get('target_new', '?')}"
@@ -37,7 +43,7 @@ def _subtitle(run: Run) -> str:
     seed = run.record["config"].get("seed")
     parts = [
         f"task {run.task}",
-        f"method {run.method}",
+        f"method {run.method}" if run.task != "trace" else "",
         f"model {run.model}",
         str(run.record["model"].get("dtype", "")),
     ]
@@ -48,7 +54,7 @@ def _subtitle(run: Run) -> str:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The headline metrics, the size of the change, whether all was put back."""
-    tiles = []
+    tiles = trace_tiles(run) if run.task == "trace" else []
     names = [n for n in ("counterfact.S",) if n in run.metrics] + groups.headline(_shares(run))
     for name in names:
         found = run.metrics[name].after or run.metrics[name].before

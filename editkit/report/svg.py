@@ -128,6 +128,7 @@ class Drawing:
 
     def __init__(self, height: float, label: str, width: float = WIDTH) -> None:
         self.width, self.height, self.label = width, height, label
+        self.role = "img"  # "group" where parts of it are named and can be reached by themselves
         self._parts: list[str] = []
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
@@ -154,6 +155,14 @@ class Drawing:
         turned = f' transform="rotate({tilt:g} {x:.1f} {y:.1f})"' if tilt else ""
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}'
         self._parts.append(f'<text class="{kind}" {place}>{escape(clean(text))}{inside}</text>')
+
+    def begin(self, kind: str, label: str = "") -> None:
+        """Put what follows into one group, up to `end`. With a label it can be reached by the keyboard."""
+        named = f' tabindex="0" role="img" aria-label="{escape(clean(label))}"' if label else ""
+        self._parts.append(f'<g class="{kind}"{named}>')
+
+    def end(self) -> None:
+        self._parts.append("</g>")
 
     def legend(self, entries: Sequence[tuple[str, str]], top: float = 0) -> float:
         """(marker kind, name) in rows from `top` on; the height taken."""
@@ -195,5 +204,6 @@ class Drawing:
 
     def svg(self) -> Markup:
         size = f'viewBox="0 0 {self.width:g} {self.height:.0f}"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(clean(self.label))}" {size}>'
+        about = f'role="{self.role}" aria-label="{escape(clean(self.label))}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {about} {size}>'
         return Markup(head + "".join(self._parts) + "</svg>")

@@ -114,3 +114,19 @@ def protocol(name: str) -> str:
 
 def kind(name: str) -> str:
     return KINDS.get(name, name.replace("_", " "))
+
+
+# What a trace puts back.
+PLACES = {
+    "state": "state",
+    "mlp": "MLP outputs",
+    "attention": "attention outputs",
+    "severed_mlp": "state, later MLPs severed",
+    "severed_attention": "state, later attention severed",
+}
+
+
+def place_kind(name: str, window: int) -> str:
+    """What is put back, with the blocks that are put back together."""
+    title = PLACES.get(name, name.replace("_", " "))
+    return f"{title}, window of {window}" if name in ("mlp", "attention") and window > 1 else title

@@ -100,6 +100,11 @@ class AverageTrace:
         """Write PATH.npz (the arrays) and PATH.json (axes, names along them, everything else)."""
         along = {"fact": self.texts, "part": PARTS, "block": list(range(self.layers))}
         said = {name: getattr(self, name) for name in _SAID} | {"axes": self.axes, "along": along}
+        # For readers without torch, who could not draw the same samples of the facts; NaN as null.
+        bounds = {
+            kind: dict(zip(("low", "high"), map(_listed, self.interval(kind)), strict=True)) for kind in self.effect
+        }
+        said["intervals"] = bounds
         return write_arrays(Path(path), self.effect | {"clean": self.clean, "corrupted": self.corrupted}, said)
 
     @classmethod
@@ -113,6 +118,10 @@ class AverageTrace:
 
 
 _SAID = ("window", "skipped", "complete", "how")
+
+
+def _listed(table: Tensor) -> list[list[float | None]]:
+    return [[value if value == value else None for value in row] for row in table.tolist()]
 
 
 @dataclass(frozen=True, eq=False)

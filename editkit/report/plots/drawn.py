@@ -1,0 +1,17 @@
+"""A figure with the numbers behind it. Imports matplotlib, so only `canvas.blank` imports this."""
+
+import io
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+class Drawn(Figure):
+    """A matplotlib figure that shows itself in a notebook without pyplot. `numbers`: a DataFrame of what is drawn."""
+
+    numbers: Any = None
+
+    def _repr_png_(self) -> bytes:
+        held = io.BytesIO()
+        self.savefig(held, format="png")
+        return held.getvalue()

@@ -1,0 +1,199 @@
+"""The parts of a page that show a trace: where the answer comes back, and which blocks that proposes to edit.
+
+The arrays are read with numpy: trace.npz and trace.json (tracing.Traced.save), or average.npz and average.json
+(tracing.AverageTrace.save).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from editkit.errors import RecordError
+from editkit.report import charts
+from editkit.report.html import Charts, Fold, Section, Table, Text
+from editkit.report.read import Run, finite
+from editkit.report.svg import number
+from editkit.report.words import place_kind
+
+LINES = ("last subject token", "last token")  # drawn; all kinds of token are in the maps
+SHOWN_SKIPPED = 100
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What a trace's two files hold."""
+
+    values: dict[str, Any]  # numpy, by kind: [tokens, blocks], or [facts, parts, blocks]
+    said: dict[str, Any]
+
+    @property
+    def window(self) -> int:
+        return int(self.said["window"])
+
+    def along(self, axis: str) -> list[str]:
+        return [str(name) for name in self.said["along"][axis]]
+
+
+def trace_title(run: Run) -> str:
+    if _average(run):
+        return f"Where {run.model} recalls {run.data or 'facts'}"
+    how = _arrays(run).said["how"]
+    return f"Trace: {str(how.get('prompt', '')).replace('{}', str(how.get('subject', '{}')))}"
+
+
+def trace_tiles(run: Run) -> list[tuple[str, str, str]]:
+    found = _arrays(run)
+    if not _average(run):
+        clean, corrupted = float(found.said["clean"]), float(found.said["corrupted"])
+        return [
+            ("answer", str(found.said["answer"]).strip(), "what the model says"),
+            ("P, clean", number(clean, 3), "of the answer"),
+            ("P, corrupted", number(corrupted, 3), "with the subject's embeddings corrupted"),
+            ("total effect", number(clean - corrupted, 3), "what the corruption takes"),
+        ]
+    lost = found.values["clean"] - found.values["corrupted"]
+    skipped = len(found.said.get("skipped") or [])
+    tiles = [
+        ("facts", f"{len(lost):,}", f"traced; {skipped:,} left out" if skipped else "traced"),
+        ("total effect", number(float(lost.mean()), 3), "of P(answer), mean over facts"),
+    ]
+    proposal = run.record["trace"].get("proposal") or {}
+    if proposal.get("layers"):
+        tiles.append(("proposed", ", ".join(map(str, proposal["layers"])), "blocks to edit"))
+    return tiles
+
+
+def trace_sections(run: Run) -> list[Section]:
+    """Sections of task=trace. Raises RecordError when the arrays are not there or damaged."""
+    return _averaged(run, _arrays(run)) if _average(run) else _prompt(_arrays(run))
+
+
+def _prompt(found: Arrays) -> list[Section]:
+    """One prompt's maps."""
+    tokens, blocks = found.along("token"), found.along("block")
+    first, last = found.said["subject"]
+    answer, corrupted = str(found.said["answer"]).strip(), float(found.said["corrupted"])
+    text = f"P({answer}) when one clean place is put back into the corrupted run. Colours begin at the corrupted run's "
+    text += f"{number(corrupted, 3)}; the clean run has {number(float(found.said['clean']), 3)}. "
+    text += "The subject's tokens have a star. Point at a cell for its value, or step through rows with the Tab key."
+    drawn, rows = [], []
+    for kind, table in found.values.items():
+        title = place_kind(kind, found.window)
+        starred = range(first, last + 1)
+        values = [[finite(float(value)) for value in line] for line in table]
+        drawn.append(
+            charts.heat_map(title, values, [_token(t) for t in tokens], blocks, "block", f"P({answer})",
+                            starred=starred, low=corrupted)
+        )  # fmt: skip
+        rows += [(title, i, _token(tokens[i]), int(b), v, None if v is None else v - corrupted)
+                 for i, line in enumerate(values) for b, v in zip(blocks, line, strict=True)]  # fmt: skip
+    others = found.said.get("others") or []
+    note = [Text(f"In the subject's place: {', '.join(map(str, others))}.", "note")] if others else []
+    columns = ("put back", "position", "token", "block", "probability", "indirect effect")
+    blocks_ = [Text(text, "note"), *note, Charts(drawn), Fold("All numbers as one table", [Table(columns, rows)])]
+    return [Section("trace", "Where the answer comes back", blocks_)]
+
+
+def _averaged(run: Run, found: Arrays) -> list[Section]:
+    """The average over facts: the proposal, curves over blocks, maps by kind of token."""
+    parts, blocks = found.along("part"), [int(block) for block in found.along("block")]
+    proposal = run.record["trace"].get("proposal") or {}
+    proposed = [Text(str(proposal["text"]))] if proposal.get("text") else []
+    marks = [float(block) for block in proposal.get("layers") or []]
+    kinds = [kind for kind in found.values if kind not in ("clean", "corrupted")]
+    means = {kind: _means(found.values[kind]) for kind in kinds}
+    counts = (~numpy.isnan(found.values[kinds[0]][:, :, 0])).sum(0).tolist()
+    bounds = {kind: _bounds(found.said, kind, len(parts)) for kind in kinds}
+    lines = []
+    for p, part in enumerate(parts):
+        curves = [
+            charts.Line(place_kind(kind, found.window), blocks, means[kind][p], bounds[kind][0][p], bounds[kind][1][p],
+                        marks if kind == "mlp" else ())
+            for kind in kinds
+        ]  # fmt: skip
+        if part in LINES:
+            lines.append(charts.lines(f"{part} (n = {counts[p]:,})", curves, "block", "average indirect effect"))
+    drawn = [
+        charts.heat_map(place_kind(kind, found.window), means[kind], parts, list(map(str, blocks)), "block",
+                        "average indirect effect")
+        for kind in kinds
+    ]  # fmt: skip
+    rows = [
+        (place_kind(kind, found.window), part, b, means[kind][p][b], bounds[kind][0][p][b], bounds[kind][1][p][b],
+         counts[p])
+        for kind in kinds for p, part in enumerate(parts) for b in blocks
+    ]  # fmt: skip
+    columns = ("put back", "token", "block", "effect", "low", "high", "facts")
+    note = (
+        "The average indirect effect: how much of P(answer) comes back when one clean place is put into the corrupted "
+    )
+    note += "run, mean over facts; bands are 95 % bootstrap intervals over facts."
+    note += " Upright dashed: the blocks proposed." if marks else ""
+    unfinished = [] if found.said.get("complete", True) else [Text("It was interrupted: not all facts are in.", "bad")]
+    skipped = found.said.get("skipped") or []
+    left: list[Any] = [
+        Table(("fact", "why"), [tuple(map(str, each)) for each in skipped[:SHOWN_SKIPPED]], stacked=True)
+    ]
+    more = len(skipped) - SHOWN_SKIPPED
+    left += [Text(f"… and {more:,} more: average.json names all.", "note")] if more > 0 else []
+    return [
+        Section("proposal", "Blocks to edit", proposed),
+        Section("blocks", "Over blocks", [*unfinished, Text(note, "note"), Charts(lines)]),
+        Section("parts", "By kind of token", [Charts(drawn), Fold("All numbers as one table", [Table(columns, rows)])]),
+        Section("skipped", f"Left out: {len(skipped):,} facts", left if skipped else []),
+    ]
+
+
+def _average(run: Run) -> bool:
+    return run.record["trace"].get("kind") == "average"
+
+
+def _arrays(run: Run) -> Arrays:
+    """Raises RecordError naming the file."""
+    name = "average" if _average(run) else "trace"
+    path = run.folder / f"{name}.npz"
+    try:
+        said = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        with numpy.load(path, allow_pickle=False) as held:
+            values = {key: held[key] for key in held.files}
+        axes = ("part", "block") if _average(run) else ("token", "block")
+        shape = tuple(len(said["along"][axis]) for axis in axes)
+        facts = tuple(values[key].shape for key in ("clean", "corrupted")) if _average(run) else ()
+        tables = {key: table for key, table in values.items() if key not in ("clean", "corrupted")}
+        wrong = [key for key, table in tables.items() if table.shape[-2:] != shape or table.ndim != len(said["axes"])]
+        if wrong or not tables or len(set(facts)) > 1:
+            raise ValueError(f"its tables are not {list(shape)}: {', '.join(wrong) or 'none'}")
+        return Arrays(values, {"how": {}} | said)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise RecordError(
+            f"'{path}' and '{name}.json' cannot be read ({type(error).__name__}: {error}): they are damaged or not "
+            "there. Run it again or remove the folder."
+        ) from error
+
+
+def _means(table: Any) -> list[list[float | None]]:
+    """[parts, blocks] from [facts, parts, blocks], over the facts that have the part."""
+    known = ~numpy.isnan(table)
+    total = numpy.where(known, table, 0.0).sum(0)
+    count = known.sum(0)
+    return [
+        [float(t / n) if n else None for t, n in zip(sums, counts, strict=True)]
+        for sums, counts in zip(total, count, strict=True)
+    ]
+
+
+def _bounds(said: dict[str, Any], kind: str, parts: int) -> tuple[Sequence[Sequence[Any]], Sequence[Sequence[Any]]]:
+    """The ends of the bands, each [parts, blocks]; none where an older file has none."""
+    blocks = len(said["along"]["block"])
+    found = (said.get("intervals") or {}).get(kind) or {}
+    empty = [[None] * blocks for _ in range(parts)]
+    return found.get("low") or empty, found.get("high") or empty
+
+
+def _token(text: str) -> str:
+    """A token as a name: blanks and ends of lines that show."""
+    shown = text.replace("\n", "↵").replace("\t", "⇥").strip(" ")
+    return shown or "␣"
