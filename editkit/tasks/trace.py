@@ -6,6 +6,7 @@ folder goes on where a former run stopped.
 
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from editkit.data import load_cases
 from editkit.errors import EditkitError
 from editkit.journal import Journal
 from editkit.models.load import LanguageModel
-from editkit.report import console
+from editkit.report import console, plots
 from editkit.settings import Config
 from editkit.snapshot import Reversal, Snapshot
 from editkit.tasks.common import Clock, described, load_model, plain
 from editkit.tasks.edit import case_of
-from editkit.tracing import AverageTrace, propose_layers, trace
+from editkit.tracing import AverageTrace, Proposal, propose_layers, trace
 from editkit.tracing.average import TracedFact, average_of, trace_each, with_sigma
 
 JOURNAL = "facts.jsonl"
@@ -65,6 +66,7 @@ def _one(config: Config, folder: Path, clock: Clock, say: Callable[[str], None])
     clock.lap("trace")
     say(console.traced(found))
     found.save(folder / TRACE)
+    _drawn(say, lambda: plots.trace_map(found, path=folder / TRACE))
     metrics = {"clean": found.clean, "corrupted": found.corrupted, "total_effect": found.total_effect}
     metrics |= {f"{kind}_most": found.indirect_effect(kind).max().item() for kind in found.probability}
     return lm, lm.digest, {"whole": whole, "metrics": metrics, "trace": {"kind": "one", **found.how}}
@@ -92,9 +94,12 @@ def _average(config: Config, folder: Path, clock: Clock, say: Callable[[str], No
     results.write_table(folder / "average.parquet", average.to_frame().to_dict("records"))
     proposal, text = _proposal(average, config.task.layers)
     say(console.average(average, text))
+    _drawn(say, lambda: plots.average_map(average, proposal=proposal, path=folder / "average_map"))
+    _drawn(say, lambda: plots.average_lines(average, proposal=proposal, path=folder / "average_lines"))
     metrics = {"clean": average.clean.mean().item(), "corrupted": average.corrupted.mean().item()}
     metrics |= {"total_effect": average.total_effect, "facts": len(average.texts)}
-    told: dict[str, Any] = {"kind": "average", "proposal": proposal, **average.how}
+    proposed = None if proposal is None else asdict(proposal) | {"text": text}
+    told: dict[str, Any] = {"kind": "average", "proposal": proposed, **average.how}
     data = {
         "source": cases.source,
         "digest": cases.digest,
@@ -106,10 +111,18 @@ def _average(config: Config, folder: Path, clock: Clock, say: Callable[[str], No
     return lm, digest, {"whole": whole, "metrics": metrics, "trace": told, "data": data}
 
 
-def _proposal(average: AverageTrace, layers: int) -> tuple[dict[str, Any] | None, str]:
-    """The proposal as JSON with its text, or why there is none."""
+def _drawn(say: Callable[[str], None], draw: Callable[[], object]) -> None:
+    """Draw a picture where matplotlib is there; the arrays and the report are complete without it."""
+    if find_spec("matplotlib") is None:
+        say('no picture: pip install "editkit[plots]"')
+    else:
+        draw()
+
+
+def _proposal(average: AverageTrace, layers: int) -> tuple[Proposal | None, str]:
+    """The proposal and its text, or none and why."""
     try:
         proposal = propose_layers(average, layers)
     except EditkitError as error:
         return None, str(error)
-    return asdict(proposal) | {"text": str(proposal)}, str(proposal)
+    return proposal, str(proposal)
