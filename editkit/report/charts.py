@@ -295,11 +295,12 @@ def heat_map(
     note: str = "",
     starred: Sequence[int] = (),
     low: float | None = None,
+    high: float | None = None,
 ) -> Chart:
     """`values` [rows, columns], the first row on top, in the colours of cividis; starred rows get a *.
 
-    A cell's value is shown where it is pointed at, a row's greatest where the keyboard has come to the row. `low`: what
-    colours begin at; None: the least value.
+    A cell's value is shown where it is pointed at, a row's greatest where the keyboard has come to the row. `low`,
+    `high`: where colours begin and end; None: the least and the greatest value.
     """
     named = [f"{name}*" if i in starred else name for i, name in enumerate(rows)]
     left = min(110, max(text_width(clip(name, 102)) for name in named)) + 8
@@ -311,7 +312,7 @@ def heat_map(
     every = 1 if tilted else max(1, math.ceil(widest / cell))
     room = min(widest, 70) if tilted else 12
     known = [v for line in values for v in line if v is not None and math.isfinite(v)] or [0.0]
-    low, high = min(known) if low is None else low, max(known)
+    low, high = min(known) if low is None else low, max(known) if high is None else high
     drawing = Drawing(bottom + room + 24, f"{title}: {quantity} by row and {x_name}, {number(low)} to {number(high)}")
     drawing.text(2, 11, clip(quantity, WIDTH - 4), "muted")
     for i in range(60):

@@ -80,13 +80,15 @@ def _prompt(found: Arrays) -> list[Section]:
     text += f"{number(corrupted, 3)}; the clean run has {number(float(found.said['clean']), 3)}. "
     text += "The subject's tokens have a star. Point at a cell for its value, or step through rows with the Tab key."
     drawn, rows = [], []
+    high = max([v for table in found.values.values() for v in table.ravel().tolist() if finite(v) is not None],
+               default=corrupted)  # fmt: skip
     for kind, table in found.values.items():
         title = place_kind(kind, found.window)
         starred = range(first, last + 1)
         values = [[finite(float(value)) for value in line] for line in table]
         drawn.append(
             charts.heat_map(title, values, [_token(t) for t in tokens], blocks, "block", f"P({answer})",
-                            starred=starred, low=corrupted)
+                            starred=starred, low=corrupted, high=high)
         )  # fmt: skip
         rows += [(title, i, _token(tokens[i]), int(b), v, None if v is None else v - corrupted)
                  for i, line in enumerate(values) for b, v in zip(blocks, line, strict=True)]  # fmt: skip
@@ -116,9 +118,10 @@ def _averaged(run: Run, found: Arrays) -> list[Section]:
         ]  # fmt: skip
         if part in LINES:
             lines.append(charts.lines(f"{part} (n = {counts[p]:,})", curves, "block", "average indirect effect"))
+    known = [v for kind in kinds for line in means[kind] for v in line if v is not None] or [0.0]
     drawn = [
         charts.heat_map(place_kind(kind, found.window), means[kind], parts, list(map(str, blocks)), "block",
-                        "average indirect effect")
+                        "average indirect effect", low=min(0.0, *known), high=max(known))
         for kind in kinds
     ]  # fmt: skip
     rows = [
