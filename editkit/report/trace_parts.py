@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy
 
@@ -170,7 +171,7 @@ def _arrays(run: Run) -> Arrays:
         if wrong or not tables or len(set(facts)) > 1:
             raise ValueError(f"its tables are not {list(shape)}: {', '.join(wrong) or 'none'}")
         return Arrays(values, {"how": {}} | said)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise RecordError(
             f"'{path}' and '{name}.json' cannot be read ({type(error).__name__}: {error}): they are damaged or not "
             "there. Run it again or remove the folder."
