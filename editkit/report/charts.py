@@ -14,6 +14,7 @@ from editkit.report.read import Average
 from editkit.report.svg import SERIES, WIDTH, Drawing, Scale, clip, covering, number, text_width
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ROW_NAME = 130  # units: the widest name of a heat map's row
 LABEL = 100  # units: the widest name that stands left of what it names
 
 
@@ -303,7 +304,7 @@ def heat_map(
     `high`: where colours begin and end; None: the least and the greatest value.
     """
     named = [f"{name}*" if i in starred else name for i, name in enumerate(rows)]
-    left = min(110, max(text_width(clip(name, 102)) for name in named)) + 8
+    left = max(text_width(clip(name, ROW_NAME)) for name in named) + 8
     cell = (WIDTH - 6 - left) / len(columns)
     tall = max(15.0, min(24.0, 280 / len(rows)))
     top, bottom = 46.0, 46.0 + tall * len(rows)
@@ -331,7 +332,7 @@ def heat_map(
         most = max(held, key=lambda each: each[1], default=None)
         summed = f"{name}: " + (f"most {number(most[1], 3)}, {x_name} {columns[most[0]]}" if most else "no value")
         drawing.begin("row", summed)
-        drawing.text(left - 6, y + tall / 2 + 4, clip(name, 102), anchor="end", tip=name)
+        drawing.text(left - 6, y + tall / 2 + 4, clip(name, ROW_NAME), anchor="end", tip=name)
         for j, value in held:
             part = (value - low) / (high - low) if high > low else 0.5
             drawing.begin("cell")

@@ -40,7 +40,7 @@ class Arrays:
 
 def trace_title(run: Run) -> str:
     if _average(run):
-        return f"Where {run.model} recalls {run.data or 'facts'}"
+        return f"Where {run.model} recalls facts" + (f" (data: {run.data})" if run.data else "")
     how = _arrays(run).said["how"]
     return f"Trace: {str(how.get('prompt', '')).replace('{}', str(how.get('subject', '{}')))}"
 
@@ -147,7 +147,7 @@ def _averaged(run: Run, found: Arrays) -> list[Section]:
         Section("proposal", "Blocks to edit", proposed),
         Section("blocks", "Over blocks", [*unfinished, Text(note, "note"), Charts(lines)]),
         Section("parts", "By kind of token", [Charts(drawn), Fold("All numbers as one table", [Table(columns, rows)])]),
-        Section("skipped", f"Left out: {len(skipped):,} facts", left if skipped else []),
+        Section("skipped", f"Facts left out: {len(skipped):,}", left if skipped else []),
     ]
 
 
