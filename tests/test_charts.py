@@ -13,7 +13,7 @@ NS = "{http://www.w3.org/2000/svg}"
 
 def drawn(chart: charts.Chart) -> ET.Element:
     root = ET.fromstring(str(chart.svg))  # well-formed
-    assert root.get("role") == "img" and root.get("aria-label")
+    assert root.get("role") in ("img", "group") and root.get("aria-label")
     return root
 
 
@@ -22,10 +22,10 @@ def circles(root, kind):
 
 
 def labels(root) -> list[tuple[float, float, float, str]]:
-    """(left, right, baseline, text) of upright labels."""
+    """(left, right, baseline, text) of level labels."""
     found = []
     for t in root.iter(f"{NS}text"):
-        if t.get("transform"):
+        if t.get("transform") or t.get("class") == "readout":  # of which one is shown at a time
             continue
         wide, x = svg.text_width(t.text or ""), float(t.get("x"))
         left = {"start": x, "middle": x - wide / 2, "end": x - wide}[t.get("text-anchor")]

@@ -14,6 +14,7 @@ from editkit.report.read import Average
 from editkit.report.svg import SERIES, WIDTH, Drawing, Scale, clip, covering, number, text_width
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ROW_NAME = 130  # units: the widest name of a heat map's row
 LABEL = 100  # units: the widest name that stands left of what it names
 
 
@@ -295,14 +296,15 @@ def heat_map(
     note: str = "",
     starred: Sequence[int] = (),
     low: float | None = None,
+    high: float | None = None,
 ) -> Chart:
     """`values` [rows, columns], the first row on top, in the colours of cividis; starred rows get a *.
 
-    A cell's value is shown where it is pointed at, a row's greatest where the keyboard has come to the row. `low`: what
-    colours begin at; None: the least value.
+    A cell's value is shown where it is pointed at, a row's greatest where the keyboard has come to the row. `low`,
+    `high`: where colours begin and end; None: the least and the greatest value.
     """
     named = [f"{name}*" if i in starred else name for i, name in enumerate(rows)]
-    left = min(110, max(text_width(clip(name, 102)) for name in named)) + 8
+    left = max(text_width(clip(name, ROW_NAME)) for name in named) + 8
     cell = (WIDTH - 6 - left) / len(columns)
     tall = max(15.0, min(24.0, 280 / len(rows)))
     top, bottom = 46.0, 46.0 + tall * len(rows)
@@ -311,7 +313,7 @@ def heat_map(
     every = 1 if tilted else max(1, math.ceil(widest / cell))
     room = min(widest, 70) if tilted else 12
     known = [v for line in values for v in line if v is not None and math.isfinite(v)] or [0.0]
-    low, high = min(known) if low is None else low, max(known)
+    low, high = min(known) if low is None else low, max(known) if high is None else high
     drawing = Drawing(bottom + room + 24, f"{title}: {quantity} by row and {x_name}, {number(low)} to {number(high)}")
     drawing.text(2, 11, clip(quantity, WIDTH - 4), "muted")
     for i in range(60):
@@ -330,7 +332,7 @@ def heat_map(
         most = max(held, key=lambda each: each[1], default=None)
         summed = f"{name}: " + (f"most {number(most[1], 3)}, {x_name} {columns[most[0]]}" if most else "no value")
         drawing.begin("row", summed)
-        drawing.text(left - 6, y + tall / 2 + 4, clip(name, 102), anchor="end", tip=name)
+        drawing.text(left - 6, y + tall / 2 + 4, clip(name, ROW_NAME), anchor="end", tip=name)
         for j, value in held:
             part = (value - low) / (high - low) if high > low else 0.5
             drawing.begin("cell")

@@ -47,7 +47,8 @@ def _subtitle(run: Run) -> str:
         f"model {run.model}",
         str(run.record["model"].get("dtype", "")),
     ]
-    parts += [f"data {run.data}"] if run.data else []
+    alone = run.task == "trace" and run.record["trace"].get("kind") == "one"
+    parts += [f"data {run.data}"] if run.data and not alone else []
     parts += [] if seed is None else [f"seed {seed}"]
     return " · ".join(part for part in parts if part)
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy
 
@@ -39,7 +40,7 @@ class Arrays:
 
 def trace_title(run: Run) -> str:
     if _average(run):
-        return f"Where {run.model} recalls {run.data or 'facts'}"
+        return f"Where {run.model} recalls facts" + (f" (data: {run.data})" if run.data else "")
     how = _arrays(run).said["how"]
     return f"Trace: {str(how.get('prompt', '')).replace('{}', str(how.get('subject', '{}')))}"
 
@@ -80,13 +81,15 @@ def _prompt(found: Arrays) -> list[Section]:
     text += f"{number(corrupted, 3)}; the clean run has {number(float(found.said['clean']), 3)}. "
     text += "The subject's tokens have a star. Point at a cell for its value, or step through rows with the Tab key."
     drawn, rows = [], []
+    high = max([v for table in found.values.values() for v in table.ravel().tolist() if finite(v) is not None],
+               default=corrupted)  # fmt: skip
     for kind, table in found.values.items():
         title = place_kind(kind, found.window)
         starred = range(first, last + 1)
         values = [[finite(float(value)) for value in line] for line in table]
         drawn.append(
             charts.heat_map(title, values, [_token(t) for t in tokens], blocks, "block", f"P({answer})",
-                            starred=starred, low=corrupted)
+                            starred=starred, low=corrupted, high=high)
         )  # fmt: skip
         rows += [(title, i, _token(tokens[i]), int(b), v, None if v is None else v - corrupted)
                  for i, line in enumerate(values) for b, v in zip(blocks, line, strict=True)]  # fmt: skip
@@ -116,9 +119,10 @@ def _averaged(run: Run, found: Arrays) -> list[Section]:
         ]  # fmt: skip
         if part in LINES:
             lines.append(charts.lines(f"{part} (n = {counts[p]:,})", curves, "block", "average indirect effect"))
+    known = [v for kind in kinds for line in means[kind] for v in line if v is not None] or [0.0]
     drawn = [
         charts.heat_map(place_kind(kind, found.window), means[kind], parts, list(map(str, blocks)), "block",
-                        "average indirect effect")
+                        "average indirect effect", low=min(0.0, *known), high=max(known))
         for kind in kinds
     ]  # fmt: skip
     rows = [
@@ -143,7 +147,7 @@ def _averaged(run: Run, found: Arrays) -> list[Section]:
         Section("proposal", "Blocks to edit", proposed),
         Section("blocks", "Over blocks", [*unfinished, Text(note, "note"), Charts(lines)]),
         Section("parts", "By kind of token", [Charts(drawn), Fold("All numbers as one table", [Table(columns, rows)])]),
-        Section("skipped", f"Left out: {len(skipped):,} facts", left if skipped else []),
+        Section("skipped", f"Facts left out: {len(skipped):,}", left if skipped else []),
     ]
 
 
@@ -167,7 +171,7 @@ def _arrays(run: Run) -> Arrays:
         if wrong or not tables or len(set(facts)) > 1:
             raise ValueError(f"its tables are not {list(shape)}: {', '.join(wrong) or 'none'}")
         return Arrays(values, {"how": {}} | said)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise RecordError(
             f"'{path}' and '{name}.json' cannot be read ({type(error).__name__}: {error}): they are damaged or not "
             "there. Run it again or remove the folder."

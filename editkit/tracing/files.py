@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy
 import torch
@@ -39,7 +40,7 @@ def read_arrays(path: Path, axes: Sequence[str]) -> tuple[dict[str, Tensor], dic
         with numpy.load(data, allow_pickle=False) as found:
             arrays = {name: torch.from_numpy(found[name]) for name in found.files}
         named = tuple(said["axes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise EditkitError(
             f"No arrays can be read from '{data}' and '{text.name}' ({type(error).__name__}: {error}). Give the path "
             "that save() was given, with both files there."

@@ -135,11 +135,13 @@ def headed(figure: Any, title: str) -> None:
 
 
 def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """The legend under everything, in as many columns as fit."""
+    """The legend under everything, in as many columns as fit; the figure grows with its rows."""
     inches = figure.get_figwidth() - 0.4
     names = [label(name, inches - 0.6) for name in names]
     each = max(text_width(name, SIZE) for name in names) / 72 + 0.55
     columns = max(1, min(len(names), int(inches / each)))
+    rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.18 * (rows - 1))
     box = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=SIZE, frameon=False)
     for text in box.get_texts():
         text.set_parse_math(False)

@@ -54,7 +54,7 @@ def panels(
     step = 1 if upright else every(heads, wide)
     below = max(text_width(head, SMALL) for head in heads) / 72 if upright else 0.0
     margin = max(text_width(name, SIZE) for name in names) / 72 + (0.2 if y_name else 0.0)
-    tall = max(1.0, ROW * len(rows))
+    tall = max(1.25, ROW * len(rows))
     width = margin + 0.35 + across * (wide + 0.12) + 0.85
     titles = [wrapped(panel.title, wide, SIZE) for panel in maps]
     above = 0.16 * max(text.count("\n") + 1 for text in titles) + 0.25
@@ -91,7 +91,7 @@ def panels(
     bar.set_ticks(ticks := _ticks(low, high, log=log), labels=[number(tick, 2) for tick in ticks])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=SMALL, length=2)
-    bar.set_label(label(quantity, 0.8 * tall * down), fontsize=SIZE, parse_math=False)
+    bar.set_label(label(quantity, tall * down), fontsize=SIZE, parse_math=False)
     bar.outline.set_visible(False)
     headed(figure, title)
     return figure

@@ -79,7 +79,7 @@ def average_map(
         parts,
         [str(block) for block in range(average.layers)],
         x_name="block",
-        quantity="average indirect effect",
+        quantity="indirect effect",
         low=low,
         high=high if high > low else low + 1e-6,
         title=title,
