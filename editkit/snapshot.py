@@ -88,6 +88,10 @@ class Reversal:
     def exact(self) -> bool:
         return not self.unequal
 
+    def __str__(self) -> str:
+        verdict = "all equal, bit for bit" if self.exact else f"NOT EQUAL: {', '.join(self.unequal)}"
+        return f"{self.tensors} parameters and buffers, {self.bytes:,} bytes compared, {verdict}"
+
     def require(self) -> "Reversal":
         """Self, or ReversalError naming the first tensors that differ."""
         if self.unequal:

@@ -210,9 +210,7 @@ def audit(found: Audit) -> str:
 
 def reversal(found: Reversal) -> str:
     """What was compared after restoring."""
-    verdict = "all equal, bit for bit" if found.exact else f"NOT EQUAL: {', '.join(found.unequal)}"
-    text = f"restored: {found.tensors} parameters and buffers, {found.bytes:,} bytes compared, {verdict}"
-    return "\n".join(["", *_wrapped("", text)])
+    return "\n".join(["", *_wrapped("", f"restored: {found}")])
 
 
 def written(folder: Path, seconds: float) -> str:
