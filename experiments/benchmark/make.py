@@ -1,6 +1,6 @@
-"""The tables and curves of this study, from the folders of its two sweeps.
+"""The tables and curves of this study, from the folders of its benchmarks and of its lifelong runs.
 
-    python experiments/benchmark/make.py SWEEP LIFELONG_SWEEP    # writes the JSON files and curves.png
+    python experiments/benchmark/make.py BENCHMARKS LIFELONG     # folders of runs; writes the JSON files and curves.png
     python experiments/benchmark/make.py                         # prints the tables from the JSON files
 
 The JSON files keep every metric with its interval, and with what each run was made: commit, command, settings.
@@ -37,11 +37,12 @@ CURVES = {
 }
 POINT = {"ES": "ES of all edits so far", "PS": "PS of all edits so far", "NS": "NS of all edits so far"}
 POINT |= {"recent ES": "ES of the last stretch", "untouched": "untouched facts: true answer likelier"}
-COLORS = {"rome": "#D55E00", "memit": "#0072B2", "alphaedit": "#009E73", "ft_l": "#CC79A7"}  # Okabe and Ito
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito
+MARKERS = "os^Dvx"
 
 
 def read(sweep: Path) -> dict[str, Any]:
-    """{method: what its run found and was made with} of a sweep over methods."""
+    """{method: what its run found and was made with} of runs of one task."""
     found = {}
     for path in sorted(sweep.glob("*/record.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -51,8 +52,13 @@ def read(sweep: Path) -> dict[str, Any]:
         environment["command"] = " ".join(["python -m editkit.run", *asked])
         kept = {key: record[key] for key in ("config", "metrics", "series", "timings", "edit", "reversal")}
         kept["edit"] = {key: kept["edit"].get(key) for key in ("count", "rank", "norm", "relative_norm", "seconds")}
-        found[record["config"]["method"]["name"]] = kept | {"environment": environment, "model": record["model"]}
+        found[_named(record["config"]["method"])] = kept | {"environment": environment, "model": record["model"]}
     return found
+
+
+def _named(method: dict[str, Any]) -> str:
+    """The method, with its null space where that is a share of the directions and not the paper's threshold."""
+    return method["name"] + (f" {method['fraction']:g}" if method.get("fraction") else "")
 
 
 def table(found: dict[str, Any]) -> str:
@@ -88,18 +94,18 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), sharex=True, constrained_layout=True)
     flat = axes.ravel()
     for axis, (title, key) in zip(flat, CURVES.items(), strict=False):
-        for method, run in found.items():
+        for (method, run), color, marker in zip(found.items(), COLORS, MARKERS, strict=False):
             there = [(p["edits"], p["metrics"][key]) for p in run["series"] if key in p["metrics"]]
             edits = [x for x, _ in there]
-            axis.plot(edits, [y["mean"] for _, y in there], color=COLORS[method], label=method, marker=".")
+            axis.plot(edits, [y["mean"] for _, y in there], color=color, label=method, marker=marker, markersize=4)
             low, high = [y["low"] for _, y in there], [y["high"] for _, y in there]
-            axis.fill_between(edits, low, high, color=COLORS[method], alpha=0.15, linewidth=0)
+            axis.fill_between(edits, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set(title=title, ylim=(-0.03, 1.03))
     rest = {"KL on prose, nats a token": "kl", "‖ΔW‖/‖W‖": "relative_norm"}
     for axis, (title, name) in zip(flat[len(CURVES) :], rest.items(), strict=True):
-        for method, run in found.items():
+        for run, color, marker in zip(found.values(), COLORS, MARKERS, strict=False):
             edits = [point["edits"] for point in run["series"]]
-            axis.plot(edits, [point[name] for point in run["series"]], color=COLORS[method], marker=".")
+            axis.plot(edits, [point[name] for point in run["series"]], color=color, marker=marker, markersize=4)
         axis.set(title=title)
     for axis in axes[1]:
         axis.set_xlabel("edits")
