@@ -8,7 +8,7 @@ demo: .venv/.ready
 	$(BIN)/python -m editkit.run edit=gpt2_fact
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
