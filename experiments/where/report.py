@@ -1,0 +1,4 @@
+from pathlib import Path
+
+
+def report(work: Path, here: Path) -> None: ...
