@@ -426,7 +426,7 @@ def _draw_side(lines: Sequence[dict[str, Any]], found: dict[str, Any], path: Pat
         xlabel="predicted drop of log p (nats a token)",
         ylabel="measured",
     )
-    left.legend(frameon=False, loc="upper left", markerscale=3)
+    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, markerscale=3)
     flips = 1 - part["kept"]
     for number, (name, title) in enumerate(PREDICTORS.items()):
         order = part[name].argsort()
