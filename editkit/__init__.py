@@ -35,10 +35,12 @@ _PUBLIC = {
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
     "apply_files": "editkit.arithmetic",
+    "attention_to_subject": "editkit.lenses",
     "average_trace": "editkit.tracing",
     "emmet": "editkit.methods.memit",
     "ft": "editkit.methods.finetune",
     "ft_l": "editkit.methods.finetune",
+    "logit_lens": "editkit.lenses",
     "lora": "editkit.methods.lora",
     "mend": "editkit.methods.mend",
     "memit": "editkit.methods.memit",
@@ -47,6 +49,8 @@ _PUBLIC = {
     "r_rome": "editkit.methods.rome",
     "rome": "editkit.methods.rome",
     "rome_each": "editkit.methods.rome",
+    "side_effects": "editkit.lenses",
+    "stream_change": "editkit.lenses",
     "trace": "editkit.tracing",
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]
@@ -56,6 +60,10 @@ if TYPE_CHECKING:
     from editkit.edit import Edit as Edit
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
+    from editkit.lenses import attention_to_subject as attention_to_subject
+    from editkit.lenses import logit_lens as logit_lens
+    from editkit.lenses import side_effects as side_effects
+    from editkit.lenses import stream_change as stream_change
     from editkit.methods.alphaedit import alphaedit as alphaedit
     from editkit.methods.finetune import ft as ft
     from editkit.methods.finetune import ft_l as ft_l

@@ -8,28 +8,28 @@
 All of it only looks. An edit that is applied to look is taken back, and that verified, before anything is returned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from editkit.edit import Edit
+from editkit.edit import Delta, Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact, lookup_position
+from editkit.methods.likelihood import nll_of_rows
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import by_token, continued, spaced, tokenise
-from editkit.nethook import Trace, get_module
+from editkit.models.tokens import Scored, by_token, continued, spaced, tokenise
+from editkit.nethook import Trace, get_module, requires_grad
 from editkit.replay import logits_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pandas import DataFrame
 
 T = TypeVar("T")
+BATCH = 16  # prompts side by side
 
 
 def before_and_after(lm: LanguageModel, edit: Edit, look: Callable[[], T]) -> tuple[T, T]:
@@ -72,8 +72,11 @@ def logit_lens(lm: LanguageModel, text: str, words: Sequence[str]) -> Lens:
     """The logit lens (nostalgebraist 2020) of one prompt: P(word) behind each block.
 
     The stream of the last token is put through the final norm and the head; the last depth is the model's own answer.
-    `words`: as continuations; of a word of several tokens the first counts.
+    `words`: as continuations; of a word of several tokens the first counts. Raises EditkitError for no word, FactError
+    for one that has no token of its own.
     """
+    if not all(word.strip() for word in words) or not words:
+        raise EditkitError(f"The logit lens was given the words {list(words)}: name one or more, none of them empty.")
     scored = continued(lm, [text] * len(words), [spaced(word) for word in words])
     first = torch.tensor([scored.rows.ids[row, at[0]].item() for row, at in enumerate(scored.positions)])
     blocks = [lm.architecture.block.format(i) for i in range(lm.layers)]
@@ -118,53 +121,48 @@ def attention_to_subject(lm: LanguageModel, fact: Fact) -> Attention:
     """How the last token of the fact's prompt attends, by block and head.
 
     Weights exist under transformers' "eager" attention alone: the model is run with it once and set back. Raises
-    EditkitError for a model that has no such attention or does not give its weights.
+    EditkitError for a model that does not give its weights.
     """
     rows = tokenise(lm, [fact.text])
     first = lookup_position(rows, 0, fact.prompt, fact.subject, "subject_first")
     last = lookup_position(rows, 0, fact.prompt, fact.subject)
     names = [lm.architecture.attention.format(i) for i in range(lm.layers)]
-    kept: dict[str, Tensor] = {}
+    kept: list[Tensor] = []  # [heads, tokens] of each block, in the order in which they run
 
-    def keeping(name: str) -> Callable[..., None]:
-        # The hook layer keeps a module's hidden tensor; the weights are another item of what attention returns.
-        def keep(module: Any, args: Any, output: Any) -> None:
-            weights = [each for each in output if isinstance(each, Tensor) and each.ndim == 4] if output else []
-            if weights:
-                kept[name] = weights[-1][0, :, -1].float().cpu()  # [heads, tokens]
+    def keep(module: Any, args: Any, output: Any) -> None:
+        """By hand: the hook layer keeps what goes on to the next module, and the weights do not."""
+        found = [each for each in output if isinstance(each, Tensor) and each.ndim == 4]
+        kept.extend(weights[0, :, -1].float().cpu() for weights in found[-1:])
 
-        return keep
-
-    with ExitStack() as stack:
-        stack.enter_context(_eager(lm))
+    # Not by output_attentions=True, which leaves transformers' own hooks on the model for good.
+    with _eager(lm), ExitStack() as hooks:
         for name in names:
-            stack.callback(get_module(lm.model, name).register_forward_hook(keeping(name)).remove)
+            hooks.callback(get_module(lm.model, name).register_forward_hook(keep).remove)
         lm.model(**rows.inputs(), use_cache=False)
-    if absent := [name for name in names if name not in kept]:
+    if len(kept) != lm.layers:
         raise EditkitError(
-            f"'{absent[0]}' of the family '{lm.architecture.family}' gives no attention weights, even under eager "
-            "attention. Attention cannot be shown for this model."
+            f"The family '{lm.architecture.family}' gives attention weights in {len(kept)} of {lm.layers} blocks under "
+            "eager attention. Attention cannot be shown for this model."
         )
     tokens = tuple(fact.text[begin:end] for begin, end in rows.offsets[0])
-    return Attention(torch.stack([kept[name] for name in names]), tokens, (first, last))
+    return Attention(torch.stack(kept), tokens, (first, last))
 
 
 @contextmanager
-def _eager(lm: LanguageModel) -> "Iterator[None]":
-    """Eager attention inside, the model's own after."""
-    config = lm.model.config
-    before = config._attn_implementation
+def _eager(lm: LanguageModel) -> Iterator[None]:
+    """Eager attention inside, the model's own after.
+
+    Set where the modules read it at each call: `set_attn_implementation` does nothing for older families (Falcon).
+    """
+    configs = {id(module.config): module.config for module in lm.model.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
     try:
-        lm.model.set_attn_implementation("eager")
-    except (ValueError, AttributeError) as error:
-        raise EditkitError(
-            f"'{lm.name}' attends by '{before}' and cannot be switched to eager attention, which alone gives weights: "
-            f"{error}"
-        ) from error
-    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
         yield
     finally:
-        lm.model.set_attn_implementation(before)
+        for config, own in before:
+            config._attn_implementation = own
 
 
 # Side effects, before an edit is applied
@@ -194,66 +192,85 @@ def side_effects(
     edit.check_base(lm, whole=False)
     if targets is not None and len(targets) != len(prompts):
         raise EditkitError(f"{len(prompts)} prompts were given with {len(targets)} targets: give one for each.")
-    sites = [delta.module for delta in edit.deltas]
     own = _own_keys(lm, edit)
-    found: list[tuple[float, float, float, float]] = []
-    drops: list[float] = []
-    for i, prompt in enumerate(prompts):
-        scored = continued(lm, [prompt], [spaced(targets[i]) if targets is not None else ""])
-        asked = scored.positions[0]
-        tokens = asked[0] if asked else scored.rows.last(0) + 1  # of the prompt
-        with (
-            torch.set_grad_enabled(targets is not None),
-            Trace(lm.model, sites, inputs=True, grads=targets is not None) as trace,
-        ):
-            logits = lm.model(**scored.rows.inputs(), use_cache=False).logits[0]
-            if targets is not None:
-                at = torch.tensor(asked, device=logits.device)
-                log_p = logits[at - 1].float().log_softmax(-1).gather(1, scored.rows.ids[0, at][:, None])
-                log_p.mean().backward(inputs=[get_module(lm.model, sites[0]).weight])
-        change = torch.zeros(tokens, dtype=torch.float64)
-        size = torch.zeros(tokens, dtype=torch.float64)
-        cosines: list[Tensor] = []
-        own_cosines: list[Tensor] = []
-        drop = 0.0
-        for delta in edit.deltas:
-            keys = by_token(trace[delta.module].input, 1)[0].detach().double().cpu()  # [tokens, d_ff]
-            put_out = by_token(trace[delta.module].output, 1)[0].detach().double().cpu()
-            moved = _moved(delta, keys)  # [tokens, d_model]
-            change += moved[:tokens].square().sum(-1)
-            size += put_out[:tokens].square().sum(-1)
-            cosines.append(_into(keys[:tokens], _directions(delta)))
-            if delta.module in own:
-                own_cosines.append(torch.cosine_similarity(keys[:tokens], own[delta.module], dim=-1))
-            if targets is not None:
-                gradient = by_token(trace[delta.module].grad, 1)[0].double().cpu()
-                drop -= (gradient * moved).sum().item()
-        where = int(change.argmax())
-        relative = (change[where] / size[where]).sqrt().item()
-        found.append((change[where].sqrt().item(), relative, _largest(cosines), _largest(own_cosines)))
-        drops.append(drop)
-    change_, relative_, cosine, cosine_key = torch.tensor(found, dtype=torch.float64).view(-1, 4).T
-    drop_ = torch.tensor(drops, dtype=torch.float64) if targets is not None else None
-    return SideEffects(tuple(prompts), change_, relative_, cosine, cosine_key, drop_)
+    written = [_Written(delta, _directions(delta), own.get(delta.module)) for delta in edit.deltas]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
+    found: dict[int, tuple[float, ...]] = {}
+    for begin in range(0, len(order), BATCH):
+        part = order[begin : begin + BATCH]
+        asked = [spaced(targets[i]) if targets is not None else "" for i in part]
+        scored = continued(lm, [prompts[i] for i in part], asked)
+        passed = _passed(lm, [each.delta.module for each in written], scored, graded=targets is not None)
+        found |= {i: _predicted(written, passed, scored, row) for row, i in enumerate(part)}
+    values = torch.tensor([found[i] for i in range(len(prompts))], dtype=torch.float64).view(-1, 5)
+    change, relative, cosine, cosine_key, drop = values.T
+    return SideEffects(tuple(prompts), change, relative, cosine, cosine_key, None if targets is None else drop)
 
 
-def _moved(delta: Any, keys: Tensor) -> Tensor:
+class _Written(NamedTuple):
+    """What an edit writes into one weight."""
+
+    delta: Delta
+    directions: Tensor  # [r, d_ff], orthonormal: what ΔW reads
+    own: Tensor | None  # [d_ff], the key of the edit's own fact
+
+
+def _passed(lm: LanguageModel, sites: Sequence[str], scored: Scored, *, graded: bool) -> Trace:
+    """What passes through the edited weights; `graded`, with the gradient of each row's mean −log p a token."""
+    with torch.set_grad_enabled(graded), requires_grad(lm.model, only=[]):
+        # Falcon adds to what its MLP puts out in place, hence the copies.
+        with Trace(lm.model, sites, inputs=True, grads=graded, leaf=graded, clone=True) as trace:
+            logits = lm.model(**scored.rows.inputs(), use_cache=False).logits
+        if graded:
+            nll_of_rows(logits, scored).sum().backward()
+    return trace
+
+
+def _predicted(written: Sequence[_Written], passed: Trace, scored: Scored, row: int) -> tuple[float, ...]:
+    """The fields of SideEffects of one row; `drop` is 0 where no gradient was taken."""
+    rows, asked = len(scored.positions), scored.positions[row]
+    tokens = asked[0] if asked else scored.rows.last(row) + 1  # of the prompt
+    moved_by, put_out = torch.zeros(2, tokens, dtype=torch.float64)
+    cosines, own_cosines, drop = [], [], 0.0
+
+    def of_row(tensor: Tensor) -> Tensor:
+        return by_token(tensor, rows)[row].detach().double().cpu()
+
+    for delta, directions, own in written:
+        record = passed[delta.module]
+        keys = of_row(record.input)  # [tokens with the target's and padding, d_ff]
+        moved = _moved(delta, keys)
+        moved_by += moved[:tokens].square().sum(-1)
+        put_out += of_row(record.output)[:tokens].square().sum(-1)
+        cosines.append(_into(keys[:tokens], directions, signed=delta.rank == 1))
+        if own is not None:
+            own_cosines.append(torch.cosine_similarity(keys[:tokens], own, dim=-1))
+        if asked:
+            drop += (of_row(record.grad) * moved).sum().item()
+    where = int(moved_by.argmax())
+    change, relative = moved_by[where].sqrt().item(), (moved_by[where] / put_out[where]).sqrt().item()
+    return change, relative, _largest(cosines), _largest(own_cosines), drop
+
+
+def _moved(delta: Delta, keys: Tensor) -> Tensor:
     """ΔW k for keys [tokens, d_ff]: [tokens, d_model]."""
     if delta.right is None:
         return keys @ delta.left.double().T
     return keys @ delta.right.double().T @ delta.left.double().T
 
 
-def _directions(delta: Any) -> Tensor:
-    """[r, d_ff]: an orthonormal basis of what ΔW reads."""
+def _directions(delta: Delta) -> Tensor:
+    """[r, d_ff]: an orthonormal basis of what ΔW reads; of a rank-one edit u itself, whose sign is the method's."""
+    if delta.right is not None and delta.rank == 1:
+        return torch.nn.functional.normalize(delta.right.double(), dim=-1)
     _, s, vt = delta.svd()
     return vt[s > 1e-6 * s.max()]
 
 
-def _into(keys: Tensor, basis: Tensor) -> Tensor:
-    """[tokens]: the cosine of keys with the space of `basis`; of one direction, with its sign."""
+def _into(keys: Tensor, basis: Tensor, *, signed: bool) -> Tensor:
+    """[tokens]: the cosine of keys with the space of `basis`; `signed`: with its one direction, sign and all."""
     parts = keys @ basis.T / keys.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return parts[:, 0] if len(basis) == 1 else parts.norm(dim=-1)
+    return parts[:, 0] if signed else parts.norm(dim=-1)
 
 
 def _largest(values: Sequence[Tensor]) -> float:
