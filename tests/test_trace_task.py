@@ -83,7 +83,7 @@ def test_other_settings_do_not_go_on(average):
 def test_no_fact_that_is_known_is_one_line(tmp_path):
     rows = [{"prompt": "Rome is in", "subject": "Rome", "attribute": "Sweden", "known_id": 0}]
     (tmp_path / "mine.json").write_text(
-        json.dumps([*rows, rows[0] | {"prompt": "Oslo is in", "subject": "Oslo", "attribute": "Peru"}])
+        json.dumps([*rows, rows[0] | {"prompt": "Oslo is in", "subject": "Oslo", "attribute": "Peru", "known_id": 1}])
     )
     done = run("data=known", "data.path=mine.json", cwd=tmp_path)
     assert done.returncode == 1 and "None of 2 facts could be traced: the model does not know it" in done.stderr

@@ -27,7 +27,16 @@ from editkit.report import console
 from editkit.settings import BenchmarkSettings, Config
 from editkit.snapshot import Snapshot
 from editkit.tables import JOURNAL, Tables
-from editkit.tasks.common import Clock, computing, described, load_model, plain, spectrum_beside
+from editkit.tasks.common import (
+    Clock,
+    computing,
+    data_of,
+    described,
+    journal_header,
+    load_model,
+    plain,
+    spectrum_beside,
+)
 
 EDITS, AUDITS = "edits", "audits"  # the folders of kept edits and of audits
 
@@ -41,12 +50,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     cases = load_cases(config.data, seed=config.seed, distinct=task.size != 1)
     lm = load_model(config)
     digest = lm.digest
-    header = {
-        "config": {key: value for key, value in plain(config).items() if key != "resume"},
-        "model": digest,
-        "data": cases.digest,
-    }
-    with Journal(folder / JOURNAL, header, resume=config.resume) as journal:
+    with Journal(folder / JOURNAL, journal_header(config, digest, cases), resume=config.resume) as journal:
         about = f"{len(cases.cases)} of {cases.found} in {cases.source}"
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         clock.lap("load")
@@ -75,15 +79,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
-        data={
-            "source": cases.source,
-            "digest": cases.digest,
-            "found": cases.found,
-            "shard": config.data.shard,
-            "notes": cases.notes,
-            "rejected": [str(each) for each in cases.rejected],
-            "failed": tables.failed,
-        },
+        data=data_of(cases, tables.failed) | {"shard": config.data.shard},
     )
     results.write_record(folder, record)
     report.write(folder)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from editkit.arithmetic import Spectrum
+from editkit.data import Cases
 from editkit.edit import Edit
 from editkit.facts import Fact
 from editkit.methods import get_method
@@ -78,6 +79,18 @@ def plain(config: Config) -> dict[str, Any]:
     """The configuration as JSON, nested as on the command line."""
     values = asdict(config)
     return values | {"method": {"name": values.pop("method_name"), **values["method"]}}
+
+
+def journal_header(config: Config, digest: str, cases: Cases) -> dict[str, Any]:
+    """What decides the results of a run over cases; `digest` is of the unedited model."""
+    values = {key: value for key, value in plain(config).items() if key != "resume"}
+    return {"config": values, "model": digest, "data": cases.digest}
+
+
+def data_of(cases: Cases, failed: Sequence[str]) -> dict[str, Any]:
+    """The data of a run over cases, for a record; `failed` says of each case that was left out why."""
+    kept = {name: getattr(cases, name) for name in ("source", "digest", "found", "notes")}
+    return kept | {"rejected": [str(each) for each in cases.rejected], "failed": list(failed)}
 
 
 def described(lm: LanguageModel, digest: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from editkit.report import console
 from editkit.session import FILE, Session
 from editkit.settings import Config, LifelongSettings
 from editkit.snapshot import Reversal
-from editkit.tasks.common import Clock, described, load_model, plain
+from editkit.tasks.common import Clock, data_of, described, journal_header, load_model, plain
 
 JOURNAL, SESSION = "points.jsonl", "session"
 Point = dict[str, Any]
@@ -46,12 +46,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     edited, untouched = cases.cases[:count], cases.cases[count : count + task.untouched]
     lm = load_model(config)
     digest = lm.digest
-    header = {
-        "config": {key: value for key, value in plain(config).items() if key != "resume"},
-        "model": digest,
-        "data": cases.digest,
-    }
-    with Journal(folder / JOURNAL, header, resume=config.resume) as journal:
+    with Journal(folder / JOURNAL, journal_header(config, digest, cases), resume=config.resume) as journal:
         about = f"{len(edited)} of {cases.found} in {cases.source} to edit, {len(untouched)} never edited"
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         life = _Life(lm, config, edited, untouched, folder, journal)
@@ -70,14 +65,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
-        data={
-            "source": cases.source,
-            "digest": cases.digest,
-            "found": cases.found,
-            "notes": cases.notes,
-            "rejected": [str(each) for each in cases.rejected],
-            "failed": failed,
-        },
+        data=data_of(cases, failed),
     )
     results.write_record(folder, record)
     report.write(folder)

@@ -18,7 +18,7 @@ from editkit.models.load import LanguageModel
 from editkit.report import console, plots
 from editkit.settings import Config
 from editkit.snapshot import Reversal, Snapshot
-from editkit.tasks.common import Clock, described, load_model, plain
+from editkit.tasks.common import Clock, data_of, described, load_model, plain
 from editkit.tasks.edit import case_of
 from editkit.tracing import AverageTrace, Proposal, propose_layers, trace
 from editkit.tracing.average import TracedFact, average_of, trace_each, with_sigma
@@ -100,14 +100,7 @@ def _average(config: Config, folder: Path, clock: Clock, say: Callable[[str], No
     metrics |= {"total_effect": average.total_effect, "facts": len(average.texts)}
     proposed = None if proposal is None else asdict(proposal) | {"text": text}
     told: dict[str, Any] = {"kind": "average", "proposal": proposed, **average.how}
-    data = {
-        "source": cases.source,
-        "digest": cases.digest,
-        "found": cases.found,
-        "notes": cases.notes,
-        "rejected": [str(each) for each in cases.rejected],
-        "failed": [f"{text}: {why}" for text, why in average.skipped],
-    }
+    data = data_of(cases, [f"{text}: {why}" for text, why in average.skipped])
     return lm, digest, {"whole": whole, "metrics": metrics, "trace": told, "data": data}
 
 

@@ -1,13 +1,15 @@
 """The tables and curves of this study, from the folders of its benchmarks and of its lifelong runs.
 
     python experiments/benchmark/make.py BENCHMARKS LIFELONG     # folders of runs; writes the JSON files and curves.png
-    python experiments/benchmark/make.py                         # prints the tables from the JSON files
+    python experiments/benchmark/make.py                         # README.md's tables again, from the JSON files
 
 The JSON files keep every metric with its interval, and with what each run was made: commit, command, settings.
 """
 
 import argparse
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,17 @@ def points(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def made(benchmark: dict[str, Any], lifelong: dict[str, Any]) -> str:
+    """The command and commit of each run."""
+    runs = [*benchmark.values(), *lifelong.values()]
+    lines = []
+    for run in runs:
+        environment = run["environment"]
+        command = environment["command"].replace(" resume=true", "")
+        lines.append(f"    {command}    # {environment['commit'][:7]}, {run['timings']['total']:.0f} s")
+    return "\n".join(dict.fromkeys(lines))
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
     """The curves with their intervals as bands."""
     import matplotlib
@@ -113,6 +126,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _between(table: str, found: re.Match[str]) -> str:
+    return f"{found[1]}{table}\n{found[2]}"
+
+
 def _cell(found: dict[str, Any] | None) -> str:
     if found is None:
         return "–"
@@ -133,7 +150,12 @@ def main() -> None:
     )
     if sweeps:
         draw(lifelong, HERE / "curves.png")
-    print(table(benchmark), points(lifelong), sep="\n\n")
+    tables = {"benchmark": table(benchmark), "lifelong": points(lifelong), "made": made(benchmark, lifelong)}
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for name, each in tables.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", partial(_between, each), text, flags=re.S)
+        print(each, end="\n\n")
+    write_text(HERE / "README.md", text)
 
 
 if __name__ == "__main__":
