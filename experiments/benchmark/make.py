@@ -87,14 +87,26 @@ def points(found: dict[str, Any]) -> str:
 
 
 def made(benchmark: dict[str, Any], lifelong: dict[str, Any]) -> str:
-    """The command and commit of each run."""
-    runs = [*benchmark.values(), *lifelong.values()]
-    lines = []
-    for run in runs:
+    """Each command with its commit, and the seconds of its runs."""
+    runs: dict[str, list[str]] = {}
+    for method, run in [*benchmark.items(), *lifelong.items()]:
         environment = run["environment"]
         command = environment["command"].replace(" resume=true", "")
-        lines.append(f"    {command}    # {environment['commit'][:7]}, {run['timings']['total']:.0f} s")
-    return "\n".join(dict.fromkeys(lines))
+        seconds = f"{method} {run['timings']['total']:.0f} s"
+        runs.setdefault(f"    {command}    # commit {environment['commit'][:7]}: ", []).append(seconds)
+    return "\n".join(command + ", ".join(each) for command, each in runs.items())
+
+
+def room(found: list[dict[str, Any]]) -> str:
+    """What room.py wrote: a row a point."""
+    blocks = sorted({row["block"] for row in found})
+    lines = ["| edits before | " + " | ".join(f"left, block {b}" for b in blocks) + " | ‖ΔW‖ of an edit |"]
+    lines.append("|---" * (len(blocks) + 2) + "|")
+    for edits in sorted({row["edits"] for row in found}):
+        mine = {row["block"]: row for row in found if row["edits"] == edits}
+        cells = [f"{mine[b]['left']:.2f}" for b in blocks]
+        lines.append(f"| {edits} | " + " | ".join(cells) + f" | {mine[blocks[0]]['norm']:.1f} |")
+    return "\n".join(lines)
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -151,6 +163,7 @@ def main() -> None:
     if sweeps:
         draw(lifelong, HERE / "curves.png")
     tables = {"benchmark": table(benchmark), "lifelong": points(lifelong), "made": made(benchmark, lifelong)}
+    tables["room"] = room(json.loads((HERE / "room.json").read_text(encoding="utf-8")))
     text = (HERE / "README.md").read_text(encoding="utf-8")
     for name, each in tables.items():
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", partial(_between, each), text, flags=re.S)
