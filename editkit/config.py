@@ -61,6 +61,7 @@ class _Top:
 
     seed: int = 0
     device: str = "auto"
+    matmul: str = "highest"
     resume: bool = False
 
 

@@ -13,6 +13,7 @@ from editkit.errors import ConfigError
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 TRANSFORMS = ("rect", "prune")
 ENGINES = ("replay", "full")
+MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
 TRACE_KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
 CORRUPTIONS = ("noise", "swap")
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -449,7 +450,11 @@ class Config:
     moments: MomentSettings
     seed: int = 0  # of contexts and running text; two runs with one seed give byte-identical edits
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:N
+    matmul: str = "highest"  # float32 products on CUDA: highest, high (TF32) or medium (bfloat16); process-wide
     resume: bool = False  # go on with the run that hydra.run.dir holds
+
+    def __post_init__(self) -> None:
+        require_one_of(self.matmul, "matmul", MATMUL)
 
 
 def require(condition: bool, name: str, found: object, wanted: str) -> None:

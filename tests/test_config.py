@@ -58,6 +58,7 @@ def test_at_least_five_edits_of_different_relations():
         ("edit=gpt2_fct", r"No edit 'gpt2_fct': did you mean 'gpt2_fact'\?"),
         ("method.lr=fast", r"method\.lr: Value 'fast' of type 'str' could not be converted to Float"),
         ("method.layer=deep", r"method\.layer: Value 'deep'.* Integer"),
+        ("matmul=tf32", r"matmul must be one of highest, high, medium; found 'tf32'"),
         ("seed=one", r"seed: Value 'one'.* Integer"),
         ("method.contexts.topk=3", r"did you mean 'method\.contexts\.top_k'\?"),
         ("method.keys=both", r"method\.keys must be one of mixed, mean; found 'both'"),

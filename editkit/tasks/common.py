@@ -40,7 +40,8 @@ class Clock:
 
 
 def load_model(config: Config) -> LanguageModel:
-    """The model that `config` names. Raises ModelError."""
+    """The model that `config` names. Sets the precision of float32 products for the process. Raises ModelError."""
+    torch.set_float32_matmul_precision(config.matmul)
     return load(
         config.model.name,
         device=config.device,
