@@ -3,7 +3,8 @@
     python experiments/benchmark/make.py BENCHMARKS LIFELONG     # folders of runs; writes the JSON files and curves.png
     python experiments/benchmark/make.py                         # README.md's tables again, from the JSON files
 
-The JSON files keep every metric with its interval, and with what each run was made: commit, command, settings.
+The JSON files keep every metric with its interval (along the edits: those of the curves), and with what each run was
+made: commit, command, settings.
 """
 
 import argparse
@@ -34,13 +35,15 @@ CURVES = {
     "PS of all edits so far": "retention.counterfact.PS_after",
     "NS of all edits so far": "retention.counterfact.NS_after",
     "same subject, all so far": "retention.counterfact.same_subject_after",
+    "rewrites said freely, all so far": "retention.generation.rewrite_after",
     "ES of the last stretch": "recent.counterfact.ES_after",
     "untouched facts: true answer likelier": "untouched.counterfact.NS_after",
 }
 POINT = {"ES": "ES of all edits so far", "PS": "PS of all edits so far", "NS": "NS of all edits so far"}
+POINT |= {"said": "rewrites said freely, all so far"}
 POINT |= {"recent ES": "ES of the last stretch", "untouched": "untouched facts: true answer likelier"}
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito
-MARKERS = "os^Dvx"
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
+MARKERS = "os^Dvx*"
 
 
 def read(sweep: Path) -> dict[str, Any]:
@@ -54,13 +57,18 @@ def read(sweep: Path) -> dict[str, Any]:
         environment["command"] = " ".join(["python -m editkit.run", *asked])
         kept = {key: record[key] for key in ("config", "metrics", "series", "timings", "edit", "reversal")}
         kept["edit"] = {key: kept["edit"].get(key) for key in ("count", "rank", "norm", "relative_norm", "seconds")}
+        kept["series"] = [
+            point | {"metrics": {key: point["metrics"][key] for key in CURVES.values() if key in point["metrics"]}}
+            for point in kept["series"]
+        ]
         found[_named(record["config"]["method"])] = kept | {"environment": environment, "model": record["model"]}
     return found
 
 
 def _named(method: dict[str, Any]) -> str:
-    """The method, with its null space where that is a share of the directions and not the paper's threshold."""
-    return method["name"] + (f" {method['fraction']:g}" if method.get("fraction") else "")
+    """The method, with the settings that were varied where they are not the model's own."""
+    varied = {"null space": method.get("fraction"), "l2": method.get("l2")}
+    return ", ".join([method["name"], *(f"{name} {value:g}" for name, value in varied.items() if value)])
 
 
 def table(found: dict[str, Any]) -> str:
@@ -79,7 +87,7 @@ def points(found: dict[str, Any]) -> str:
     lines = ["| | edits | " + " | ".join(titles) + " | collapsed |", "|---" * (len(titles) + 3) + "|"]
     for method, run in found.items():
         series = run["series"]
-        for point in [p for p in series if p["edits"] in (50, 100, 200, 300, 400) or p is series[-1]]:
+        for point in [p for p in series if p["edits"] in (100, 200, 300, 400) or p is series[-1]]:
             cells = [_cell(point["metrics"].get(CURVES[key])) for key in POINT.values()]
             cells += [f"{point['kl']:.2g}", f"{point['perplexity']:.3g}", f"{point['relative_norm']:.2f}"]
             lines.append(f"| {method} | {point['edits']} | " + " | ".join(cells) + f" | {'yes' * point['collapsed']} |")
@@ -116,7 +124,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), sharex=True, constrained_layout=True)
+    figure, axes = pyplot.subplots(3, 3, figsize=(12, 8.5), sharex=True, constrained_layout=True)
     flat = axes.ravel()
     for axis, (title, key) in zip(flat, CURVES.items(), strict=False):
         for (method, run), color, marker in zip(found.items(), COLORS, MARKERS, strict=False):
@@ -132,7 +140,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             edits = [point["edits"] for point in run["series"]]
             axis.plot(edits, [point[name] for point in run["series"]], color=color, marker=marker, markersize=4)
         axis.set(title=title)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("edits")
     flat[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
