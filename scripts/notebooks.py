@@ -38,8 +38,9 @@ def read(name: str) -> NotebookNode:
 def run(name: str) -> NotebookNode:
     """The notebook with its outputs, run in a kernel of this Python and this editkit. Raises CellExecutionError."""
     notebook = read(name)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    client = NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(NOTEBOOKS)}})
+    client.execute(env={**os.environ, "PYTHONPATH": path})
     return notebook
 
 

@@ -1,5 +1,6 @@
 """Shared fixtures: the atlas model, and tiny random models with two kinds of tokenizer."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def llama():
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request):
-    """No test may leave a hook or a changed flag on the shared tiny models."""
+    """No test may leave a hook or a changed flag on the shared tiny models, or change the environment of the next."""
+    environment, folder = surroundings(), os.getcwd()
     models = [request.getfixturevalue(name) for name in ("gpt2", "llama") if name in request.fixturenames]
     before = [count_hooks(model) for model in models]
     yield
@@ -47,6 +49,11 @@ def nothing_left_behind(request):
     assert all(p.requires_grad for model in models for p in model.parameters())
     for model in models:
         model.zero_grad()
+    assert (surroundings(), os.getcwd()) == (environment, folder)
+
+
+def surroundings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The notebooks run from top to bottom, hold no outputs in git, and end with the weights as they were."""
 
+import os
+
 import pytest
 
 from scripts import notebooks
@@ -14,7 +16,9 @@ def test_no_outputs_are_kept_in_git(name):
 @pytest.mark.parametrize("name", notebooks.names())
 def test_it_runs(name):
     assert len(notebooks.names()) >= 3
+    before = dict(os.environ)
     found = notebooks.run(name)
+    assert dict(os.environ) == before
     outputs = [each for cell in found.cells for each in cell.get("outputs", [])]
     assert any("image/png" in each.get("data", {}) for each in outputs)
     if name == "first_edit":

@@ -1,5 +1,6 @@
 """A wheel carries conf/, the atlas and its model, and runs from another folder in a clean environment."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -48,10 +49,11 @@ def test_it_runs_from_another_folder(wheel, command, tmp_path):
     (site / "dependencies.pth").write_text(f"{ours}\n")
     python = environment / "bin" / "python"
     start = [str(python), *command] if command[0] == "-m" else [str(python), str(environment / "bin" / command[0])]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     show = [str(python), "-c", "import editkit; print(editkit.__file__)"]
-    where = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True)
+    where = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert str(environment) in where.stdout
     arguments = ["edit=gpt2_fact", "method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
-    done = subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / done.stdout.splitlines()[-1] / "record.json").exists()
