@@ -200,6 +200,7 @@ class AlphaEditSettings(SpreadSettings):
     threshold: float = 0.02  # eigenvalues of C under this span the null space (it depends on the scale of the keys)
     fraction: float | None = None  # instead: the share of C's directions, those of least energy, to call the null space
     l2: float | None = None  # factor of I in the solve
+    keep_earlier: bool = True  # hold the keys of facts edited before where they are (the paper's K_p)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -162,11 +162,13 @@ def test_alphaedit_keeps_earlier_facts_by_their_keys(atlas_lm):
     again = Fact("{} is a kind of", "The Eiffel Tower", "bridge")
     with first.applied(atlas_lm):
         moved = []
-        for earlier in ((), (first,)):
-            second = alphaedit(atlas_lm, again, settings, moments=moments, earlier=earlier, progress=False)
+        off = replace(settings, keep_earlier=False)
+        for how, earlier in ((settings, ()), (settings, (first,)), (off, (first,))):
+            second = alphaedit(atlas_lm, again, how, moments=moments, earlier=earlier, progress=False)
             key = first.memory[atlas_lm.architecture.down(4)]
             moved.append((second.deltas[0].left @ (second.deltas[0].right @ key)).norm())
     assert moved[1] < 0.8 * moved[0]
+    assert torch.equal(moved[2], moved[0])  # keep_earlier=false: as if there were none
 
 
 def test_bad_input(atlas_lm):

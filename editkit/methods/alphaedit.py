@@ -56,8 +56,8 @@ def alphaedit(
 
     def solve(layer: int, keys: Tensor) -> Tensor:
         name = lm.architecture.down(layer)
-        held = torch.cat([keys, *(edit.memory[name].double() for edit in earlier if name in edit.memory)], 1)
-        return constrained(bases[layer], keys, held, l2)
+        before = [edit.memory[name].double() for edit in earlier if name in edit.memory and settings.keep_earlier]
+        return constrained(bases[layer], keys, torch.cat([keys, *before], 1), l2)
 
     deltas, keys, written = spread(lm, facts, base, layers, aim, z, templates, settings.token, solve)
     for report in written:

@@ -18,7 +18,7 @@ from editkit.models.tokens import by_token, tokenise
 from editkit.nethook import Trace, get_module
 from editkit.replay import CannotReplay, KeysAndValues, logits_of, replay
 
-HEAD_ROWS = 256  # whose logits are held at once
+HEAD_ROWS = 64  # whose logits are held at once
 
 Change = Callable[[Tensor], Tensor]
 
