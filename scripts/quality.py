@@ -5,14 +5,12 @@
     python scripts/quality.py --json FILE          # the figures as JSON too; --card FILE: as a model card
 
 Recall is asked of facts and phrasings as greedy decoding (every object token the argmax). Editing takes one fact
-at a time, restores and verifies between. Tracing corrupts the subject's embeddings with noise and restores
-the residual stream at one place (ROME, arXiv 2202.05262, section 2).
+at a time, restores and verifies between. Tracing is editkit.tracing's, of the residual stream.
 """
 
 import argparse
 import json
 import multiprocessing
-import random
 import sys
 import time
 from collections import defaultdict
@@ -23,20 +21,18 @@ from string import Template
 import torch
 from tqdm import tqdm
 
-from editkit import load
+from editkit import average_trace, load
 from editkit.constants import constants_of
 from editkit.corpora import Atlas, load_atlas
 from editkit.data.atlas import atlas_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case
-from editkit.facts import lookup_position
 from editkit.files import write_text
 from editkit.methods import get_method
 from editkit.metrics.counterfact import score_probes, score_targets
 from editkit.models.load import BUNDLED, LanguageModel
-from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
-from editkit.nethook import Trace, get_parameter
-from editkit.settings import MomentSettings
+from editkit.settings import MomentSettings, TraceSettings
+from editkit.tracing import PARTS
 
 BARS = {
     "recall trained": 0.99,
@@ -112,57 +108,13 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
 # --- causal tracing -----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def trace(lm: LanguageModel, atlas: Atlas, n: int, samples: int = 4) -> dict[str, list[float]]:
-    """Mean indirect effect of restoring the residual stream after each block, at the subject's last token and at
-    the prompt's last token: the share of the lost probability that comes back."""
-    rng = random.Random(0)
-    embedding = get_parameter(lm.model, f"{lm.architecture.embedding}.weight")
-    sigma = 3 * embedding.std()
-    generator = torch.Generator().manual_seed(0)
-    effect: dict[str, list[list[float]]] = {"subject": [], "last": []}
-    bar = tqdm(total=n, desc="tracing", mininterval=2)
-    for fact in rng.sample(atlas.facts, len(atlas.facts)):
-        bar.update(len(effect["subject"]) - bar.n)
-        if bar.n == n:
-            break
-        template = rng.choice(atlas.trained_pairs(fact))
-        rows = tokenise(lm, [template.format(fact.subject)])
-        first = lookup_position(rows, 0, template, fact.subject, "subject_first")
-        last = lookup_position(rows, 0, template, fact.subject)
-        end = rows.last(0)
-        if last == end:
-            continue
-        blocks = [lm.architecture.block.format(i) for i in range(lm.layers)]
-        with Trace(lm.model, blocks) as clean:
-            logits = lm.model(**rows.inputs()).logits[0, end]
-        answer = logits.argmax()
-        p_clean = logits.softmax(-1)[answer]
-        noise = sigma * torch.randn(samples, last + 1 - first, embedding.shape[1], generator=generator)
-        inputs = {k: v.expand(samples, -1) for k, v in rows.inputs().items()}
-
-        def corrupt(h, first=first, last=last, noise=noise):
-            h = h.clone()
-            h[:, first : last + 1] += noise
-            return h
-
-        def probability(site=None, at=None, value=None, inputs=inputs, corrupt=corrupt, answer=answer, end=end):
-            def put(h):
-                h = h.clone()
-                h[:, at] = value
-                return h
-
-            edits = {lm.architecture.embedding: corrupt} | ({site: put} if site else {})
-            with Trace(lm.model, list(edits), outputs=False, edit=edits):
-                return lm.model(**inputs).logits[:, end].softmax(-1)[:, answer].mean()
-
-        p_corrupt = probability()
-        if p_clean - p_corrupt < 0.1:
-            continue
-        for name, at in (("subject", last), ("last", end)):
-            back = [probability(b, at, clean[b].output[0, at]) for b in blocks]
-            effect[name].append([((p - p_corrupt) / (p_clean - p_corrupt)).item() for p in back])
-    return {name: torch.tensor(rows).mean(0).tolist() for name, rows in effect.items()}
+def traced(lm: LanguageModel, n: int, seed: int) -> dict[str, list[float]]:
+    """By block, the share of the lost probability that comes back with the residual stream behind it: put back at the
+    subject's last token, and at the prompt's last token. Averages over n facts, one divided by the other."""
+    facts = [case.fact for case in atlas_cases(n, seed=seed)]
+    average = average_trace(lm, facts, TraceSettings(kinds=("state",)))
+    shares = dict(zip(PARTS, (average.mean("state") / average.total_effect).tolist(), strict=True))
+    return {"subject": shares["last subject token"], "last": shares["last token"]}
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -199,7 +151,7 @@ def main() -> None:
         print(f"{name:26} {value['value']:.4f}   n {value['n']}   {_verdict(value['value'] >= BARS[name])}")
 
     if "tracing" not in found:
-        found["tracing"] = trace(lm, atlas, options.traces)
+        found["tracing"] = traced(lm, options.traces, options.seed)
     print("\nindirect effect of restoring the residual stream, by block")
     for name, row in found["tracing"].items():
         print(f"  {name + ' token':16}" + "".join(f"{x:7.2f}" for x in row))
@@ -241,7 +193,7 @@ def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
         + f" | {_verdict(_passes(r))} |"
         for name, r in found["edits"].items()
     )
-    traced = "\n".join(
+    recalled = "\n".join(
         f"| {name} token | " + " | ".join(f"{x:.2f}" for x in row) + " |" for name, row in found["tracing"].items()
     )
     blocks = len(next(iter(found["tracing"].values())))
@@ -262,7 +214,7 @@ def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
         bar_same=BARS["same subject"],
         block_numbers=" | ".join(str(b) for b in range(blocks)),
         block_rule="---|" * blocks,
-        traced=traced,
+        traced=recalled,
         measured_seed=found["seed"],
         digest=found["digest"][:16],
     )

@@ -37,7 +37,7 @@ def test_the_yaml_says_every_key_and_its_default(group, option):
     assert set(values) == names
     if group in ("method", "moments", "task"):
         config = getattr(to_config(composed({group: option})), group)
-        assert config == schema(), "a default differs between conf/ and editkit/settings.py"
+        assert config == schema(), "a default differs between conf/ and editkit/settings/"
     if group == "data":
         assert to_config(composed({group: option})).data == DataSettings(option)
     if group == "method":

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from editkit.errors import EditkitError
-from editkit.lenses import Attention, Lens, StreamChange, rank_correlation
+from editkit.lenses import Attention, Lens, StreamChange
+from editkit.metrics.correlation import rank_correlation
 from editkit.probes import Norms
 from editkit.report import plots
 from editkit.tracing import PARTS, AverageTrace, Proposal, Traced

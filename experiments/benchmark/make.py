@@ -68,7 +68,8 @@ def read(sweep: Path) -> dict[str, Any]:
 def _named(method: dict[str, Any]) -> str:
     """The method, with the settings that were varied where they are not the model's own."""
     varied = {"null space": method.get("fraction"), "l2": method.get("l2")}
-    return ", ".join([method["name"], *(f"{name} {value:g}" for name, value in varied.items() if value)])
+    without = [] if method.get("keep_earlier", True) else ["without K_p"]
+    return ", ".join([method["name"], *(f"{name} {value:g}" for name, value in varied.items() if value), *without])
 
 
 def table(found: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from editkit import propose_layers
 from editkit.files import whole, write_text
-from editkit.lenses import rank_correlation
+from editkit.metrics.correlation import rank_correlation, ranks, spearman
 from editkit.tracing import PARTS, AverageTrace
 
 RESAMPLES = 2000
@@ -162,9 +162,9 @@ def _edits(average: AverageTrace, lines: Sequence[dict[str, Any]]) -> tuple[dict
     across = {}
     for kind, effect in traces.items():
         for name in METRICS:
-            each = [_spearman(effect[d].mean(0), values[name][d].nanmean(0)) for d in drawn[:1000]]
+            each = [spearman(effect[d].mean(0), values[name][d].nanmean(0)) for d in drawn[:1000]]
             low, high = torch.tensor(each).double().nanquantile(BOUNDS).tolist()
-            across[f"{kind}, {name}"] = [_spearman(effect.mean(0), values[name].nanmean(0)), low, high]
+            across[f"{kind}, {name}"] = [spearman(effect.mean(0), values[name].nanmean(0)), low, high]
     blocks_table = [["", *METRICS]] + [
         [kind, *(_interval(across[f"{kind}, {name}"], 2) for name in METRICS)] for kind in traces
     ]
@@ -231,7 +231,7 @@ def _explained(effect: Tensor, outcome: Tensor) -> dict[str, Any]:
         block, _ = r2(dummies)
         alone, _ = r2(torch.cat([torch.ones_like(trace), trace], 1))
         both, slope = r2(torch.cat([dummies, trace], 1))
-        rho = torch.tensor([_spearman(x[:, b], y[:, b]) for b in range(blocks)]).nanmean().item()
+        rho = torch.tensor([spearman(x[:, b], y[:, b]) for b in range(blocks)]).nanmean().item()
         return {"block": block, "trace": alone, "both": both, "extra": both - block, "slope": slope, "rho": rho}
 
     whole_ = fit(effect, outcome)
@@ -304,7 +304,7 @@ def _inside(part: dict[str, Tensor], size: Tensor) -> list[float]:
     each = []
     for edit in part["edit"].unique():
         mine = part["edit"] == edit
-        each.append(_spearman(size[mine], part["lost"][mine].abs()))
+        each.append(spearman(size[mine], part["lost"][mine].abs()))
     found = torch.tensor(each, dtype=torch.float64)
     return [found.nanmean().item(), *found[_drawn(len(found))].nanmean(1).quantile(BOUNDS).tolist()]
 
@@ -321,23 +321,12 @@ def _over_edits(part: dict[str, Tensor], value: Any) -> list[float]:
 
 def _auc(score: Tensor, label: Tensor) -> float:
     """The chance that a pair that flipped has the higher score than one that did not; ties count half."""
-    ranks, positive = _ranks(score), label == 1
+    rank, positive = ranks(score), label == 1
     n, m = int(positive.sum()), int((~positive).sum())
-    return ((ranks[positive].sum() - n * (n - 1) / 2) / (n * m)).item() if n and m else float("nan")
+    return ((rank[positive].sum() - n * (n - 1) / 2) / (n * m)).item() if n and m else float("nan")
 
 
 # Arithmetic and text
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """From 0; equal values share the mean of theirs."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() + 1) / 2)[inverse]
-
-
-def _spearman(x: Tensor, y: Tensor) -> float:
-    both = ~(x.isnan() | y.isnan())
-    return torch.corrcoef(torch.stack([_ranks(x[both]), _ranks(y[both])]))[0, 1].item()
 
 
 def _drawn(n: int) -> Tensor:

@@ -125,7 +125,7 @@ def side_effect_scatter(
     """
     from pandas import DataFrame
 
-    from editkit.lenses import rank_correlation
+    from editkit.metrics.correlation import rank_correlation
 
     x, y = [float(v) for v in predicted], [float(v) for v in measured]
     owners = list(range(len(x))) if edits is None else list(edits)

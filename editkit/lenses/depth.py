@@ -1,0 +1,70 @@
+"""The logit lens: what each depth of a model would say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from editkit.errors import EditkitError
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import by_token, continued, spaced, tokenise
+from editkit.nethook import Trace, get_module
+from editkit.replay import logits_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """What each depth would say at the prompt's last token. Depth 0: the embedding; depth i: behind block i − 1."""
+
+    axes: ClassVar[tuple[str, str]] = ("depth", "word")
+
+    text: str
+    words: tuple[str, ...]  # that are watched
+    probability: Tensor  # [depths, words], of the first token of each
+    rank: Tensor  # [depths, words], 0 for the likeliest token
+    said: tuple[str, ...]  # of each depth, the likeliest token
+
+    def to_frame(self) -> "DataFrame":
+        """A row a depth and word: depth, word, probability, rank, said."""
+        from pandas import DataFrame
+
+        rows = [
+            (depth, word, self.probability[depth, w].item(), int(self.rank[depth, w]), self.said[depth])
+            for depth in range(len(self.said))
+            for w, word in enumerate(self.words)
+        ]
+        return DataFrame(rows, columns=[*self.axes, "probability", "rank", "said"])
+
+
+@torch.no_grad()
+def logit_lens(lm: LanguageModel, text: str, words: Sequence[str]) -> Lens:
+    """The logit lens (nostalgebraist 2020) of one prompt: P(word) behind each block.
+
+    The stream of the last token is put through the final norm and the head; the last depth is the model's own answer.
+    `words`: as continuations; of a word of several tokens the first counts. Raises EditkitError for no word, FactError
+    for one that has no token of its own.
+    """
+    if not all(word.strip() for word in words) or not words:
+        raise EditkitError(f"The logit lens was given the words {list(words)}: name one or more, none of them empty.")
+    scored = continued(lm, [text] * len(words), [spaced(word) for word in words])
+    first = torch.tensor([scored.rows.ids[row, at[0]].item() for row, at in enumerate(scored.positions)])
+    blocks = [lm.architecture.block.format(i) for i in range(lm.layers)]
+    norm = lm.architecture.final_norm
+    rows = tokenise(lm, [text])
+    with Trace(lm.model, [*blocks, norm], inputs=True, outputs=False) as trace:
+        lm.model(**rows.inputs(), use_cache=False)
+    stream = torch.stack([by_token(trace[site].input, 1)[0, -1] for site in (*blocks, norm)])  # [depths, d_model]
+    logits = logits_of(lm, get_module(lm.model, norm)(stream)).double().cpu()
+    of_words = logits[:, first]
+    return Lens(
+        text=text,
+        words=tuple(words),
+        probability=logits.softmax(-1)[:, first],
+        rank=(logits[:, None] > of_words[..., None]).sum(-1),
+        said=tuple(lm.tokenizer.decode([i]) for i in logits.argmax(-1).tolist()),
+    )

@@ -1,0 +1,193 @@
+"""The settings of a run: its task, model, data and fact."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from editkit.settings.checks import require, require_one_of
+from editkit.settings.methods import ENGINES, MomentSettings
+
+MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
+TRACE_KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
+CORRUPTIONS = ("noise", "swap")
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Causal tracing (arXiv 2202.05262, section 2 and code `causal_trace.py`)."""
+
+    corruption: str = "noise"  # of the subject's embeddings: noise on them, or swap: another subject's in their place
+    noise: float = 3.0  # in standard deviations of embeddings
+    # One standard deviation; None: of the embeddings of the vocabulary (a trace) or of the subjects (an average).
+    sigma: float | None = None
+    samples: int = 10  # of noise, or other subjects at most; probabilities are means over them
+    window: int | None = None  # blocks whose MLP or attention is put back together; None: the paper's 10 of 48, scaled
+    kinds: tuple[str, ...] = TRACE_KINDS[:3]  # what is put back: state, mlp, attention, severed_mlp, severed_attention
+    engine: str = "replay"  # replay: only what a place can reach; full: the whole model for every place
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(dict.fromkeys(self.kinds)))
+        require_one_of(self.corruption, "trace.corruption", CORRUPTIONS)
+        require(self.noise > 0, "trace.noise", self.noise, "positive")
+        require(self.sigma is None or self.sigma > 0, "trace.sigma", self.sigma, "positive")
+        require(self.samples > 0, "trace.samples", self.samples, "positive")
+        require(self.window is None or self.window > 0, "trace.window", self.window, "positive")
+        require(len(self.kinds) > 0, "trace.kinds", self.kinds, "one or more of " + ", ".join(TRACE_KINDS))
+        for kind in self.kinds:
+            require_one_of(kind, "trace.kinds", TRACE_KINDS)
+        require_one_of(self.engine, "trace.engine", ENGINES)
+
+    def window_of(self, layers: int) -> int:
+        """The blocks put back together in a model of `layers` blocks."""
+        return self.window or max(1, round(10 * layers / 48))
+
+
+@dataclass(frozen=True)
+class TraceTaskSettings:
+    """task=trace: where a fact is recalled, or where the cases of data=… are on average."""
+
+    name: str = "trace"
+    average: bool = False  # over the cases of data=…, in place of edit=…; naming a data set on the command line sets it
+    layers: int = 1  # consecutive blocks that an average proposes to edit
+    trace: TraceSettings = field(default_factory=TraceSettings)
+
+    def __post_init__(self) -> None:
+        require(self.layers > 0, "task.layers", self.layers, "positive")
+
+
+@dataclass(frozen=True)
+class EditTaskSettings:
+    """task=edit: one fact, looked at before and after."""
+
+    name: str = "edit"
+    continuation: int = 20  # tokens of the continuation shown before and after
+    top: int = 5  # most likely next tokens shown
+    audit: bool = False  # ask every fact of the atlas before and after; for models that know it
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is asked of the model for each case, before and after; see `editkit.metrics.measure`."""
+
+    generate: int = 2  # tokens of free greedy continuations beyond the longest answer of the case; 0: none at all
+    fluency: int = 100  # tokens of the text sampled from each generation prompt, prompt included, top-k 5; 0: none
+    distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
+
+    def __post_init__(self) -> None:
+        require(self.generate >= 0, "measure.generate", self.generate, "0 or more")
+        require(self.fluency >= 0, "measure.fluency", self.fluency, "0 or more")
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """task=benchmark: each case edited alone, or `size` of them together, measured and restored."""
+
+    name: str = "benchmark"
+    size: int | None = 1  # cases in one edit; null: all
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    keep_edits: bool = False  # write each edit into RUN/edits; those of several cases are always kept
+    audit: bool = False  # ask every fact of the atlas after each edit; for models that know it
+
+    def __post_init__(self) -> None:
+        require(self.size is None or self.size > 0, "task.size", self.size, "positive")
+
+
+@dataclass(frozen=True)
+class BatchSettings(BenchmarkSettings):
+    """task=batch: all cases in one edit."""
+
+    name: str = "batch"
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class LifelongSettings:
+    """task=lifelong: cases edited one after the other on one model, measured on the way."""
+
+    name: str = "lifelong"
+    step: int = 1  # cases in one edit
+    every: int = 50  # cases between two measurements; the end is measured too
+    retention: int = 100  # cases edited so far that are asked again, spread over all of them
+    untouched: int = 50  # cases after those edited, never edited, that are asked too
+    collapse: float = 10.0  # perplexity, in multiples of the unedited model's, that counts as collapse
+    stop_at_collapse: bool = False  # end the run there
+    text: str = "prose"  # running text for KL and perplexity: the bundled prose, or as moments.source
+    measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
+
+    def __post_init__(self) -> None:
+        require(self.step > 0, "task.step", self.step, "positive")
+        require(self.every > 0 and self.every % self.step == 0, "task.every", self.every, "a multiple of task.step")
+        require(self.retention > 0, "task.retention", self.retention, "positive")
+        require(self.untouched >= 0, "task.untouched", self.untouched, "0 or more")
+        require(self.collapse > 1, "task.collapse", self.collapse, "larger than 1")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model; see `editkit.load`."""
+
+    name: str = "atlas"  # bundled name, local folder, or Hub name
+    dtype: str = "float32"  # float32, float16, bfloat16, or auto for the checkpoint's own
+    revision: str | None = None  # commit, tag or branch on the Hub
+    trust_remote_code: bool = False  # run code from the model's repository
+    allow_pickle: bool = False  # read pickled weights
+
+
+@dataclass(frozen=True)
+class PortabilitySettings:
+    """A prompt whose answer follows from the new fact, by one hop more."""
+
+    prompt: str = ""  # with {} for the subject
+    target_new: str = ""  # what follows
+    target_true: str = ""  # what was true
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """The fact to write and the prompts that measure it. `{}` stands for the subject."""
+
+    prompt: str = ""
+    subject: str = ""
+    target_new: str = ""
+    target_true: str = ""  # may stay empty: then only the new target is compared
+    paraphrases: list[str] = field(default_factory=list)
+    neighborhood: list[str] = field(default_factory=list)  # other subjects with the same true object
+    portability: list[PortabilitySettings] = field(default_factory=list)  # what follows from the new fact
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which cases a benchmark edits; see `editkit.data`."""
+
+    name: str = "atlas"  # the format: atlas, counterfact, counterfact_flat, zsre, knowedit, mquake, known
+    path: str | None = None  # a file, a folder, or hub:NAME[:CONFIG[:SPLIT]]; null: the bundled atlas
+    revision: str | None = None  # commit or tag of a Hub data set
+    limit: int | None = None  # how many cases, from the first; null: all
+    shard: str = "0/1"  # i/n: every n-th case from the i-th, after the limit
+    bad: str = "skip"  # a record that cannot be used: skip (named and counted) or fail
+
+    def __post_init__(self) -> None:
+        require(self.limit is None or self.limit > 0, "data.limit", self.limit, "positive")
+        require_one_of(self.bad, "data.bad", ("skip", "fail"))
+        number, _, count = self.shard.partition("/")
+        valid = number.isdecimal() and count.isdecimal() and int(number) < int(count)
+        require(valid, "data.shard", repr(self.shard), "i/n with 0 ≤ i < n")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of `editkit.run`."""
+
+    task: Any  # the settings dataclass of the named task
+    model: ModelSettings
+    edit: EditSettings
+    data: DataSettings
+    method_name: str
+    method: Any  # the settings dataclass of the named method
+    moments: MomentSettings
+    seed: int = 0  # of contexts and running text; two runs with one seed give byte-identical edits
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:N
+    matmul: str = "highest"  # float32 products on CUDA: highest, high (TF32) or medium (bfloat16); process-wide
+    resume: bool = False  # go on with the run that hydra.run.dir holds
+
+    def __post_init__(self) -> None:
+        require_one_of(self.matmul, "matmul", MATMUL)
