@@ -29,7 +29,7 @@ from editkit.nethook import Trace, requires_grad
 from editkit.replay import CannotReplay
 from editkit.settings import ValueSettings
 
-CPU_BYTES = 2**29  # a batch's share of memory: about what one fact of GPT-2-small takes at full depth; more is no faster
+CPU_BYTES = 2**29  # a batch's share of memory: about what one fact takes at full depth; a larger one is no faster
 Show = Callable[[float, int, int], None]  # (mean loss, steps taken since, facts ended since)
 LIKE = 1.1  # how much longer the longest rows of a batch may be than the shortest, and one token
 READ_EVERY = {"cpu": 1, "cuda": 5}  # steps between two looks at the losses: each look waits for an accelerator
