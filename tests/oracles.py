@@ -95,7 +95,7 @@ def rome_update(
         logits, _, _ = run_hooked(model, module, ids, at_position(at))
         after = F.log_softmax(logits[at], -1)
         before = after.detach() if before is None else before
-        kl = (before.exp() * (before - after)).sum()
+        kl = (after.exp() * (after - before)).sum()  # KL(edited ‖ clean): equation 4 and the authors' code
         # The norm's gradient at 0 is taken as 0.
         size = delta.norm() if delta.detach().abs().sum() > 0 else (delta * 0).sum()
         loss = nll + kl_factor * kl + weight_decay * size / v0.norm() ** 2
@@ -187,7 +187,7 @@ def _values(model, method, block, attention, name, layer, inputs, settings) -> t
         logits, _ = run(kl_ids, kl_at, add=deltas)
         after = F.log_softmax(logits[kl_at], -1)
         before = after.detach() if before is None else before
-        kl = (before.exp() * (before - after)).sum()
+        kl = (after.exp() * (after - before)).sum()  # KL(edited ‖ clean): equation 4 and the authors' code
         weight = 0.1 if method == "pmet" and said else 1.0
         loss = weight * nll + settings.kl_factor * kl
         for site, norm in ((s, v.norm()) for s, v in sites.items()):

@@ -3,7 +3,7 @@
 δ [d_model] starts at 0, is added to the output of a module (the edited block's down-projection) at the lookup token
 of every row, and minimises, over rows = contexts × prompt and one row "{subject} is a",
 
-    −mean log p(target) + kl_factor · KL(before ‖ after, at the subject) + weight_decay · ‖δ‖ / ‖v0‖²
+    −mean log p(target) + kl_factor · KL(edited ‖ clean, at the subject) + weight_decay · ‖δ‖ / ‖v0‖²
 
 with Adam; ‖δ‖ is held under clamp · ‖v0‖ after each step (ROME section 3.1 and the authors' code). The δ of many
 facts are optimised side by side, each with its own rows, clamp and stop; an engine (engine.py) runs the model.
@@ -190,7 +190,7 @@ def _together(
     for step in range(steps):
         nll, after, said = _answers(engine.logits(delta).to(wide), engine.batch)
         kl_before = after.detach() if kl_before is None else kl_before
-        kl = kl_div(after, kl_before, log_target=True, reduction="none").sum(-1)
+        kl = kl_div(kl_before, after, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ clean)
         sizes = delta.norm(dim=-1, keepdim=True)  # [sites, facts, 1]
         decay = (decay_factor * sizes / v0**2).sum((0, 2))
         weight = torch.where(said, said_weight, 1.0)

@@ -82,7 +82,7 @@ class ValueSettings(MethodSettings):
     steps: int | None = None  # optimisation steps of the value
     lr: float | None = None  # Adam's learning rate
     weight_decay: float | None = None  # factor of ‖δ‖/‖v0‖²
-    kl_factor: float = 0.0625  # factor of KL(before ‖ after) at the subject in "{subject} is a"
+    kl_factor: float = 0.0625  # factor of KL(edited ‖ clean) at the subject in "{subject} is a"
     clamp: float | None = None  # ‖δ‖ is held under clamp · ‖v0‖
     stop_loss: float = 0.05  # stop when the loss falls under this
     contexts: ContextSettings = field(default_factory=ContextSettings)
