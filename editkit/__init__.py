@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # Imported when first used (PEP 562), so that `import editkit` and the command line's checks need no torch.
 _PUBLIC = {
-    "Edit": "editkit.edit",
+    "Edit": "editkit.edits.edit",
     "EditkitError": "editkit.errors",
     "Fact": "editkit.facts",
     "LanguageModel": "editkit.models.load",
@@ -29,12 +29,12 @@ _PUBLIC = {
     "PmetSettings": "editkit.settings",
     "RomeSettings": "editkit.settings",
     "Session": "editkit.session",
-    "Snapshot": "editkit.snapshot",
+    "Snapshot": "editkit.models.snapshot",
     "Trace": "editkit.nethook",
     "TraceSettings": "editkit.settings",
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
-    "apply_files": "editkit.arithmetic",
+    "apply_files": "editkit.edits.arithmetic",
     "attention_to_subject": "editkit.lenses",
     "average_trace": "editkit.tracing",
     "emmet": "editkit.methods.memit",
@@ -56,8 +56,8 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
-    from editkit.arithmetic import apply_files as apply_files
-    from editkit.edit import Edit as Edit
+    from editkit.edits.arithmetic import apply_files as apply_files
+    from editkit.edits.edit import Edit as Edit
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
     from editkit.lenses import attention_to_subject as attention_to_subject
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from editkit.methods.rome import rome_each as rome_each
     from editkit.models.load import LanguageModel as LanguageModel
     from editkit.models.load import load as load
+    from editkit.models.snapshot import Snapshot as Snapshot
     from editkit.nethook import Trace as Trace
     from editkit.session import Session as Session
     from editkit.settings import AlphaEditSettings as AlphaEditSettings
@@ -91,7 +92,6 @@ if TYPE_CHECKING:
     from editkit.settings import RomeSettings as RomeSettings
     from editkit.settings import RRomeSettings as RRomeSettings
     from editkit.settings import TraceSettings as TraceSettings
-    from editkit.snapshot import Snapshot as Snapshot
     from editkit.tracing import average_trace as average_trace
     from editkit.tracing import propose_layers as propose_layers
     from editkit.tracing import trace as trace

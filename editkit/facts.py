@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 from editkit.errors import FactError
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Rows, continued, spaced
-from editkit.settings import LOOKUP_TOKENS, require_one_of
+from editkit.models.tokens import encode_with_targets, spaced
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Fact:
     def check_targets(self, lm: LanguageModel) -> None:
         """Raise FactError when the tokenizer maps a target to nothing or both targets to the same tokens."""
         targets = [spaced(t) for t in (self.target_new, self.target_true) if t]
-        scored = continued(lm, [self.text] * len(targets), targets)
+        scored = encode_with_targets(lm, [self.text] * len(targets), targets)
         tokens = [[scored.rows.ids[r, i].item() for i in at] for r, at in enumerate(scored.positions)]
         unknown = lm.tokenizer.unk_token_id
         if unknown is not None and unknown != lm.tokenizer.eos_token_id and unknown in tokens[0]:
@@ -72,27 +71,3 @@ class Fact:
             raise FactError(
                 f"{self.target_new!r} and {self.target_true!r} are the same tokens to the tokenizer of '{lm.name}'."
             )
-
-
-def lookup_position(rows: Rows, row: int, template: str, subject: str, token: str = "subject_last") -> int:
-    """The position of the lookup token in row `row`, whose text begins with `template` filled with `subject`.
-
-    `token`: subject_last (ROME's choice), subject_first, subject_first_after_last, or last. Counted on
-    the characters of the filled template, so BOS tokens, space prefixes and contexts before it are right.
-    Raises FactError when no token covers the subject, or there is none after it.
-    """
-    require_one_of(token, "token", LOOKUP_TOKENS)
-    before, after = template.split("{}", 1)
-    if token == "last":
-        whole = len(before) + len(subject) + len(after)
-        return rows.touching(row, 0, whole)[-1]
-    span = rows.touching(row, len(before), len(before) + len(subject))
-    if not span:
-        raise FactError(f"No token covers the subject {subject!r} in {rows.texts[row]!r}.")
-    if token == "subject_first":
-        return span[0]
-    if token == "subject_last":
-        return span[-1]
-    if span[-1] + 1 > rows.last(row):
-        raise FactError(f"There is no token after the subject {subject!r} in {rows.texts[row]!r}.")
-    return span[-1] + 1

@@ -18,10 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from editkit import results
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
 from editkit.files import make_folder, write_text
+from editkit.runs import record as results
 from editkit.tasks import get_task
 
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.arithmetic import joined
-from editkit.edit import Edit, base_of
+from editkit.edits.arithmetic import joined
+from editkit.edits.edit import Edit, base_of
 from editkit.errors import EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_text
@@ -27,9 +27,9 @@ from editkit.methods import get_method
 from editkit.methods.common import Moments, shared_inputs
 from editkit.methods.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
 from editkit.nethook import get_parameter
 from editkit.settings import MethodSettings
-from editkit.snapshot import Reversal, Snapshot, uninterrupted
 
 FORMAT = "editkit-session/1"
 FILE = "session.json"
@@ -201,7 +201,7 @@ class Session:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _compute(self, facts: Fact | Sequence[Fact], earlier: Sequence[Edit]) -> Edit:
-        options: dict[str, Any] = {"earlier": earlier} if self._registered.carries else {}
+        options: dict[str, Any] = {"earlier": earlier} if self._registered.uses_earlier_edits else {}
         options |= self._of_base()
         function = self._registered.load()
         step: Edit = function(self.lm, facts, self.settings, seed=self.seed, progress=self.progress, **options)

@@ -49,7 +49,7 @@ from editkit.methods.value import optimise
 from editkit.metrics.counterfact import score_probes
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, DTYPES, LanguageModel, load
-from editkit.models.tokens import continued, spaced
+from editkit.models.tokens import encode_with_targets, spaced
 from editkit.settings import MemitSettings, MomentSettings, RRomeSettings, TraceSettings
 from editkit.tracing import trace
 
@@ -92,7 +92,7 @@ def facts_of(count: int) -> list[Case]:
 def evaluated_as_the_reference(lm: LanguageModel, case: Case) -> list[float]:
     """A record in one batch of whole rows, with logits of every token."""
     asked = [(p.prompt, target) for p in case.probes for target in (p.target_new, p.target_true) if target]
-    scored = continued(lm, [prompt for prompt, _ in asked], [spaced(target) for _, target in asked])
+    scored = encode_with_targets(lm, [prompt for prompt, _ in asked], [spaced(target) for _, target in asked])
     row, at, token = scored.pick()
     with torch.inference_mode():
         logits = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float()
@@ -246,8 +246,8 @@ def main() -> None:
         return lambda: optimise(lm, layer, [site], rows[:1], norms, settings, name="", progress=False)
 
     def values(settings: MemitSettings, some: Sequence[Fact]) -> Callable[[], Any]:
-        aim = lm.architecture.aim(layer)
-        return lambda: values_of(lm, some, layer, [site], aim, settings, few, False)
+        target_site = lm.architecture.target_site(layer)
+        return lambda: values_of(lm, some, layer, [site], target_site, settings, few, False)
 
     memit = MemitSettings(layers=[layer], **STEPS)
     first, n = facts[0], options.facts

@@ -25,12 +25,12 @@ from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods import METHODS, Method
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import continued, spaced, tokenise
+from editkit.models.snapshot import digests, tensors_of
+from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from editkit.settings import ContextSettings, MomentSettings
-from editkit.snapshot import digests, tensors_of
 
 ROOT = Path(__file__).resolve().parent.parent
-# The subject stands last: attention with random weights carries next to nothing from it to a later token.
+# The subject stands last: attention with random weights uses_earlier_edits next to nothing from it to a later token.
 FACTS = [Fact("The city of {}", "The Eiffel Tower", "Rome"), Fact("The capital of {}", "France", "Madrid")]
 # Random weights know nothing and have small values: little decay, and more weight on the new keys than on old ones.
 SETTINGS: dict[str, Any] = {
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "weight_decay": 1e-3,
     "clamp": 4.0,
     "stop_loss": 0.0,
-    "moment_weight": 1.0,
+    "mom2_update_weight": 1.0,
     "fraction": 0.75,
     "l2": 0.1,
     "contexts": ContextSettings(lengths=(5,), counts=(2,)),
@@ -54,7 +54,7 @@ UNTRAINED_LR = 0.05  # of the untrained hypernetwork, with which MEND is a step 
 
 def log_p(lm: LanguageModel, facts: list[Fact]) -> torch.Tensor:
     """log p(target_new) of each fact."""
-    scored = continued(lm, [fact.text for fact in facts], [spaced(fact.target_new) for fact in facts])
+    scored = encode_with_targets(lm, [fact.text for fact in facts], [spaced(fact.target_new) for fact in facts])
     row, at, token = scored.pick()
     with torch.no_grad():
         found = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].log_softmax(-1)

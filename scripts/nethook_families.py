@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from editkit.files import write_text
+from editkit.models.snapshot import same_bits
 from editkit.nethook import Trace, get_module, hidden, with_hidden
-from editkit.snapshot import same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"block": "block", "attention": "attention", "mlp": "MLP", "down_projection": "down-projection"}

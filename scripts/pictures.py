@@ -3,11 +3,10 @@
 import sys
 from pathlib import Path
 
-from editkit import average_trace, load, propose_layers, r_rome, trace
+from editkit import average_trace, load, plots, propose_layers, r_rome, trace
 from editkit.data.atlas import atlas_cases
 from editkit.facts import Fact
 from editkit.lenses import before_and_after, logit_lens
-from editkit.report import plots
 from editkit.settings import TRACE_KINDS, TraceSettings
 
 FACTS = 30

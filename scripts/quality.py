@@ -22,7 +22,6 @@ import torch
 from tqdm import tqdm
 
 from editkit import average_trace, load
-from editkit.constants import constants_of
 from editkit.corpora import Atlas, load_atlas
 from editkit.data.atlas import atlas_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case
@@ -32,6 +31,7 @@ from editkit.metrics.counterfact import score_probes, score_targets
 from editkit.models.load import BUNDLED, LanguageModel
 from editkit.moments import second_moments
 from editkit.settings import MomentSettings, TraceSettings
+from editkit.settings.constants import constants_of
 from editkit.tracing import PARTS
 
 BARS = {

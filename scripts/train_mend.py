@@ -37,7 +37,7 @@ from editkit.methods.likelihood import nll_of_rows
 from editkit.methods.mend import BUNDLED, Mend, mend, rank_one_gradients
 from editkit.metrics.counterfact import score_probes
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import continued, spaced
+from editkit.models.tokens import encode_with_targets, spaced
 from editkit.nethook import get_parameter, requires_grad
 from editkit.settings import MendSettings
 
@@ -100,7 +100,7 @@ def losses_after(lm: LanguageModel, network: Mend, each: Example) -> tuple[Tenso
         delta = left @ right
         changed[f"{site}.weight"] = weight + (delta if weight.shape == delta.shape else delta.T).to(weight.dtype)
     asked = [*each.changed, *each.kept]
-    scored = continued(lm, [prompt for prompt, _ in asked], [spaced(answer) for _, answer in asked])
+    scored = encode_with_targets(lm, [prompt for prompt, _ in asked], [spaced(answer) for _, answer in asked])
     inputs = scored.rows.inputs() | {"use_cache": False}
     row, at, _ = scored.pick()
     kept = row >= len(each.changed)  # of the scored tokens

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from editkit.corpora import atlas_prose, load_atlas
-from editkit.facts import lookup_position
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, LanguageModel, load
-from editkit.models.tokens import continued, spaced, tokenise
+from editkit.models.lookup import lookup_position
+from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from tests.families import build
 from tests.hooking import count_hooks
 
@@ -94,7 +94,7 @@ def tiny_lm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -
 def inputs_of(lm, fact, templates):
     """(rows, kl row) of a fact for the oracles, which take token ids."""
     prompts = [t.replace("{}", fact.prompt) for t in templates]
-    scored = continued(lm, [fact.filled(p) for p in prompts], [spaced(fact.target_new)] * len(prompts))
+    scored = encode_with_targets(lm, [fact.filled(p) for p in prompts], [spaced(fact.target_new)] * len(prompts))
     rows = []
     for i, prompt in enumerate(prompts):
         ids = scored.rows.ids[i, : len(scored.rows.offsets[i])].tolist()

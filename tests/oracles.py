@@ -162,14 +162,14 @@ class _Probe:
 
 
 def _values(model, method, block, attention, name, layer, inputs, settings) -> torch.Tensor:
-    """The aim z [d_model] of one fact, at the block's output (PMET: the down-projection's), row by row."""
+    """The target_site z [d_model] of one fact, at the block's output (PMET: the down-projection's), row by row."""
     rows, (kl_ids, kl_at) = inputs
     run = _Probe(model)
-    aim = name if method == "pmet" else block.format(layer)
+    target_site = name if method == "pmet" else block.format(layer)
     bare = rows[0][0][: len(rows[0][0]) - rows[0][2]]
     with torch.no_grad():
-        _, seen = run(bare, rows[0][1], [aim, attention.format(layer)])
-    start = seen[aim, "out"]
+        _, seen = run(bare, rows[0][1], [target_site, attention.format(layer)])
+    start = seen[target_site, "out"]
     sites = {name: start} | (
         {attention.format(layer): seen[attention.format(layer), "out"]} if method == "pmet" else {}
     )
@@ -218,7 +218,7 @@ def spread_updates(model, method, block, attention, names, layers, facts, moment
         p.requires_grad_(False)
     run = _Probe(model)
     z = [_values(model, method, block, attention, names[-1], layers[-1], inputs, settings) for inputs in facts]
-    aim = names[-1] if method == "pmet" else block.format(layers[-1])
+    target_site = names[-1] if method == "pmet" else block.format(layers[-1])
     updates = []
     for number, (name, C) in enumerate(zip(names, moments, strict=True)):
         keys, residuals = [], []
@@ -226,15 +226,15 @@ def spread_updates(model, method, block, attention, names, layers, facts, moment
             of_row = [run(ids[: len(ids) - t], at, [name])[1][name, "in"] for ids, at, t in rows]
             keys.append((of_row[0] + torch.stack(of_row[1:]).mean(0)) / 2)
             ids, at, targets = rows[0]
-            residuals.append(target - run(ids[: len(ids) - targets], at, [aim])[1][aim, "out"])
+            residuals.append(target - run(ids[: len(ids) - targets], at, [target_site])[1][target_site, "out"])
         K, R = torch.stack(keys, 1), torch.stack(residuals, 1)
         left = len(names) - number
         R = R / (left**0.5 if method == "pmet" else left)
         eye, few = torch.eye(len(K), dtype=K.dtype), torch.eye(K.shape[1], dtype=K.dtype)
         if method in ("memit", "pmet"):
-            update = R @ K.T @ torch.linalg.inv(settings.moment_weight * C + K @ K.T)
+            update = R @ K.T @ torch.linalg.inv(settings.mom2_update_weight * C + K @ K.T)
         elif method == "emmet":
-            inverse = torch.linalg.inv(settings.moment_weight * C)
+            inverse = torch.linalg.inv(settings.mom2_update_weight * C)
             update = R @ torch.linalg.inv(K.T @ inverse @ K + settings.epsilon * few) @ K.T @ inverse
         else:
             _, vectors = torch.linalg.eigh(C)

@@ -8,9 +8,10 @@ import torch
 from editkit import Fact, r_rome
 from editkit.corpora import Atlas, AtlasFact, load_atlas
 from editkit.errors import EditkitError
-from editkit.facts import lookup_position
 from editkit.metrics.audit import answers, audit, nearness, written_by
-from editkit.models.tokens import generate, tokenise
+from editkit.models.generate import generate
+from editkit.models.lookup import lookup_position
+from editkit.models.tokens import tokenise
 from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
 from tests.conftest import tiny_lm
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from editkit.report import charts, svg
-from editkit.report.read import Average
+from editkit.runs.read import Average
 
 NS = "{http://www.w3.org/2000/svg}"
 

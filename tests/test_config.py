@@ -73,7 +73,7 @@ def test_at_least_five_edits_of_different_relations():
         ("data.limit=0", r"data\.limit must be positive; found 0"),
         ("data.limit=few", r"data\.limit: Value 'few'.* Integer"),
         ("data.shard=4/4", r"data\.shard must be i/n with 0 ≤ i < n; found '4/4'"),
-        ("data.bad=ignore", r"data\.bad must be one of skip, fail; found 'ignore'"),
+        ("data.on_bad_record=ignore", r"data\.on_bad_record must be one of skip, fail; found 'ignore'"),
         ("edit.prompt={} is in", "cannot be read as key=value"),
         ("edit", "cannot be read as key=value"),
     ],

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from editkit import Fact, MemitSettings, MomentSettings, RRomeSettings, load, memit, r_rome
-from editkit.models.tokens import continued, generate, spaced
+from editkit.models.generate import generate
+from editkit.models.tokens import encode_with_targets, spaced
 from tests.test_snapshot import everything
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_llama2c.py"
@@ -42,7 +43,7 @@ def test_an_edit_lands_on_it_and_comes_off(stories, method):
     before = everything(stories.model)
 
     def p_new():
-        scored = continued(stories, [fact.text], [spaced(fact.target_new)])
+        scored = encode_with_targets(stories, [fact.text], [spaced(fact.target_new)])
         row, at, token = scored.pick()
         with torch.no_grad():
             log_p = stories.model(**scored.rows.inputs()).logits[row, at].log_softmax(-1)
@@ -52,7 +53,7 @@ def test_an_edit_lands_on_it_and_comes_off(stories, method):
     if method == "r_rome":
         edit = r_rome(stories, fact, RRomeSettings(layer=2), moments=moments, progress=False)
     else:
-        settings = MemitSettings(layers=[1, 2], moment_weight=1.0, clamp=4.0)
+        settings = MemitSettings(layers=[1, 2], mom2_update_weight=1.0, clamp=4.0)
         edit = memit(stories, fact, settings, moments=moments, progress=False)
     with edit.applied(stories):
         assert p_new() > 0.5 > 10 * was

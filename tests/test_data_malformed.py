@@ -105,7 +105,7 @@ def test_malformed_records_are_named(name, tmp_path):
     for case in cases.cases:
         assert all(probe.prompt.strip() and probe.wanted for probe in case.probes)
     with pytest.raises(DataError, match=r"records\.jsonl record 0, .*\(and \d+ more\) Correct it, or leave out"):
-        load_cases(DataSettings(name, str(file), bad="fail"))
+        load_cases(DataSettings(name, str(file), on_bad_record="fail"))
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -115,5 +115,5 @@ def test_good_records_are_cases(name, tmp_path):
     file.write_text(
         json.dumps([RECORDS[name], ANOTHER_KNOWN] if name == "known" else [RECORDS[name]]), encoding="utf-8"
     )
-    cases = load_cases(DataSettings(name, str(file), bad="fail"))
+    cases = load_cases(DataSettings(name, str(file), on_bad_record="fail"))
     assert cases.found == len(cases.cases) and not cases.rejected

@@ -24,7 +24,7 @@ COUNTS = {
 
 
 def loaded(folder, name, file):
-    return load_cases(DataSettings(name, str(folder / file), bad="fail"))
+    return load_cases(DataSettings(name, str(folder / file), on_bad_record="fail"))
 
 
 def raw(folder, file):

@@ -203,7 +203,7 @@ def test_bad_records_are_skipped_or_fatal(tmp_path):
     with pytest.raises(
         DataError, match=r"^records\.json record 1, subject: is empty\. \(and 1 more\) Correct it"
     ) as caught:
-        loaded(path, bad="fail")
+        loaded(path, on_bad_record="fail")
     assert "\n" not in str(caught.value)
 
 
@@ -225,7 +225,7 @@ def test_a_wrong_format_is_told_from_the_right_one(tmp_path, read_as, is_, bad):
     with pytest.raises(
         DataError, match=rf"None of the 2 records .* as {read_as}: .* look like {is_}: try data={is_}\."
     ):
-        loaded(written(tmp_path, [RECORDS[is_], RECORDS[is_]]), read_as, bad=bad)
+        loaded(written(tmp_path, [RECORDS[is_], RECORDS[is_]]), read_as, on_bad_record=bad)
 
 
 @pytest.mark.parametrize(

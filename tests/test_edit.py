@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from editkit.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditFileError, EditkitError, OutputError
 from editkit.nethook import get_parameter
 from tests.conftest import tiny_lm

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from editkit.edit import Edit
+from editkit.edits.edit import Edit
 from editkit.errors import ConfigError
 from editkit.facts import Fact
 from editkit.methods import value
@@ -95,9 +95,9 @@ def test_at_the_first_block_and_the_last(family):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        (memit, MemitSettings(layers=[0, 1], moment_weight=10.0, **VALUE)),
-        (emmet, EmmetSettings(layers=[1], moment_weight=1.0, **VALUE)),
-        (pmet, PmetSettings(layers=[0, 1], moment_weight=10.0, **VALUE)),
+        (memit, MemitSettings(layers=[0, 1], mom2_update_weight=10.0, **VALUE)),
+        (emmet, EmmetSettings(layers=[1], mom2_update_weight=1.0, **VALUE)),
+        (pmet, PmetSettings(layers=[0, 1], mom2_update_weight=10.0, **VALUE)),
     ],
     ids=["memit", "emmet", "pmet"],
 )

@@ -5,9 +5,10 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from editkit.errors import FactError
-from editkit.facts import Fact, lookup_position
+from editkit.facts import Fact
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import continued, spaced, tokenise
+from editkit.models.lookup import lookup_position
+from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from tests.conftest import tiny_lm
 
 TEMPLATES = [
@@ -74,7 +75,7 @@ def test_the_token_after_the_subject(lm):
 @pytest.mark.parametrize("target", ["Rome", "the Black Sea", " Vienna"])
 def test_targets_are_their_own_tokens(lm, target):
     prompt = "The Danube flows into"
-    scored = continued(lm, [prompt], [spaced(target)])
+    scored = encode_with_targets(lm, [prompt], [spaced(target)])
     positions = scored.positions[0]
     pieces = "".join(words_of(lm, scored.rows, 0, i) for i in positions)
     assert pieces.replace(" ", "") == target.replace(" ", "")  # some tokenizers leave spaces out of the offsets

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from editkit import Fact
-from editkit.constants import constants_of
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.methods.finetune import ft, ft_l
 from editkit.models.tokens import tokenise
 from editkit.settings import FtLSettings, FtSettings
+from editkit.settings.constants import constants_of
 from tests.conftest import tiny_lm
 from tests.oracles import dense
 from tests.untouched import TARGETS, plain_nll, tokens_of, untouched

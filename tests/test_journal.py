@@ -5,7 +5,7 @@ import json
 import pytest
 
 from editkit.errors import ConfigError, OutputError
-from editkit.journal import Journal
+from editkit.runs.journal import Journal
 
 HEADER = {"config": {"seed": 0, "method": {"name": "rome", "lr": 0.5}}, "model": "abc"}
 

@@ -5,7 +5,7 @@ import torch
 
 import editkit
 from editkit import Fact
-from editkit.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditkitError, FactError
 from editkit.lenses import (
     attention_to_subject,
@@ -137,8 +137,8 @@ def test_attention_is_what_the_attention_modules_give_under_eager(family):
     assert torch.allclose(found.weights.sum(-1), torch.ones(1), atol=1e-5)
     first, last = found.subject
     assert "".join(found.tokens[first : last + 1]).strip() == "Big Ben"
-    by_token = sum(found.weights[..., i] for i in range(first, last + 1))
-    assert torch.allclose(found.to_subject, by_token) and 0 < found.to_subject.min() < found.to_subject.max() < 1
+    unflatten = sum(found.weights[..., i] for i in range(first, last + 1))
+    assert torch.allclose(found.to_subject, unflatten) and 0 < found.to_subject.min() < found.to_subject.max() < 1
     assert lm.model.config._attn_implementation == before
 
 

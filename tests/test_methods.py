@@ -11,7 +11,7 @@ from editkit.errors import ConfigError, EditkitError, FactError, ModelError
 from editkit.methods import METHODS
 from editkit.methods.alphaedit import constrained, null_space
 from editkit.methods.memit import equality, least_squares
-from editkit.models.tokens import continued, spaced
+from editkit.models.tokens import encode_with_targets, spaced
 from editkit.moments import Factored, SecondMoment, second_moments
 from editkit.settings import (
     AlphaEditSettings,
@@ -33,9 +33,9 @@ FACTS = [
 FEW = ContextSettings(starts=("The", "I"), lengths=(6,), counts=(1,))
 MOMENTS = MomentSettings(tokens=4000)
 SETTINGS = {
-    "memit": MemitSettings(moment_weight=30.0, weight_decay=1e-3),
-    "emmet": EmmetSettings(moment_weight=2.0, weight_decay=1e-3),
-    "pmet": PmetSettings(moment_weight=30.0, weight_decay=1e-3, kl_factor=0.5, stop_kl=0.0),
+    "memit": MemitSettings(mom2_update_weight=30.0, weight_decay=1e-3),
+    "emmet": EmmetSettings(mom2_update_weight=2.0, weight_decay=1e-3),
+    "pmet": PmetSettings(mom2_update_weight=30.0, weight_decay=1e-3, kl_factor=0.5, stop_kl=0.0),
     "alphaedit": AlphaEditSettings(fraction=0.5, l2=0.5, weight_decay=1e-3),
 }
 
@@ -140,7 +140,7 @@ def test_the_facts_are_rewritten_and_the_model_left_as_it_was(atlas_lm, method):
     assert all(p.requires_grad for p in atlas_lm.model.parameters())
 
     def log_p(fact):
-        scored = continued(atlas_lm, [fact.text], [spaced(fact.target_new)])
+        scored = encode_with_targets(atlas_lm, [fact.text], [spaced(fact.target_new)])
         row, at, token = scored.pick()
         with torch.no_grad():
             logits = atlas_lm.model(**scored.rows.inputs()).logits[row, at].log_softmax(-1)
@@ -179,8 +179,8 @@ def test_bad_input(atlas_lm):
         memit(atlas_lm, [FACTS[0], FACTS[0].with_target("Oslo")], progress=False)
     with pytest.raises(EditkitError, match="EMMET writes one block; layers \\[3, 4\\]"):
         emmet(atlas_lm, FACTS, EmmetSettings(layers=[4, 3]), progress=False)
-    with pytest.raises(ConfigError, match="token=last"):
-        MemitSettings(token="last")
+    with pytest.raises(ConfigError, match="fact_token=last"):
+        MemitSettings(fact_token="last")
     with pytest.raises(EditkitError, match="No second moment was given for layers \\[4\\]; there are \\[3\\]"):
         moments = second_moments(atlas_lm, [3], MOMENTS, progress=False)
         memit(atlas_lm, FACTS, MemitSettings(layers=[3, 4]), moments=moments, progress=False)

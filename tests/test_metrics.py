@@ -32,8 +32,8 @@ from editkit.metrics.generation import exact
 from editkit.metrics.measure import look, rows_of, values_of_rows
 from editkit.metrics.summary import RESAMPLES, summary
 from editkit.models.architecture import architecture_of
+from editkit.models.generate import generate, generate_batch
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import generate, go_on
 from editkit.settings import MeasureSettings
 from tests.conftest import tiny_lm
 from tests.families import SITES
@@ -358,7 +358,7 @@ def test_s_is_the_harmonic_mean_of_the_averages():
 def test_continuations_side_by_side_are_those_one_by_one(family):
     lm = tiny_lm(family)
     prompts = ["Rome", "The capital of France is", "A long prompt about nothing in particular goes on", "It"]
-    assert go_on(lm, prompts, 6) == generate(lm, prompts, 6)
+    assert generate_batch(lm, prompts, 6) == generate(lm, prompts, 6)
 
 
 def test_greedy_is_greedy_whatever_a_checkpoint_is_used_to():
@@ -375,27 +375,27 @@ def test_greedy_is_greedy_whatever_a_checkpoint_is_used_to():
             for _ in range(8):
                 ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
         expected.append(lm.tokenizer.decode(ids[begin:]))
-    assert go_on(lm, prompts, 8) == generate(lm, prompts, 8) == expected
+    assert generate_batch(lm, prompts, 8) == generate(lm, prompts, 8) == expected
     assert lm.model.generation_config.to_dict() == habits
 
 
 def test_each_is_continued_by_its_own_number_of_tokens():
     lm = tiny_lm("gpt2")
     prompts = ["Rome", "The capital of France is"]
-    one, two = go_on(lm, prompts[:1], 3), go_on(lm, prompts[1:], 7)
-    assert go_on(lm, prompts, [3, 7]) == one + two and go_on(lm, prompts, [0, 0]) == ["", ""]
+    one, two = generate_batch(lm, prompts[:1], 3), generate_batch(lm, prompts[1:], 7)
+    assert generate_batch(lm, prompts, [3, 7]) == one + two and generate_batch(lm, prompts, [0, 0]) == ["", ""]
 
 
 def test_a_text_may_go_on_behind_an_end_token():
     lm = table_lm(BEFORE | {"<end>": {"Tower": 1.0}, "Tower": {"in": 1.0}})
-    assert go_on(lm, ["Louvre was"], 6) == ["Paris ."]
-    assert go_on(lm, ["Louvre was"], 6, past_end=True) == ["Paris . Tower in Paris"]
+    assert generate_batch(lm, ["Louvre was"], 6) == ["Paris ."]
+    assert generate_batch(lm, ["Louvre was"], 6, past_end=True) == ["Paris . Tower in Paris"]
 
 
 def test_sampling_is_seeded_and_leaves_the_global_state(atlas_lm):
     prompts = ["Rome is", "The capital of France"]
     state = torch.random.get_rng_state()
-    first, again, other = (go_on(atlas_lm, prompts, 12, top_k=5, seed=s) for s in (3, 3, 4))
+    first, again, other = (generate_batch(atlas_lm, prompts, 12, top_k=5, seed=s) for s in (3, 3, 4))
     assert first == again != other and torch.equal(state, torch.random.get_rng_state())
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from editkit.edit import Edit, base_of, low_rank_delta
+from editkit.edits.edit import Edit, base_of, low_rank_delta
 from editkit.models.architecture import FAMILIES
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import Snapshot, bits, same_bits
 from editkit.models.tokens import tokenise
 from editkit.nethook import get_parameter
-from editkit.snapshot import Snapshot, bits, same_bits
 from tests.conftest import byte_level_tokenizer, tiny_lm
 from tests.families import SITES, build
 

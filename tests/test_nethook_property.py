@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from editkit.models.snapshot import same_bits
 from editkit.nethook import HookError, NameNotFound, Trace, hidden
-from editkit.snapshot import same_bits
 from tests.trees import (
     EDITS,
     GOOD,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from editkit.models.snapshot import same_bits
 from editkit.nethook import HookError, Trace, hidden, with_hidden
-from editkit.snapshot import same_bits
 from tests.trees import EDITS, GOOD, STABLE, Audit, Chain, First, Leaf, grown, run, trees
 
 captures = st.fixed_dictionaries(

@@ -9,11 +9,11 @@ import pandas
 import pytest
 import torch
 
+from editkit import plots
+from editkit.activations.probes import Norms
 from editkit.errors import EditkitError
 from editkit.lenses import Attention, Lens, StreamChange
 from editkit.metrics.correlation import rank_correlation
-from editkit.probes import Norms
-from editkit.report import plots
 from editkit.tracing import PARTS, AverageTrace, Proposal, Traced
 
 LONG = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerk"
@@ -226,7 +226,7 @@ DRAW = """
 import sys
 from pathlib import Path
 from tests.test_plots import everything
-from editkit.report import plots
+from editkit import plots
 for name, figure in everything():
     plots.save(figure, Path(sys.argv[1]) / name.replace(" ", "-"))
 assert "matplotlib.pyplot" not in sys.modules

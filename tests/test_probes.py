@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from editkit import probes
+from editkit.activations import probes
+from editkit.activations.probes import LinearProbe, activation_norms, features, fit_probe
 from editkit.corpora import load_atlas
 from editkit.errors import EditkitError, OutputError
-from editkit.facts import lookup_position
+from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.nethook import HookError
-from editkit.probes import LinearProbe, activation_norms, features, fit_probe
-from editkit.report.plots import heat_map
+from editkit.plots import heat_map
 from tests.conftest import tiny_lm
 from tests.hooking import TEXTS, batch_of, by_hand, count_hooks, sites_of
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from editkit.models.replay import CannotReplay, columns, logits_of, replay
 from editkit.models.tokens import tokenise
 from editkit.nethook import Trace, requires_grad
-from editkit.replay import CannotReplay, columns, logits_of, replay
 from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import count_hooks
@@ -134,7 +134,7 @@ def test_half_precision_is_as_near_as_it_can_be(dtype):
 
 
 def test_a_head_in_pieces_gives_what_it_gives_whole(monkeypatch):
-    monkeypatch.setattr("editkit.replay.PIECE", 100)  # the last piece is a shorter one
+    monkeypatch.setattr("editkit.models.replay.PIECE", 100)  # the last piece is a shorter one
     lm = tiny_lm("gpt2")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     up = torch.randn(5, lm.model.lm_head.out_features, generator=torch.Generator().manual_seed(1))

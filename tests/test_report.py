@@ -15,8 +15,8 @@ from editkit.data import cases
 from editkit.errors import ConfigError, OutputError, RecordError
 from editkit.metrics.fluency import GENERATION
 from editkit.metrics.generation import DISTRACTED
-from editkit.report import again, compare, groups, published, words
-from editkit.report.read import Average, Run, find, metrics_of
+from editkit.report import aggregate, compare, glossary, published, reproduce
+from editkit.runs.read import Average, Run, find, metrics_of
 from tests.run_folders import RELATIONS, benchmark, lifelong, record
 
 VOID = {"meta", "rect", "line", "path", "circle", "br"}
@@ -321,7 +321,7 @@ def test_sequences_are_compared_with_sequences(tmp_path):
 def test_the_command_runs_it_again(tmp_path, words_, expected, alone):
     found = record("edit", "rome")
     found["environment"]["command"] = ["/somewhere/editkit/run.py", *words_]
-    assert again.command(Run(tmp_path, found)) == (expected, alone)
+    assert reproduce.command(Run(tmp_path, found)) == (expected, alone)
 
 
 def test_metrics_of_both_shapes():
@@ -333,14 +333,14 @@ def test_metrics_of_both_shapes():
 
 
 def test_an_average_s_interval_holds_the_mean_and_is_the_same_twice():
-    found = groups.average([0.0, 1.0, 1.0, None, float("nan"), 1.0])
+    found = aggregate.average([0.0, 1.0, 1.0, None, float("nan"), 1.0])
     assert (found.mean, found.n) == (0.75, 4) and 0 <= found.low <= 0.75 <= found.high <= 1
-    assert found == groups.average([0.0, 1.0, 1.0, 1.0]) and groups.average([None]) is None
+    assert found == aggregate.average([0.0, 1.0, 1.0, 1.0]) and aggregate.average([None]) is None
 
 
 def test_kinds_of_probe_are_those_of_the_cases():
     kinds = {v for k, v in vars(cases).items() if k.isupper() and isinstance(v, str)} - {cases.HOP}  # a group
-    assert kinds | {DISTRACTED, GENERATION} == set(words.KINDS)
+    assert kinds | {DISTRACTED, GENERATION} == set(glossary.KINDS)
 
 
 def command(*arguments, cwd):

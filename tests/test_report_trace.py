@@ -13,8 +13,8 @@ import torch
 
 from editkit import propose_layers, report
 from editkit.errors import RecordError
-from editkit.report.svg import number
-from editkit.results import Record, write_record
+from editkit.numbers import number
+from editkit.runs.record import Record, write_record
 from editkit.tracing import PARTS, AverageTrace, Traced
 from tests.run_folders import record
 from tests.test_report import Parsed, page

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
-from editkit.constants import constants_of
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.methods.contexts import context_templates
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.settings import ContextSettings, MomentSettings
+from editkit.settings.constants import constants_of
 from tests.conftest import inputs_of, tiny_lm
 from tests.oracles import rome_update
 from tests.test_snapshot import everything

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from editkit import Fact, RRomeSettings, Session
-from editkit.edit import Edit
+from editkit.edits.edit import Edit
 from editkit.errors import EditFileError, EditkitError
+from editkit.models.snapshot import bits, same_bits
 from editkit.settings import AlphaEditSettings, ContextSettings, FtSettings, MomentSettings
-from editkit.snapshot import bits, same_bits
 from tests.conftest import tiny_lm
 from tests.test_snapshot import everything
 

@@ -6,9 +6,9 @@ import copy
 import pytest
 import torch
 
+from editkit.activations.shaping import ActivationPenalty, clamp_norm, match_reference, project_off, rank_one
 from editkit.errors import EditkitError, ModelError
 from editkit.nethook import Trace, get_module, get_parameter
-from editkit.shaping import ActivationPenalty, clamp_norm, match_reference, project_off, rank_one
 from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import TEXTS, assert_same, batch_of, by_hand, count_hooks, gradients, sites_of

@@ -48,8 +48,8 @@ def not_again(monkeypatch):
     ("method", "settings"),
     [
         (rome, ROME),
-        (memit, MemitSettings(layers=[0, 1], moment_weight=10.0, cache=True, **VALUE)),
-        (pmet, PmetSettings(layers=[0, 1], moment_weight=10.0, cache=True, **VALUE)),
+        (memit, MemitSettings(layers=[0, 1], mom2_update_weight=10.0, cache=True, **VALUE)),
+        (pmet, PmetSettings(layers=[0, 1], mom2_update_weight=10.0, cache=True, **VALUE)),
     ],
     ids=["rome", "memit", "pmet"],
 )
@@ -83,7 +83,7 @@ def test_what_has_no_part_in_a_value_shares_it(folder, lm, monkeypatch):
 
 
 def test_every_setting_of_a_value_is_in_the_key_or_in_the_rows():
-    elsewhere = {"token", "contexts", "cache", "transform"}  # the first two decide the rows
+    elsewhere = {"fact_token", "contexts", "cache", "transform"}  # the first two decide the rows
     assert set(RELEVANT) == {each.name for each in fields(ValueSettings)} - elsewhere
 
 
@@ -96,7 +96,7 @@ CHANGES = {
     "stop_loss": {"stop_loss": 0.01},
     "engine": {"engine": "full"},
     "layer": {"layer": 0},
-    "token": {"token": "subject_first"},
+    "fact_token": {"fact_token": "subject_first"},
 }
 
 

@@ -1,4 +1,4 @@
-"""A wheel carries conf/, the atlas and its model, and runs from another folder in a clean environment."""
+"""A wheel uses_earlier_edits conf/, the atlas and its model, and runs from another folder in a clean environment."""
 
 import os
 import subprocess

@@ -109,9 +109,9 @@ def _read(settings: DataSettings, seed: int) -> Cases:
             cases[case.id], indices[case.id] = case, place
     if not cases:
         raise DataError(_none_fits(settings, source, rejected))
-    if rejected and settings.bad == "fail":
+    if rejected and settings.on_bad_record == "fail":
         more = f" (and {len(rejected) - 1} more)" if len(rejected) > 1 else ""
-        raise DataError(f"{rejected[0]}{more} Correct it, or leave out such records with data.bad=skip.")
+        raise DataError(f"{rejected[0]}{more} Correct it, or leave out such records with data.on_bad_record=skip.")
     found = len(source.rows)
     return Cases(tuple(cases.values()), tuple(indices.values()), tuple(rejected), found, source.name, source.digest)
 

@@ -7,9 +7,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from editkit.edit import Edit
+from editkit.edits.edit import Edit
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import by_token, tokenise
+from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def stream_change(lm: LanguageModel, edit: Edit, text: str) -> StreamChange:
     def look() -> Tensor:
         with Trace(lm.model, blocks) as trace:
             lm.model(**rows.inputs(), use_cache=False)
-        return torch.stack([by_token(trace[site].output, 1)[0].double().cpu() for site in blocks])
+        return torch.stack([unflatten(trace[site].output, 1)[0].double().cpu() for site in blocks])
 
     before, after = before_and_after(lm, edit, look)
     norm = (after - before).norm(dim=-1)

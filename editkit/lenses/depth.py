@@ -9,9 +9,9 @@ from torch import Tensor
 
 from editkit.errors import EditkitError
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import by_token, continued, spaced, tokenise
+from editkit.models.replay import logits_of
+from editkit.models.tokens import encode_with_targets, spaced, tokenise, unflatten
 from editkit.nethook import Trace, get_module
-from editkit.replay import logits_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -51,14 +51,14 @@ def logit_lens(lm: LanguageModel, text: str, words: Sequence[str]) -> Lens:
     """
     if not all(word.strip() for word in words) or not words:
         raise EditkitError(f"The logit lens was given the words {list(words)}: name one or more, none of them empty.")
-    scored = continued(lm, [text] * len(words), [spaced(word) for word in words])
+    scored = encode_with_targets(lm, [text] * len(words), [spaced(word) for word in words])
     first = torch.tensor([scored.rows.ids[row, at[0]].item() for row, at in enumerate(scored.positions)])
     blocks = [lm.architecture.block.format(i) for i in range(lm.layers)]
     norm = lm.architecture.final_norm
     rows = tokenise(lm, [text])
     with Trace(lm.model, [*blocks, norm], inputs=True, outputs=False) as trace:
         lm.model(**rows.inputs(), use_cache=False)
-    stream = torch.stack([by_token(trace[site].input, 1)[0, -1] for site in (*blocks, norm)])  # [depths, d_model]
+    stream = torch.stack([unflatten(trace[site].input, 1)[0, -1] for site in (*blocks, norm)])  # [depths, d_model]
     logits = logits_of(lm, get_module(lm.model, norm)(stream)).double().cpu()
     of_words = logits[:, first]
     return Lens(

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from editkit.edit import Delta, Edit
+from editkit.edits.edit import Delta, Edit
 from editkit.errors import EditkitError
-from editkit.facts import Fact, lookup_position
+from editkit.facts import Fact
 from editkit.methods.likelihood import nll_of_rows
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Scored, by_token, continued, spaced, tokenise
+from editkit.models.lookup import lookup_position
+from editkit.models.tokens import Scored, encode_with_targets, spaced, tokenise, unflatten
 from editkit.nethook import Trace, requires_grad
 
 BATCH = 16  # prompts side by side
@@ -53,7 +54,7 @@ def side_effects(
     for begin in range(0, len(order), BATCH):
         part = order[begin : begin + BATCH]
         asked = [spaced(targets[i]) if targets is not None else "" for i in part]
-        scored = continued(lm, [prompts[i] for i in part], asked)
+        scored = encode_with_targets(lm, [prompts[i] for i in part], asked)
         passed = _passed(lm, [each.delta.module for each in written], scored, graded=targets is not None)
         found |= {i: _predicted(written, passed, scored, row) for row, i in enumerate(part)}
     values = torch.tensor([found[i] for i in range(len(prompts))], dtype=torch.float64).view(-1, 5)
@@ -88,7 +89,7 @@ def _predicted(written: Sequence[_Written], passed: Trace, scored: Scored, row: 
     cosines, own_cosines, drop = [], [], 0.0
 
     def of_row(tensor: Tensor) -> Tensor:
-        return by_token(tensor, rows)[row].detach().double().cpu()
+        return unflatten(tensor, rows)[row].detach().double().cpu()
 
     for delta, directions, own in written:
         record = passed[delta.module]
@@ -147,4 +148,4 @@ def _own_keys(lm: LanguageModel, edit: Edit) -> dict[str, Tensor]:
     at = lookup_position(rows, 0, fact.prompt, fact.subject, token)
     with Trace(lm.model, [delta.module for delta in edit.deltas], inputs=True, outputs=False) as trace:
         lm.model(**rows.inputs(), use_cache=False)
-    return {site: by_token(trace[site].input, 1)[0, at].double().cpu() for site in trace}
+    return {site: unflatten(trace[site].input, 1)[0, at].double().cpu() for site in trace}

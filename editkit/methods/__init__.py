@@ -31,7 +31,7 @@ class Method:
 
     target: str  # "module:function", imported when first called
     settings: type[MethodSettings]
-    carries: bool = False  # takes `earlier`, its edits that the model already holds
+    uses_earlier_edits: bool = False  # takes `earlier`, its edits that the model already holds
 
     def load(self) -> Callable[..., Any]:
         module, function = self.target.split(":")
@@ -44,11 +44,11 @@ METHODS = {
     "memit": Method("editkit.methods.memit:memit", MemitSettings),
     "emmet": Method("editkit.methods.memit:emmet", EmmetSettings),
     "pmet": Method("editkit.methods.pmet:pmet", PmetSettings),
-    "alphaedit": Method("editkit.methods.alphaedit:alphaedit", AlphaEditSettings, carries=True),
+    "alphaedit": Method("editkit.methods.alphaedit:alphaedit", AlphaEditSettings, uses_earlier_edits=True),
     "ft": Method("editkit.methods.finetune:ft", FtSettings),
     "ft_l": Method("editkit.methods.finetune:ft_l", FtLSettings),
     "lora": Method("editkit.methods.lora:lora", LoraSettings),
-    "mend": Method("editkit.methods.mend:mend", MendSettings, carries=True),
+    "mend": Method("editkit.methods.mend:mend", MendSettings, uses_earlier_edits=True),
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from editkit.edit import Edit, base_of
+from editkit.edits.edit import Edit, base_of
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, find_moments, provenance
@@ -50,16 +50,18 @@ def alphaedit(
     found, described = find_moments(lm, layers, moments, seed, progress)
     bases = {layer: null_space(found[layer], layer, settings.threshold, settings.fraction) for layer in layers}
     templates = given_or_drawn(lm, contexts, settings.contexts, seed)
-    aim = lm.architecture.aim(layers[-1])
+    target_site = lm.architecture.target_site(layers[-1])
     sites = [lm.architecture.down(layers[-1])]
-    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress, weights=base.digest)
+    z, reports = values_of(
+        lm, facts, layers[-1], sites, target_site, settings, templates, progress, weights=base.digest
+    )
 
     def solve(layer: int, keys: Tensor) -> Tensor:
         name = lm.architecture.down(layer)
         before = [edit.memory[name].double() for edit in earlier if name in edit.memory and settings.keep_earlier]
         return constrained(bases[layer], keys, torch.cat([keys, *before], 1), l2)
 
-    deltas, keys, written = spread(lm, facts, base, layers, aim, z, templates, settings.token, solve)
+    deltas, keys, written = spread(lm, facts, base, layers, target_site, z, templates, settings.fact_token, solve)
     for report in written:
         report["null_space"] = bases[report["layer"]].shape[1]
     how = provenance(

@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 
+from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import generate
 from editkit.settings import ContextSettings
 
 

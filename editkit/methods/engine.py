@@ -12,11 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from editkit.facts import Fact, lookup_position
+from editkit.facts import Fact
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Rows, Scored, by_token, continued, spaced
+from editkit.models.lookup import lookup_position
+from editkit.models.replay import Replay, logits_of, replay
+from editkit.models.tokens import Rows, Scored, encode_with_targets, spaced, unflatten
 from editkit.nethook import Trace
-from editkit.replay import Replay, logits_of, replay
 
 KL_PROMPT = "{} is a"
 
@@ -45,7 +46,7 @@ def rows_of(lm: LanguageModel, fact: Fact, token: str, templates: Sequence[str])
     """Rows of `fact` in `templates` (the bare "{}" first). Raises FactError when a lookup token cannot be found."""
     prompts = [context.replace("{}", fact.prompt) for context in templates] + [KL_PROMPT]
     targets = [spaced(fact.target_new)] * len(templates) + [""]
-    scored = continued(lm, [fact.filled(prompt) for prompt in prompts], targets)
+    scored = encode_with_targets(lm, [fact.filled(prompt) for prompt in prompts], targets)
     lookup = [lookup_position(scored.rows, row, prompt, fact.subject, token) for row, prompt in enumerate(prompts)]
     return FactRows(scored, lookup, len(templates))
 
@@ -126,7 +127,7 @@ class _Hooked:
         def add(output: Tensor, site: str) -> Tensor:
             changed = output.clone()
             each = delta[self._sites.index(site)].detach()[self._batch.of_row]
-            by_token(changed, len(self._at))[self._rows, self._at] += each.to(output.dtype)
+            unflatten(changed, len(self._at))[self._rows, self._at] += each.to(output.dtype)
             return changed
 
         self._like = delta
@@ -135,7 +136,7 @@ class _Hooked:
 
     def gradient(self, loss: Tensor) -> Tensor:
         loss.backward()
-        found = [by_token(self._trace[site].grad, len(self._at))[self._rows, self._at] for site in self._sites]
+        found = [unflatten(self._trace[site].grad, len(self._at))[self._rows, self._at] for site in self._sites]
         grad = torch.zeros_like(self._like)
         return grad.index_add(1, self._batch.of_row, torch.stack(found).to(grad.dtype))
 
@@ -157,7 +158,7 @@ class FullDepth:
         with Trace(self._lm.model, self._sites[-1], inputs=True, stop=True) as trace:
             self._lm.model(**self.batch.rows.inputs(), use_cache=False)
         rows, at = torch.arange(len(self.batch.lookup)), self.batch.lookup
-        return self.batch.of_facts(*(by_token(each, len(at))[rows, at] for each in (trace.input, trace.output)))
+        return self.batch.of_facts(*(unflatten(each, len(at))[rows, at] for each in (trace.input, trace.output)))
 
     def gradient(self, loss: Tensor) -> Tensor:
         return self._hooked.gradient(loss)

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edit import Edit, base_of, dense_delta
+from editkit.edits.edit import Edit, base_of, dense_delta
 from editkit.facts import Fact
 from editkit.methods.common import checked_facts, provenance
 from editkit.methods.likelihood import descend, kept_grads
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, get_parameter, requires_grad
 from editkit.settings import FtLSettings, FtSettings
-from editkit.snapshot import Snapshot
 
 
 def ft(

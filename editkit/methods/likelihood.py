@@ -16,13 +16,13 @@ from tqdm import tqdm
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Scored, continued, spaced
+from editkit.models.tokens import Scored, encode_with_targets, spaced
 from editkit.settings import FtSettings, LoraSettings
 
 
 def targets_after_prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Scored:
     """Rows of prompt + target_new, the target's tokens scored."""
-    return continued(lm, [fact.text for fact in facts], [spaced(fact.target_new) for fact in facts])
+    return encode_with_targets(lm, [fact.text for fact in facts], [spaced(fact.target_new) for fact in facts])
 
 
 def nll_of_rows(logits: Tensor, scored: Scored) -> Tensor:

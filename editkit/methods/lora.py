@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from editkit.edit import Edit, base_of, low_rank_delta
+from editkit.edits.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.common import checked_facts, provenance
 from editkit.methods.likelihood import descend, kept_grads
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, replace_module, requires_grad
 from editkit.settings import LoraSettings
-from editkit.snapshot import Snapshot
 
 ADAPTER = "editkit"
 

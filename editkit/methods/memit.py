@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from editkit.edit import Edit, base_of
+from editkit.edits.edit import Edit, base_of
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
@@ -75,10 +75,12 @@ def _write(
     base = base_of(lm)
     factored, described = factor_moments(lm, layers, moments, seed, progress)
     templates = given_or_drawn(lm, contexts, settings.contexts, seed)
-    aim = lm.architecture.aim(layers[-1])
+    target_site = lm.architecture.target_site(layers[-1])
     sites = [lm.architecture.down(layers[-1])]
-    z, reports = values_of(lm, facts, layers[-1], sites, aim, settings, templates, progress, weights=base.digest)
-    weight = settings.moment_weight
+    z, reports = values_of(
+        lm, facts, layers[-1], sites, target_site, settings, templates, progress, weights=base.digest
+    )
+    weight = settings.mom2_update_weight
     assert weight is not None  # resolved
 
     def solve(layer: int, keys: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def _write(
             return equality(factored[layer], keys, weight, settings.epsilon if len(facts) > 1 else 0.0)
         return least_squares(factored[layer], keys, weight)
 
-    deltas, _, written = spread(lm, facts, base, layers, aim, z, templates, settings.token, solve)
+    deltas, _, written = spread(lm, facts, base, layers, target_site, z, templates, settings.fact_token, solve)
     how = provenance(
         name, settings, facts, seed, moments=described, contexts=templates, reports=reports, layers=written
     )

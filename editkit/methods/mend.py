@@ -27,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from editkit.edit import Edit, base_of, low_rank_delta
+from editkit.edits.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_bytes

@@ -12,7 +12,7 @@ Once the target is the likeliest answer the NLL counts a tenth, and the loop end
 import math
 from collections.abc import Sequence
 
-from editkit.edit import Edit, base_of
+from editkit.edits.edit import Edit, base_of
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
 from editkit.methods.contexts import given_or_drawn
@@ -39,7 +39,7 @@ def pmet(
     base = base_of(lm)
     factored, described = factor_moments(lm, layers, moments, seed, progress)
     templates = given_or_drawn(lm, contexts, settings.contexts, seed)
-    weight = settings.moment_weight
+    weight = settings.mom2_update_weight
     assert weight is not None  # resolved
 
     down = lm.architecture.down(layers[-1])
@@ -54,7 +54,7 @@ def pmet(
         templates,
         progress,
         weights=base.digest,
-        said_weight=settings.said_weight,
+        nll_weight=settings.nll_weight,
         stop_kl=settings.stop_kl,
     )
     deltas, _, written = spread(
@@ -65,7 +65,7 @@ def pmet(
         down,
         z,
         templates,
-        settings.token,
+        settings.fact_token,
         lambda layer, keys: least_squares(factored[layer], keys, weight),
         share=math.sqrt,
     )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from editkit.edit import Base, Edit, base_of, low_rank_delta
+from editkit.edits.edit import Base, Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
@@ -141,7 +141,7 @@ def _updates(
     """A rank-one update for each fact, all for the model as it is now: `changed` since the base was taken, or not."""
     settings, layer, templates = given.settings, given.layer, given.templates
     site = lm.architecture.down(layer)
-    jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
+    jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
     weights = lm.digest if changed and settings.cache else given.base.digest
     found = optimise(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress, weights=weights)
     return [_update(fact, each, settings, given.factored) for fact, each in zip(facts, found, strict=True)]

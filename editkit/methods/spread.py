@@ -1,15 +1,15 @@
 """What MEMIT and its descendants share: values of many facts, written over a range of blocks.
 
-With L the last block of the range, z_i the aim for fact i at block L, and for each block l of the range, ascending:
+With L the last block of the range, z_i the target for fact i at block L, and for each block l of the range, ascending:
 
     R = (Z − what block L gives now) / share(number of blocks left)     [d_model, n]
     K = keys of block l now, averaged over context types                [d_ff, n]
     ΔW_l = R · A(K),     A [n, d_ff] is the method's own
 
-The aim is the residual stream after block L, which is the down-projection's output plus what the block adds to it
+The target site is the residual stream after block L: the down-projection's output plus what the block adds to it
 (MEMIT section 4; the authors' `memit_main.py`). In a family with a norm behind the MLP that sum is not linear in the
-down-projection's output: there the aim is the down-projection's output itself, and a range of one block is all that is
-allowed.
+down-projection's output: there the target site is the down-projection's output itself, and only one block
+can be written.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edit import Base, Delta, Edit, low_rank_delta
+from editkit.edits.edit import Base, Delta, Edit, low_rank_delta
 from editkit.errors import ModelError
 from editkit.facts import Fact
 from editkit.methods.engine import rows_of
@@ -48,18 +48,19 @@ def values_of(
     facts: Sequence[Fact],
     layer: int,
     sites: Sequence[str],
-    aim: str,
+    target_site: str,
     settings: SpreadSettings,
     templates: Sequence[str],
     progress: bool,
     **options: Any,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Z [n, d_model] at `aim`: what it gives for the bare prompt, plus the δ of the last of `sites` (of `layer`)."""
+    """Z [n, d_model] at `target_site`: its output for the bare prompt, plus δ of the last of `sites` (of `layer`)."""
     start, *own = (
-        at_lookup(lm, site, facts, templates[:1], settings.token).output[:, 0] for site in (aim, *sites[:-1])
+        at_lookup(lm, site, facts, templates[:1], settings.fact_token).output[:, 0]
+        for site in (target_site, *sites[:-1])
     )  # each [n, d_model]
     norms = torch.stack([values.norm(dim=-1) for values in (*own, start)], 1)  # [n, sites]
-    jobs = [rows_of(lm, fact, settings.token, templates) for fact in facts]
+    jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
     found = optimise(lm, layer, sites, jobs, norms, settings, name=named(facts), progress=progress, **options)
     reports = [
         {
@@ -78,7 +79,7 @@ def spread(
     facts: Sequence[Fact],
     base: Base,
     layers: Sequence[int],
-    aim: str,
+    target_site: str,
     z: Tensor,
     templates: Sequence[str],
     token: str,
@@ -94,7 +95,7 @@ def spread(
             site = lm.architecture.down(layer)
             keys = at_lookup(lm, site, facts, templates, token).input  # [n, templates, d_ff]
             keys = (keys * weights[:, None].double()).sum(1).T
-            missing = (z - at_lookup(lm, aim, facts, templates[:1], token).output[:, 0]).T  # [d_model, n]
+            missing = (z - at_lookup(lm, target_site, facts, templates[:1], token).output[:, 0]).T  # [d_model, n]
             left, right = missing / share(len(layers) - number), solve(layer, keys)
             delta = low_rank_delta(lm, site, left, right)
             deltas.append(delta)
@@ -102,7 +103,7 @@ def spread(
             reports.append(
                 {
                     "layer": layer,
-                    "missing": missing.norm(dim=0).mean().item(),  # mean distance to the aim before this block's write
+                    "missing": missing.norm(dim=0).mean().item(),  # mean distance to the target before this write
                     "written": (right @ keys).diagonal().mean().item(),  # mean share of a fact's residual it writes
                     "norm": delta.norm(),
                 }

@@ -20,13 +20,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
-from editkit.facts import Fact, lookup_position
+from editkit.facts import Fact
 from editkit.methods.cache import cached, key_of
 from editkit.methods.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import by_token, tokenise
+from editkit.models.lookup import lookup_position
+from editkit.models.replay import CannotReplay
+from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, requires_grad
-from editkit.replay import CannotReplay
 from editkit.settings import ValueSettings
 
 CPU_BYTES = 2**29  # a batch's share of memory: about what one fact takes at full depth; a larger one is no faster
@@ -52,7 +53,7 @@ def at_lookup(lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Se
         with Trace(lm.model, site, inputs=True, outputs=True, stop=True) as trace:
             lm.model(**inputs, use_cache=False)
         index = torch.arange(len(part)), torch.tensor(at)
-        both = [by_token(each, len(part))[index].double().cpu() for each in (trace.input, trace.output)]
+        both = [unflatten(each, len(part))[index].double().cpu() for each in (trace.input, trace.output)]
         found |= {i: (both[0][row], both[1][row]) for row, i in enumerate(part)}
     shape = (len(facts), len(templates), -1)
     return AtLookup(*(torch.stack([found[i][side] for i in range(len(asked))]).view(shape) for side in (0, 1)))
@@ -84,25 +85,25 @@ def optimise(
     *,
     name: str,
     progress: bool,
-    said_weight: float = 1.0,
+    nll_weight: float = 1.0,
     stop_kl: float | None = None,
     weights: str | None = None,
 ) -> list[Optimised]:
     """For each of `jobs` a δ for each of `sites` (modules of block `layer`) by Adam. `settings` are resolved.
 
     `norms` [facts, sites] are the ‖v0‖; None, with one site, takes its output for the bare prompt, and keeps what
-    passed there. The NLL counts `said_weight` once the target is the likeliest answer in every row; with `stop_kl` a
+    passed there. The NLL counts `nll_weight` once the target is the likeliest answer in every row; with `stop_kl` a
     fact ends then, besides by its loss, when its KL is no more than that. As many facts go together as memory takes; a
     batch that runs out of it is halved. `weights`, the digest of the model as it is now, is needed for
     `settings.cache` (cache.py).
     """
 
     def compute() -> list[Optimised]:
-        return _optimised(lm, layer, sites, jobs, norms, settings, name, progress, said_weight, stop_kl)
+        return _optimised(lm, layer, sites, jobs, norms, settings, name, progress, nll_weight, stop_kl)
 
     if not settings.cache or weights is None:
         return compute()
-    key = key_of(lm, layer, sites, jobs, norms, settings, said_weight=said_weight, stop_kl=stop_kl)
+    key = key_of(lm, layer, sites, jobs, norms, settings, nll_weight=nll_weight, stop_kl=stop_kl)
     return cached(lm, weights, key, compute, Optimised)
 
 
@@ -115,7 +116,7 @@ def _optimised(
     settings: ValueSettings,
     name: str,
     progress: bool,
-    said_weight: float,
+    nll_weight: float,
     stop_kl: float | None,
 ) -> list[Optimised]:
     found: dict[int, Optimised] = {}
@@ -142,7 +143,7 @@ def _optimised(
                     sizes = torch.stack([at.output[:1].norm(dim=-1) for at in clean if at is not None])
                 else:
                     clean, sizes = [None] * len(part), norms[part]
-                results = _together(lm, ready, sizes, settings, said_weight, stop_kl, show)
+                results = _together(lm, ready, sizes, settings, nll_weight, stop_kl, show)
                 for result, at in zip(results, clean, strict=True):
                     if at is not None:
                         result.clean = AtLookup(*(torch.stack((side[0], side.mean(0))) for side in at))
@@ -167,7 +168,7 @@ def _together(
     engine: Engine,
     norms: Tensor,
     settings: ValueSettings,
-    said_weight: float,
+    nll_weight: float,
     stop_kl: float | None,
     show: Show,
 ) -> list[Optimised]:
@@ -193,7 +194,7 @@ def _together(
         kl = kl_div(kl_before, after, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ clean)
         sizes = delta.norm(dim=-1, keepdim=True)  # [sites, facts, 1]
         decay = (decay_factor * sizes / v0**2).sum((0, 2))
-        weight = torch.where(said, said_weight, 1.0)
+        weight = torch.where(said, nll_weight, 1.0)
         loss = weight * nll + settings.kl_factor * kl
         terms = torch.stack((loss + decay, nll, settings.kl_factor * kl, decay)).detach()
         unread.append((terms, alive))

@@ -20,13 +20,13 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from editkit.corpora import Atlas, AtlasFact, load_atlas
-from editkit.edit import Edit
+from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.value import at_lookup
 from editkit.metrics.generation import exact
+from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import go_on
 
 BATCH = 128  # prompts side by side
 KNOWN = 0.5  # share of the atlas that a model must answer to be audited with it
@@ -76,7 +76,7 @@ def answers(lm: LanguageModel, atlas: Atlas | None = None, *, progress: bool = T
         for begin in range(0, len(order), BATCH):
             part = order[begin : begin + BATCH]
             tokens = longest[atlas.facts[part[-1]].relation] + 1
-            said |= zip(part, go_on(lm, [prompts[i] for i in part], tokens), strict=True)
+            said |= zip(part, generate_batch(lm, [prompts[i] for i in part], tokens), strict=True)
             bar.update(len(part))
     return [_answer(said[i], objects[each.relation]) for i, each in enumerate(atlas.facts)]
 
@@ -140,7 +140,7 @@ def nearness(lm: LanguageModel, edit: Edit, facts: Sequence[Fact]) -> tuple[Tens
             "The edit does not say which facts it writes (provenance holds none): nothing can be said of what is near "
             "to them. Audit an edit that a method of editkit computed, or a sum of such edits."
         )
-    token = edit.provenance.get("settings", {}).get("token", "subject_last")
+    token = edit.provenance.get("settings", {}).get("fact_token", "subject_last")
     cosines, pulls = [], []
     for delta in edit.deltas:
         theirs = at_lookup(lm, delta.module, facts, ["{}"], token).input[:, 0]  # [facts, d_ff]

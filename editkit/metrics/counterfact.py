@@ -39,10 +39,10 @@ from editkit.data.cases import (
     Probe,
 )
 from editkit.metrics.generation import DISTRACTED
-from editkit.metrics.shares import Row, mean, of_kind
+from editkit.metrics.row_stats import Row, mean, of_kind
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Scored, continued, spaced
-from editkit.replay import CannotReplay, columns, logits_of
+from editkit.models.replay import CannotReplay, columns, logits_of
+from editkit.models.tokens import Scored, encode_with_targets, spaced
 
 BATCH = 64  # rows; sorted by length so that little is padding
 
@@ -83,7 +83,7 @@ def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[s
     scores: dict[int, TargetScore] = {}
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
-        scored = continued(lm, [prompts[i] for i in chunk], [spaced(targets[i]) for i in chunk])
+        scored = encode_with_targets(lm, [prompts[i] for i in chunk], [spaced(targets[i]) for i in chunk])
         row, at, token = scored.pick()
         logits = _picked(lm, scored, row, at)
         log_p = log_softmax(logits, -1).gather(1, token[:, None])[:, 0].double().cpu()

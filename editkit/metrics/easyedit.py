@@ -14,7 +14,7 @@ easyedit.portability_Subject_Aliasing.
 from collections.abc import Sequence
 
 from editkit.data.cases import PARAPHRASE, PORTABILITY, REWRITE, STAY
-from editkit.metrics.shares import Row, mean, of_kind
+from editkit.metrics.row_stats import Row, mean, of_kind
 
 
 def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from editkit.metrics.shares import Row, mean, of_kind
+from editkit.metrics.row_stats import Row, mean, of_kind
 
 GENERATION, REFERENCE = "generation", "reference"  # kinds of rows
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}

@@ -28,9 +28,10 @@ from editkit.data.cases import (
     SAME_SUBJECT,
     UNSEEN,
 )
-from editkit.metrics.shares import Row, mean, of_kind
+from editkit.metrics.row_stats import Row, mean, of_kind
+from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import generate, tokenise
+from editkit.models.tokens import tokenise
 
 DISTRACTED = "distracted"  # the kind of neighborhood rows with the new fact in front
 KINDS = (REWRITE, PARAPHRASE, UNSEEN, NEIGHBORHOOD, DISTRACTED, SAME_SUBJECT, PORTABILITY, MULTI_HOP, ATTRIBUTE)

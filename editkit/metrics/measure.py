@@ -20,8 +20,9 @@ from editkit.metrics import counterfact, easyedit, fluency, generation, mquake, 
 from editkit.metrics.counterfact import ProbeScore, TargetScore, score_probes
 from editkit.metrics.fluency import GENERATION, REFERENCE
 from editkit.metrics.generation import DISTRACTED
+from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import go_on, spaced, token_counts
+from editkit.models.tokens import spaced, token_counts
 from editkit.settings import MeasureSettings
 
 TOP_K = 5  # of sampled texts, as in ROME's code
@@ -51,10 +52,10 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
         # As long as the longest answer, so that none is cut short.
         answers = [answer for probe in probes for answer in (probe.wanted, *probe.aliases) if answer]
         longest = max(token_counts(lm, [spaced(answer) for answer in answers]), default=0)
-        said = go_on(lm, [probe.prompt for probe in probes], longest + settings.generate)
+        said = generate_batch(lm, [probe.prompt for probe in probes], longest + settings.generate)
     if settings.fluency and case.generation:
         left = [max(0, settings.fluency - n) for n in token_counts(lm, case.generation)]
-        more = go_on(lm, case.generation, left, top_k=TOP_K, seed=seed, past_end=True)
+        more = generate_batch(lm, case.generation, left, top_k=TOP_K, seed=seed, past_end=True)
         texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]
     return Look(tuple(score_probes(lm, probes)), tuple(said), tuple(texts))
 

@@ -11,7 +11,7 @@ An answer is right as `generation.exact` says. The paper prompts with examples i
 from collections.abc import Sequence
 
 from editkit.data.cases import HOP, MULTI_HOP, PORTABILITY
-from editkit.metrics.shares import Row, of_kind
+from editkit.metrics.row_stats import Row, of_kind
 
 
 def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:

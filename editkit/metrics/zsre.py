@@ -11,7 +11,7 @@ Teacher forcing flatters: see `generation` for what the model says by itself (ar
 from collections.abc import Sequence
 
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE
-from editkit.metrics.shares import Row, mean, of_kind
+from editkit.metrics.row_stats import Row, mean, of_kind
 
 
 def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:

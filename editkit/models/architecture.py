@@ -36,7 +36,7 @@ class Architecture:
         """The name of the down-projection module of block `layer`."""
         return self.down_projection.format(layer)
 
-    def aim(self, layer: int) -> str:
+    def target_site(self, layer: int) -> str:
         """Where a value for block `layer` is aimed: the block itself, whose output is the residual stream, or the
         down-projection where a norm lies between the two."""
         return self.block.format(layer) if self.mlp_norm is None else self.down(layer)

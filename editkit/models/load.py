@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
+from editkit.models.snapshot import model_digest
 from editkit.nethook import get_module
-from editkit.snapshot import model_digest
 
 BUNDLED = {"atlas": Path(__file__).parent / "atlas"}
 

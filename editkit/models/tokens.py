@@ -4,16 +4,13 @@ Texts are tokenised whole, as a user would send them, and places are found by ch
 BOS, a space-prefixing tokenizer, or a piece that merges across a boundary cannot shift a position.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig, PreTrainedModel
 
 from editkit.errors import FactError
 from editkit.models.load import LanguageModel
@@ -50,7 +47,7 @@ class Rows:
         """The position of the row's last token."""
         return len(self.offsets[row]) - 1
 
-    def touching(self, row: int, begin: int, end: int) -> list[int]:
+    def tokens_covering(self, row: int, begin: int, end: int) -> list[int]:
         """Positions of the tokens that cover any of the characters [begin, end) of the row's text."""
         return [i for i, (left, right) in enumerate(self.offsets[row]) if right > begin and left < end]
 
@@ -78,7 +75,7 @@ def tokenise(lm: LanguageModel, texts: Sequence[str]) -> Rows:
     return Rows(tuple(texts), ids.to(lm.device), mask.to(lm.device), offsets)
 
 
-def by_token(tensor: Tensor, rows: int) -> Tensor:
+def unflatten(tensor: Tensor, rows: int) -> Tensor:
     """A view [rows, tokens, d] of what passed through a module, where the family (OPT) flattens rows and tokens too."""
     return tensor.view(rows, -1, tensor.shape[-1])
 
@@ -99,7 +96,7 @@ class Scored:
         return row_index, at_index, self.rows.ids[row_index, at_index + 1]
 
 
-def continued(lm: LanguageModel, prompts: Sequence[str], continuations: Sequence[str]) -> Scored:
+def encode_with_targets(lm: LanguageModel, prompts: Sequence[str], continuations: Sequence[str]) -> Scored:
     """Rows of each prompt with its continuation (written with its leading space; "" scores nothing there).
 
     Raises FactError when a continuation gets no token of its own.
@@ -107,7 +104,7 @@ def continued(lm: LanguageModel, prompts: Sequence[str], continuations: Sequence
     rows = tokenise(lm, [p + c for p, c in zip(prompts, continuations, strict=True)])
     positions = []
     for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        found = rows.touching(row, len(prompt), len(prompt) + len(continuation))
+        found = rows.tokens_covering(row, len(prompt), len(prompt) + len(continuation))
         found = [i for i in found if i > 0]
         if continuation and not found:
             raise FactError(
@@ -126,93 +123,3 @@ def token_counts(lm: LanguageModel, texts: Sequence[str]) -> list[int]:
 def spaced(text: str) -> str:
     """The text with one leading space, as a continuation of a prompt (ROME does the same to targets)."""
     return text if text[:1].isspace() else " " + text
-
-
-@contextlib.contextmanager
-def _plainly(model: PreTrainedModel) -> Iterator[None]:
-    """Generation as the caller asks for it: a checkpoint's own habits (a repetition penalty, beams) are set aside.
-
-    They come with many instruction-tuned models, and with them "greedy" would not be the likeliest token each time.
-    """
-    kept = model.generation_config
-    if kept is not None:
-        marks = {name: getattr(kept, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        model.generation_config = GenerationConfig(**{f"{name}_token_id": token for name, token in marks.items()})
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
-@torch.inference_mode()
-def go_on(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    new_tokens: int | Sequence[int],
-    *,
-    top_k: int | None = None,
-    seed: int = 0,
-    past_end: bool = False,
-) -> list[str]:
-    """Continuations of all `prompts` side by side: greedy, or sampled from the `top_k` with `seed`.
-
-    - `new_tokens`: of all, or of each.
-    - `past_end`: go on behind an end token, which the text then does not show.
-
-    Greedy ones are those of `generate`, several times sooner; sampled ones belong to the whole list. Prompts are
-    padded on the left, and transformers counts positions from the mask. The global random state is left as it was.
-    Raises FactError for more tokens than the model has positions for.
-    """
-    if not prompts:
-        return []
-    rows = [lm.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    counts = [new_tokens] * len(rows) if isinstance(new_tokens, int) else list(new_tokens)
-    width, most = max(map(len, rows)), max(counts)
-    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and width + most > limit:
-        raise FactError(
-            f"A prompt of {width} tokens was to be continued by {most}; '{lm.name}' has {limit} positions. "
-            "Shorten it, or ask for fewer tokens."
-        )
-    if most < 1:
-        return [""] * len(rows)
-    pad_id = next(i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id, 0) if i is not None)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=lm.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
-    options: dict[str, Any] = {"do_sample": False}
-    if top_k is not None:
-        options = {"do_sample": True, "top_k": top_k, "temperature": 1.0, "top_p": 1.0}
-    if past_end:
-        options["eos_token_id"] = lm.model.config.get_text_config().vocab_size  # no token ends it
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), _plainly(lm.model):
-        torch.manual_seed(seed)
-        out = lm.model.generate(ids, attention_mask=mask, max_new_tokens=most, pad_token_id=pad_id, **options)
-    new = [row[width : width + count] for row, count in zip(out, counts, strict=True)]
-    return [lm.tokenizer.decode(row, skip_special_tokens=True) for row in new]
-
-
-def generate(
-    lm: LanguageModel, prompts: Sequence[str], new_tokens: int, *, top_k: int | None = None, seed: int = 0
-) -> list[str]:
-    """Continuations of `prompts` without the prompts: greedy, or sampled from the `top_k` with `seed`.
-
-    An empty prompt starts from the tokenizer's BOS or EOS token. The global random state is left as it was.
-    """
-    start = lm.tokenizer.bos_token_id
-    start = lm.tokenizer.eos_token_id if start is None else start
-    texts = []
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode(), _plainly(lm.model):
-        torch.manual_seed(seed)
-        for prompt in prompts:
-            ids = lm.tokenizer(prompt)["input_ids"] or [start]
-            out = lm.model.generate(
-                torch.tensor([ids], device=lm.device),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=lm.device),
-                max_new_tokens=new_tokens,
-                do_sample=top_k is not None,
-                pad_token_id=start,
-                **({"top_k": top_k, "temperature": 1.0, "top_p": 1.0} if top_k else {}),
-            )
-            texts.append(lm.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
-    return texts

@@ -23,10 +23,10 @@ from editkit.corpora import running_text
 from editkit.errors import EditkitError, OutputError
 from editkit.files import whole
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import uninterrupted
 from editkit.moments.moment import SecondMoment, read_tensors
 from editkit.nethook import Trace
 from editkit.settings import MomentSettings
-from editkit.snapshot import uninterrupted
 
 PARTIAL_FORMAT = "editkit-moment-partial/1"
 BATCH = 2048  # tokens a forward pass

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from editkit.errors import EditkitError
 from editkit.files import whole
-from editkit.snapshot import digest
+from editkit.models.snapshot import digest
 
 FORMAT = "editkit-moment/1"
 ENOUGH = 2  # keys per dimension of d_ff; 2 to 10 suffice (arXiv 2506.04226)

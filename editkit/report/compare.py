@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from editkit.report import again, charts, groups, published, words
+from editkit.numbers import finite, number
+from editkit.report import aggregate, charts, glossary, published, reproduce
 from editkit.report.html import Best, Charts, Code, Fold, Link, Page, Section, Table, Text, Tiles, cell
 from editkit.report.lifelong_parts import DRIFT, collapses, drift_line, metric_line, series_metrics
-from editkit.report.read import Average, Metric, Run, Unfinished, finite, flat
-from editkit.report.svg import number
-from editkit.results import REPORT
+from editkit.runs.read import Average, Metric, Run, Unfinished, flat
+from editkit.runs.record import REPORT
 
 CHARTED = 24  # runs in one chart
 
@@ -131,18 +131,18 @@ def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
     if not metrics:
         return []
     drawn = []
-    shown = [n for own in metrics.values() for n in own if words.meaning(n).unit == words.SHARE]
-    for name in [n for n in shown if n == "counterfact.S"] + groups.headline(shown):
-        label = f"{name.rpartition('.')[2]}: {words.meaning(name).text}"
+    shown = [n for own in metrics.values() for n in own if glossary.meaning(n).unit == glossary.SHARE]
+    for name in [n for n in shown if n == "counterfact.S"] + aggregate.headline(shown):
+        label = f"{name.rpartition('.')[2]}: {glossary.meaning(name).text}"
         rows = [(n, (_after(run, name),)) for run, n in zip(runs, names, strict=True) if _after(run, name)]
         drawn.append(charts.whiskers(label, rows[:CHARTED], ("after",)))
     blocks: list[Any] = [Text(
         "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
         "column, and every run whose interval reaches it.", "note"), Charts(drawn)]  # fmt: skip
     for protocol, own in metrics.items():
-        title = words.protocol(protocol)
+        title = glossary.protocol(protocol)
         columns = ["run", "n", *(name.rpartition(".")[2] for name in own)]
-        best = {name: _best([_after(run, name) for run in runs], words.meaning(name).better) for name in own}
+        best = {name: _best([_after(run, name) for run in runs], glossary.meaning(name).better) for name in own}
         rows_: list[list[Any]] = []
         for label, found in _unedited(runs, own):
             rows_.append([label, _counts(found), *found])
@@ -247,7 +247,7 @@ def _same(runs: Sequence[Run], differing: Sequence[str]) -> list[Any]:
 
 
 def _again(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
-    commands = [(name, again.command(run)) for run, name in zip(runs, names, strict=True)]
+    commands = [(name, reproduce.command(run)) for run, name in zip(runs, names, strict=True)]
     lines = [text if alone else f"{text}   # with others" for name, (text, alone) in commands if text]
     commits = dict.fromkeys(str(run.record["environment"].get("commit")) for run in runs)
     return [Code("\n".join(dict.fromkeys(lines))), Text(f"Commit {', '.join(commits)}.", "note")] if lines else []

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from editkit.report import charts, words
+from editkit.numbers import finite
+from editkit.report import charts, glossary
 from editkit.report.html import Charts, Fold, Pairs, Section, Table, Text, cell
-from editkit.report.read import Run, finite
+from editkit.runs.read import Run
 
 HEALTH = {
     "k_dot_u": "k · u",
@@ -44,7 +45,7 @@ def _probes(run: Run) -> list[Any]:
             sides = [finite(row.get(f"probability_{which}_{when}")) for when in ("before", "after")]
             if sides == [None, None]:
                 continue
-            kind = words.kind(str(row.get("kind") or "?"))
+            kind = glossary.kind(str(row.get("kind") or "?"))
             answer = f" … {row.get(f'target_{which}')}" if row.get("kind") == "portability" else ""
             heading = kind if kind != last else ""
             pairs.append(charts.Pair(f"{row.get('prompt')}{answer}", sides[0], sides[1], series, heading))
@@ -54,7 +55,7 @@ def _probes(run: Run) -> list[Any]:
     rows = []
     for name, metric in run.metrics.items():
         n = metric.after.n if metric.after else None
-        rows.append((name.rpartition(".")[2], metric.before, metric.after, n, words.meaning(name).text))
+        rows.append((name.rpartition(".")[2], metric.before, metric.after, n, glossary.meaning(name).text))
     table = Table(("metric", "before", "after", "n", "what it is"), rows, stacked=True)
     probes = Fold("Every probe as a table", [probe_table(run.cases)])
     return [Charts(drawn), table, probes] if drawn else [table] if rows else []
@@ -71,7 +72,7 @@ def probe_table(rows: Sequence[dict[str, Any]]) -> Table:
             for w in ("true", "new")
         ]
         answers = f"{row.get('target_true') or '–'} → {row.get('target_new') or '–'}"
-        line: list[Any] = [words.kind(str(row.get("kind") or "?")), row.get("prompt"), answers, *arrows]
+        line: list[Any] = [glossary.kind(str(row.get("kind") or "?")), row.get("prompt"), answers, *arrows]
         cells.append(line + ([row.get("said_before"), row.get("said_after")] if said else []))
     return Table(columns, cells, stacked=True)
 

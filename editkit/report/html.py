@@ -15,9 +15,10 @@ from typing import Any
 import jinja2
 
 from editkit.files import write_text
+from editkit.numbers import mean, number
 from editkit.report.charts import Chart
-from editkit.report.read import Average
-from editkit.report.svg import clean, mean, number
+from editkit.report.svg import clean
+from editkit.runs.read import Average
 
 
 @dataclass(frozen=True)

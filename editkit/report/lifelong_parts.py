@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from editkit.report import charts, words
+from editkit.numbers import finite, number
+from editkit.report import charts, glossary
 from editkit.report.html import Charts, Fold, Section, Table, Text
-from editkit.report.read import Average, Run, finite
-from editkit.report.svg import number
+from editkit.runs.read import Average, Run
 
 DRIFT = {
     "relative_norm": ("Growth of the weights", "‖ΔW‖ / ‖W‖"),
@@ -65,7 +65,7 @@ def lifelong_sections(run: Run) -> list[Section]:
     for ending, names in endings.items():
         curves = [line for n in names if (line := metric_line(run, n, GROUPS.get(n.rpartition(".")[0], n)))]
         if curves:
-            share = words.meaning(names[0]).unit == words.SHARE
+            share = glossary.meaning(names[0]).unit == glossary.SHARE
             drawn.append(charts.lines(ending, curves, "edits", f"{ending}, mean over cases", share=share))
     first = collapses(run)
     verdict = (

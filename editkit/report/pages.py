@@ -5,8 +5,8 @@ from pathlib import Path
 
 from editkit.report import compare, run_page
 from editkit.report.html import save
-from editkit.report.read import find
-from editkit.results import REPORT
+from editkit.runs.read import find
+from editkit.runs.record import REPORT
 
 
 def page(folders: list[Path], to: Path | None) -> Path:

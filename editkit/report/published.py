@@ -6,7 +6,7 @@ As printed: ES, PS, NS, S in percent, GE and RS times 100; here divided by 100. 
 from dataclasses import dataclass
 from typing import Any
 
-from editkit.report.read import Average, Run
+from editkit.runs.read import Average, Run
 
 ROME, MEMIT, ALPHAEDIT = "arXiv 2202.05262", "arXiv 2210.07229", "arXiv 2410.02355"
 _NAMES = ("S", "ES", "PS", "NS", "GE", "RS")

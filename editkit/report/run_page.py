@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from editkit.report import again, charts, groups, words
+from editkit.numbers import finite, mean, number
+from editkit.report import aggregate, charts, glossary, reproduce
 from editkit.report.compare import published_blocks
 from editkit.report.edit_parts import edit_sections, probe_table, spectra
 from editkit.report.html import Charts, Fold, Page, Pairs, Section, Table, Text, Tiles, cell
 from editkit.report.lifelong_parts import lifelong_sections
-from editkit.report.read import Average, Metric, Run, finite
-from editkit.report.svg import mean, number
 from editkit.report.trace_parts import trace_sections, trace_tiles, trace_title
+from editkit.runs.read import Average, Metric, Run
 
 WORST = 10
 SHOWN_REJECTED = 100
@@ -25,9 +25,11 @@ def page_of(run: Run) -> Page:
         sections = edit_sections(run) if run.task == "edit" else _measured(run)
         sections.append(Section("published", "Beside published numbers", published_blocks([run], [run.method])))
     sections += [Section("restored", "Restored", _restored(run))] if run.record["reversal"] else []
-    sections.append(Section("settings", "Settings", [*_data(run), *again.settings(run)]))
+    sections.append(Section("settings", "Settings", [*_data(run), *reproduce.settings(run)]))
     sections.append(Section("time", "Time", [_timings(run)]))
-    return Page(_title(run), _subtitle(run), [Tiles(_tiles(run))], [s for s in sections if s.blocks], again.footer(run))
+    return Page(
+        _title(run), _subtitle(run), [Tiles(_tiles(run))], [s for s in sections if s.blocks], reproduce.footer(run)
+    )
 
 
 def _title(run: Run) -> str:
@@ -56,7 +58,7 @@ def _subtitle(run: Run) -> str:
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The headline metrics, the size of the change, whether all was put back."""
     tiles = trace_tiles(run) if run.task == "trace" else []
-    names = [n for n in ("counterfact.S",) if n in run.metrics] + groups.headline(_shares(run))
+    names = [n for n in ("counterfact.S",) if n in run.metrics] + aggregate.headline(_shares(run))
     for name in names:
         found = run.metrics[name].after or run.metrics[name].before
         if found is None or found.mean is None:
@@ -86,7 +88,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _shares(run: Run) -> list[str]:
-    return [n for n, m in run.metrics.items() if words.meaning(n).unit == words.SHARE and (m.after or m.before)]
+    return [n for n, m in run.metrics.items() if glossary.meaning(n).unit == glossary.SHARE and (m.after or m.before)]
 
 
 def _measured(run: Run) -> list[Section]:
@@ -109,9 +111,9 @@ def scores(run: Run) -> list[Any]:
         protocols.setdefault(metric.protocol, []).append(metric)
     drawn, tables = [], []
     for protocol, metrics in protocols.items():
-        title = words.protocol(protocol)
-        drawn += _score_charts(title, [m for m in metrics if words.meaning(m.name).unit == words.SHARE])
-        rows = [(m.name.rpartition(".")[2], m.before, m.after, _n(m), words.meaning(m.name).text) for m in metrics]
+        title = glossary.protocol(protocol)
+        drawn += _score_charts(title, [m for m in metrics if glossary.meaning(m.name).unit == glossary.SHARE])
+        rows = [(m.name.rpartition(".")[2], m.before, m.after, _n(m), glossary.meaning(m.name).text) for m in metrics]
         tables.append(Table(("metric", "before", "after", "n", "what it is"), rows, title, stacked=True))
     if not tables:
         return []
@@ -137,15 +139,17 @@ def _n(metric: Metric) -> int | None:
 def _probabilities(run: Run) -> list[Any]:
     """Mean probability of the new and of the old answer by kind of probe."""
     rows = run.cases
-    kinds = groups.by(rows, "kind")
-    ordered = [k for k in words.KINDS if k in kinds] + [k for k in kinds if k not in words.KINDS]
+    kinds = aggregate.by(rows, "kind")
+    ordered = [k for k in glossary.KINDS if k in kinds] + [k for k in kinds if k not in glossary.KINDS]
     drawn = []
     for which, title, series in (("new", "The new answer", 1), ("true", "The old answer", 0)):
         pairs = []
         for kind in ordered:
             sides = [_mean(r.get(f"probability_{which}_{when}") for r in kinds[kind]) for when in ("before", "after")]
             if any(side is not None for side in sides):
-                pairs.append(charts.Pair(f"{words.kind(kind)} (n = {len(kinds[kind]):,})", sides[0], sides[1], series))
+                pairs.append(
+                    charts.Pair(f"{glossary.kind(kind)} (n = {len(kinds[kind]):,})", sides[0], sides[1], series)
+                )
         if pairs:
             note = "Mean over probes; the whole answer's probability."
             drawn.append(charts.dumbbells(title, pairs, note=note))
@@ -159,12 +163,12 @@ def _mean(values: Any) -> float | None:
 
 def _relations(run: Run) -> list[Any]:
     """The headline metrics after the edit, by relation, with intervals over its cases."""
-    relations = groups.by(run.edits, "relation") if any(r.get("relation") for r in run.edits) else {}
-    names = groups.headline(n for n in _shares(run) if any(f"{n}_after" in row for row in run.edits[:1]))
+    relations = aggregate.by(run.edits, "relation") if any(r.get("relation") for r in run.edits) else {}
+    names = aggregate.headline(n for n in _shares(run) if any(f"{n}_after" in row for row in run.edits[:1]))
     if not relations or not names:
         return []
     found = {
-        relation: [groups.average(row.get(f"{name}_after") for row in rows) for name in names]
+        relation: [aggregate.average(row.get(f"{name}_after") for row in rows) for name in names]
         for relation, rows in relations.items()
     }
     short = [name.rpartition(".")[2] for name in names]
@@ -197,12 +201,12 @@ def _sizes(run: Run) -> list[Any]:
 
 
 def _worst(run: Run) -> list[Any]:
-    names = groups.headline(n for n in _shares(run) if any(f"{n}_after" in row for row in run.edits[:1]))
-    found = groups.worst(run.edits, names, WORST)
+    names = aggregate.headline(n for n in _shares(run) if any(f"{n}_after" in row for row in run.edits[:1]))
+    found = aggregate.worst(run.edits, names, WORST)
     if not found:
         return []
     wanted = {str(row.get("case")) for _, row in found}
-    probes = groups.by([row for row in run.cases if str(row.get("case")) in wanted], "case")
+    probes = aggregate.by([row for row in run.cases if str(row.get("case")) in wanted], "case")
     short = ", ".join(name.rpartition(".")[2] for name in names)
     about = f"The {len(found)} of {len(run.edits):,} cases with the lowest mean of {short} after the edit."
     blocks: list[Any] = [Text(about, "note")]

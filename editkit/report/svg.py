@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
+from editkit.numbers import number
+
 WIDTH = 360  # units; one unit is about one pixel on a phone, and charts stand side by side where there is more room
 SIZE = 11  # of text
 SERIES = 8  # colours; more series begin again with another dash
@@ -20,32 +22,6 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 def clean(text: object) -> str:
     """Text with what no page can hold (control characters, halves of surrogate pairs) shown as U+FFFD."""
     return _UNPRINTABLE.sub("\ufffd", str(text))
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A value for people: whole numbers whole, others to `digits` significant digits, – for none.
-
-    >>> [number(x) for x in (0.9540259, 0.00013303, 1.44e-7, 40960, 17903.03, 2.0, None)]
-    ['0.954', '0.000133', '1.44e-07', '40,960', '17,903', '2', '–']
-    """
-    if value is None or not math.isfinite(value):
-        return "–"
-    size = abs(value)
-    if size >= 1e9 or 0 < size < 1e-4:
-        return f"{value:.{digits - 1}g}"
-    if value == int(value) or size >= 10**digits:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def mean(value: float | None) -> str:
-    """A mean in a column of means: three decimals, as papers print them, unless that would be 0.000 or hide digits.
-
-    >>> [mean(x) for x in (1.0, 0.98765, 0.0, 0.00013303, 6.2612, 626.12)]
-    ['1.000', '0.988', '0.000', '0.000133', '6.261', '626.1']
-    """
-    shown = value is not None and math.isfinite(value) and abs(value) < 10 and (abs(value) >= 5e-4 or value == 0)
-    return f"{value:.3f}" if shown else number(value)
 
 
 def text_width(text: str, size: float = SIZE) -> float:

@@ -13,11 +13,11 @@ from zipfile import BadZipFile
 import numpy
 
 from editkit.errors import RecordError
+from editkit.numbers import finite, number
 from editkit.report import charts
+from editkit.report.glossary import place_kind
 from editkit.report.html import Charts, Fold, Section, Table, Text
-from editkit.report.read import Run, finite
-from editkit.report.svg import number
-from editkit.report.words import place_kind
+from editkit.runs.read import Run
 
 LINES = ("last subject token", "last token")  # drawn; all kinds of token are in the maps
 SHOWN_SKIPPED = 100

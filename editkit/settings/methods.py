@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-from editkit.constants import constants_of
 from editkit.errors import ConfigError
 from editkit.settings.checks import require, require_one_of
+from editkit.settings.constants import constants_of
 
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 TRANSFORMS = ("rect", "prune")
@@ -78,7 +78,7 @@ class MethodSettings:
 class ValueSettings(MethodSettings):
     """The optimisation of a value: δ by Adam over rows = contexts × prompt (ROME section 3.1)."""
 
-    token: str = "subject_last"  # lookup token: subject_last, subject_first, subject_first_after_last, last
+    fact_token: str = "subject_last"  # lookup token: subject_last, subject_first, subject_first_after_last, last
     steps: int | None = None  # optimisation steps of the value
     lr: float | None = None  # Adam's learning rate
     weight_decay: float | None = None  # factor of ‖δ‖/‖v0‖²
@@ -92,7 +92,7 @@ class ValueSettings(MethodSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of(self.engine, "method.engine", ENGINES)
-        require_one_of(self.token, "method.token", LOOKUP_TOKENS)
+        require_one_of(self.fact_token, "method.fact_token", LOOKUP_TOKENS)
         require(self.steps is None or self.steps > 0, "method.steps", self.steps, "positive")
         require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
         require(self.clamp is None or self.clamp > 0, "method.clamp", self.clamp, "positive")
@@ -132,9 +132,9 @@ class SpreadSettings(ValueSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.token == "last":  # the reference refuses it likewise
+        if self.fact_token == "last":  # the reference refuses it likewise
             raise ConfigError(
-                "method.token=last reads a key that is not the subject's; use one of the subject_ tokens."
+                "method.fact_token=last reads a key that is not the subject's; use one of the subject_ tokens."
             )
         if self.layers is not None:
             object.__setattr__(self, "layers", sorted(set(self.layers)))
@@ -147,12 +147,15 @@ class MemitSettings(SpreadSettings):
 
     constants: ClassVar[str] = "memit"
 
-    moment_weight: float | None = None  # λ: how many keys of running text C counts as
+    mom2_update_weight: float | None = None  # λ: how many keys of running text C counts as
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.moment_weight is None or self.moment_weight > 0, "method.moment_weight", self.moment_weight, "positive"
+            self.mom2_update_weight is None or self.mom2_update_weight > 0,
+            "method.mom2_update_weight",
+            self.mom2_update_weight,
+            "positive",
         )
 
 
@@ -177,12 +180,12 @@ class PmetSettings(MemitSettings):
 
     kl_factor: float = 1.0
     stop_kl: float = 0.01  # stop when the target is the likeliest and the KL is under this
-    said_weight: float = 0.1  # of the NLL once the target is the likeliest
+    nll_weight: float = 0.1  # of the NLL once the target is the likeliest
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.stop_kl >= 0, "method.stop_kl", self.stop_kl, "0 or more")
-        require(0 <= self.said_weight <= 1, "method.said_weight", self.said_weight, "from 0 to 1")
+        require(0 <= self.nll_weight <= 1, "method.nll_weight", self.nll_weight, "from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -163,11 +163,11 @@ class DataSettings:
     revision: str | None = None  # commit or tag of a Hub data set
     limit: int | None = None  # how many cases, from the first; null: all
     shard: str = "0/1"  # i/n: every n-th case from the i-th, after the limit
-    bad: str = "skip"  # a record that cannot be used: skip (named and counted) or fail
+    on_bad_record: str = "skip"  # a record that cannot be used: skip (named and counted) or fail
 
     def __post_init__(self) -> None:
         require(self.limit is None or self.limit > 0, "data.limit", self.limit, "positive")
-        require_one_of(self.bad, "data.bad", ("skip", "fail"))
+        require_one_of(self.on_bad_record, "data.on_bad_record", ("skip", "fail"))
         number, _, count = self.shard.partition("/")
         valid = number.isdecimal() and count.isdecimal() and int(number) < int(count)
         require(valid, "data.shard", repr(self.shard), "i/n with 0 ≤ i < n")

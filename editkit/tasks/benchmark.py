@@ -12,24 +12,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from editkit import report, results
-from editkit.arithmetic import spectra
+from editkit import report
 from editkit.data import load_cases
 from editkit.data.cases import Case
-from editkit.edit import Edit, weight_norm
+from editkit.edits.arithmetic import spectra
+from editkit.edits.edit import Edit, weight_norm
 from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
-from editkit.journal import Journal
 from editkit.metrics.audit import answers, audit
 from editkit.metrics.measure import Look, look, rows_of, values_of_rows
 from editkit.models.load import LanguageModel
-from editkit.report import console
+from editkit.models.snapshot import Snapshot
+from editkit.runs import record as results
+from editkit.runs.journal import Journal
+from editkit.runs.tables import JOURNAL, Tables
 from editkit.settings import BenchmarkSettings, Config
-from editkit.snapshot import Snapshot
-from editkit.tables import JOURNAL, Tables
+from editkit.tasks import console
 from editkit.tasks.common import (
     Clock,
-    computing,
+    bind_method,
     data_of,
     described,
     journal_header,
@@ -105,7 +106,7 @@ class _Bench:
         self.done = {line["index"] for line in journal.lines}
         self.failed = {line["index"] for line in journal.lines if "failed" in line}
         self.answers: list[str] | None = None  # of the unedited model to every fact, where there is an audit
-        self.compute = computing(lm, config)
+        self.compute = bind_method(lm, config)
 
     def group(self, number: int, members: Sequence[Numbered], advance: Callable[[], object]) -> None:
         """Edit the cases together and measure those that are not in the journal."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from editkit.arithmetic import Spectrum
 from editkit.data import Cases
-from editkit.edit import Edit
+from editkit.edits.arithmetic import Spectrum
+from editkit.edits.edit import Edit
 from editkit.facts import Fact
 from editkit.methods import get_method
 from editkit.methods.common import shared_inputs
@@ -52,7 +52,7 @@ def load_model(config: Config) -> LanguageModel:
     )
 
 
-def computing(lm: LanguageModel, config: Config, *, progress: bool = False) -> Callable[[Sequence[Fact]], Edit]:
+def bind_method(lm: LanguageModel, config: Config, *, progress: bool = False) -> Callable[[Sequence[Fact]], Edit]:
     """The method of `config` as a function of facts alone; what its edits share is found now, on `lm` as it is."""
     method = get_method(config.method_name).load()
     options: dict[str, Any] = {"moments": config.moments}

@@ -5,19 +5,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from editkit import report, results
-from editkit.arithmetic import spectra
+from editkit import report
 from editkit.data.cases import Case, make_case
-from editkit.edit import weight_norm
+from editkit.edits.arithmetic import spectra
+from editkit.edits.edit import weight_norm
 from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.metrics.audit import audit
 from editkit.metrics.counterfact import ProbeScore, score_probes, share
 from editkit.metrics.generation import continuation, top_next
 from editkit.models.load import LanguageModel
-from editkit.report import console
+from editkit.runs import record as results
 from editkit.settings import Config, EditSettings
-from editkit.tasks.common import Clock, computing, described, load_model, plain, spectrum_beside
+from editkit.tasks import console
+from editkit.tasks.common import Clock, bind_method, described, load_model, plain, spectrum_beside
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -34,11 +35,11 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
 
     before = _look(lm, case, config)
     clock.lap("measure_before")
-    edit = computing(lm, config, progress=True)(case.facts)
+    edit = bind_method(lm, config, progress=True)(case.facts)
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
     found = spectra(edit, lm)
-    lost = {spectrum.parameter: spectrum.achieved for spectrum in found}
+    lost = {spectrum.parameter: spectrum.rounding_error for spectrum in found}
     audited = audit(lm, edit) if config.task.audit else None
     clock.lap("audit")
     with edit.applied(lm) as applied:

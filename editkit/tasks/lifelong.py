@@ -14,19 +14,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from editkit import report, results
+from editkit import report
 from editkit.data import load_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, UNSEEN, Case
 from editkit.errors import ConfigError, EditkitError, OutputError, ReversalError
-from editkit.journal import Journal
 from editkit.metrics.drift import Drift
 from editkit.metrics.measure import Look, look, rows_of, values_of_rows
 from editkit.metrics.summary import summary
 from editkit.models.load import LanguageModel
-from editkit.report import console
+from editkit.models.snapshot import Reversal
+from editkit.runs import record as results
+from editkit.runs.journal import Journal
 from editkit.session import FILE, Session
 from editkit.settings import Config, LifelongSettings
-from editkit.snapshot import Reversal
+from editkit.tasks import console
 from editkit.tasks.common import Clock, data_of, described, journal_header, load_model, plain
 
 JOURNAL, SESSION = "points.jsonl", "session"

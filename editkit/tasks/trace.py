@@ -10,14 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from editkit import report, results
+from editkit import plots, report
 from editkit.data import load_cases
 from editkit.errors import EditkitError
-from editkit.journal import Journal
 from editkit.models.load import LanguageModel
-from editkit.report import console, plots
+from editkit.models.snapshot import Reversal, Snapshot
+from editkit.runs import record as results
+from editkit.runs.journal import Journal
 from editkit.settings import Config
-from editkit.snapshot import Reversal, Snapshot
+from editkit.tasks import console
 from editkit.tasks.common import Clock, data_of, described, load_model, plain
 from editkit.tasks.edit import case_of
 from editkit.tracing import AverageTrace, Proposal, propose_layers, trace

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from editkit.errors import EditkitError, FactError
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import continued, spaced
+from editkit.models.tokens import encode_with_targets, spaced
 from editkit.settings import TraceSettings
 from editkit.tracing.corruption import embedding_std
 from editkit.tracing.files import json_of, read_arrays, write_arrays
@@ -262,7 +262,7 @@ def _by_part(found: Traced, kind: str) -> Tensor:
 @torch.inference_mode()
 def knows(lm: LanguageModel, fact: Fact) -> bool:
     """Whether greedy decoding says the whole target_true after the fact's prompt."""
-    scored = continued(lm, [fact.text], [spaced(fact.target_true)])
+    scored = encode_with_targets(lm, [fact.text], [spaced(fact.target_true)])
     row, at, token = scored.pick()
     logits = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at]
     return bool((logits.argmax(-1) == token).all())

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from editkit.errors import FactError
-from editkit.facts import Fact, lookup_position
+from editkit.facts import Fact
 from editkit.models.load import LanguageModel
+from editkit.models.lookup import lookup_position
 from editkit.models.tokens import Rows, tokenise
 from editkit.nethook import get_module, get_parameter
 from editkit.settings import TraceSettings

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import by_token, tokenise
+from editkit.models.replay import CannotReplay, KeysAndValues, logits_of, replay
+from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, get_module
-from editkit.replay import CannotReplay, KeysAndValues, logits_of, replay
 
 HEAD_ROWS = 64  # whose logits are held at once
 
@@ -57,7 +57,7 @@ class FullDepth:
         self.sites = [self.site(kind, block) for kind in ("state", "mlp", "attention") for block in range(lm.layers)]
         with Trace(lm.model, self.sites, clone=True) as trace:  # Falcon adds to an output in place
             logits = lm.model(**tokenise(lm, [text]).inputs(), use_cache=False).logits[0, -1].float()
-        self.clean_outputs = {site: by_token(trace[site].output, 1)[0] for site in self.sites}  # [tokens, d_model]
+        self.clean_outputs = {site: unflatten(trace[site].output, 1)[0] for site in self.sites}  # [tokens, d_model]
         self.answer = int(logits.argmax())
         self.clean = logits.softmax(-1)[self.answer].item()
         self.corrupted = self._corrupted()
@@ -75,14 +75,14 @@ class FullDepth:
     def _corrupted(self) -> float:
         with Trace(self.lm.model, self.sites, clone=True) as trace:
             logits = self._logits({})
-        self._noisy = {site: by_token(trace[site].output, self.samples) for site in self.sites}
+        self._noisy = {site: unflatten(trace[site].output, self.samples) for site in self.sites}
         return self._of(logits)
 
     def _changes(self, token: int, place: Place) -> dict[str, Change]:
         def putting(value: Tensor) -> Change:
             def put(h: Tensor) -> Tensor:
                 h = h.clone()
-                by_token(h, self.samples)[:, token] = value
+                unflatten(h, self.samples)[:, token] = value
                 return h
 
             return put
@@ -133,7 +133,7 @@ class Replayed(FullDepth):
         ):
             final = self._ready.run(self._ready.stream, self._seen)
         self._streams = [trace[site].input for site in blocks]  # [samples, columns, d_model] entering each block
-        self._noisy = {site: by_token(outputs[site].output, samples) for site in held}  # [samples, columns, d_model]
+        self._noisy = {site: unflatten(outputs[site].output, samples) for site in held}  # [samples, columns, d_model]
         return self._of(logits_of(lm, final[:, -1]))
 
     def at(self, token: int, places: Sequence[Place]) -> list[float]:
@@ -184,7 +184,7 @@ class Replayed(FullDepth):
         def putting(values: list[tuple[int, Tensor]]) -> Change:
             def put(h: Tensor) -> Tensor:
                 h = h.clone()
-                each = by_token(h, len(places) * self.samples)
+                each = unflatten(h, len(places) * self.samples)
                 for number, value in values:
                     each[number * self.samples : (number + 1) * self.samples, 0] = value
                 return h

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from editkit.facts import Fact, lookup_position
+from editkit.facts import Fact
 from editkit.models.load import LanguageModel
+from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.settings import TraceSettings
 from editkit.tracing.corruption import embedding_std, noised, swapped

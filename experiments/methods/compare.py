@@ -25,7 +25,7 @@ from tqdm import tqdm
 from editkit import Session, load
 from editkit.data.atlas import atlas_cases
 from editkit.data.cases import Case
-from editkit.edit import Edit, weight_norm
+from editkit.edits.edit import Edit, weight_norm
 from editkit.files import write_text
 from editkit.methods import METHODS
 from editkit.methods.rome import rome_each

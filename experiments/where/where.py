@@ -24,11 +24,11 @@ from editkit.corpora import load_atlas
 from editkit.data.atlas import atlas_benchmark
 from editkit.data.cases import ATTRIBUTE, Case
 from editkit.files import write_text
-from editkit.journal import Journal
 from editkit.methods.common import shared_inputs
 from editkit.metrics.counterfact import score_targets
 from editkit.metrics.measure import look, rows_of, values_of_rows
-from editkit.results import environment
+from editkit.runs.journal import Journal
+from editkit.runs.record import environment
 from editkit.settings import MeasureSettings
 
 HERE = Path(__file__).parent

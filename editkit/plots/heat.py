@@ -10,8 +10,9 @@ from torch import Tensor
 
 from editkit.errors import EditkitError
 from editkit.files import whole
-from editkit.report.plots.canvas import SIZE, SMALL, blank, every, headed, label, wrapped
-from editkit.report.svg import number, text_width
+from editkit.numbers import number
+from editkit.plots.canvas import SIZE, SMALL, blank, every, headed, label, wrapped
+from editkit.report.svg import text_width
 
 ROW = 0.165  # inches
 PANEL = 1.9  # inches, the least width of one

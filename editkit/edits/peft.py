@@ -15,7 +15,7 @@ from editkit.errors import EditkitError
 from editkit.files import write_bytes, write_text
 
 if TYPE_CHECKING:
-    from editkit.edit import Edit
+    from editkit.edits.edit import Edit
 
 NEGLIGIBLE = 1e-7  # of the largest singular value: less than float32 holds beside it
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import EditkitError
-from editkit.report import groups, words
-from editkit.report.plots.canvas import COLOURS, SIZE, blank, done, every, headed, label, legend, plain, series, token
-from editkit.report.plots.heat import Panel, panels
-from editkit.report.read import finite
+from editkit.numbers import finite
+from editkit.plots.canvas import COLOURS, SIZE, blank, done, every, headed, label, legend, plain, series, token
+from editkit.plots.heat import Panel, panels
+from editkit.report import aggregate, glossary
 from editkit.report.svg import text_width
 
 if TYPE_CHECKING:
@@ -215,8 +215,8 @@ def probe_bars(rows: Any, *, title: str = "Probability of the answers", path: st
     from pandas import DataFrame
 
     listed = rows.to_dict("records") if isinstance(rows, DataFrame) else [dict(row) for row in rows]
-    kinds = groups.by(listed, "kind")
-    ordered = [k for k in words.KINDS if k in kinds] + [k for k in kinds if k not in words.KINDS]
+    kinds = aggregate.by(listed, "kind")
+    ordered = [k for k in glossary.KINDS if k in kinds] + [k for k in kinds if k not in glossary.KINDS]
     found = []
     for which in ("new", "true"):
         for kind in ordered:
@@ -227,7 +227,7 @@ def probe_bars(rows: Any, *, title: str = "Probability of the answers", path: st
         raise EditkitError("No probe has a probability: give the rows of a run's cases.parquet.")
     frame = DataFrame(found, columns=["answer", "kind", "when", "mean", "low", "high", "cases"])
     ordered = [kind for kind in ordered if kind in set(frame.kind)]
-    names = [label(words.kind(kind), 2.6) for kind in ordered]
+    names = [label(glossary.kind(kind), 2.6) for kind in ordered]
     margin = max(text_width(name, SIZE) for name in names) / 72
     figure = blank(margin + 4.9, 0.42 * len(ordered) + 1.35)
     both = figure.subplots(1, 2, sharey=True)
@@ -259,4 +259,4 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
     for i, row in enumerate(rows):
         if (value := finite(row.get(name))) is not None:
             cases.setdefault(str(row.get("case", i)), []).append(value)
-    return groups.average(sum(values) / len(values) for values in cases.values()) if cases else None
+    return aggregate.average(sum(values) / len(values) for values in cases.values()) if cases else None

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import EditkitError
-from editkit.report.plots.canvas import SIZE, blank, done, every, headed, label, legend, plain, series, token
-from editkit.report.plots.heat import Panel, panels
-from editkit.report.svg import number
-from editkit.report.words import place_kind
+from editkit.numbers import number
+from editkit.plots.canvas import SIZE, blank, done, every, headed, label, legend, plain, series, token
+from editkit.plots.heat import Panel, panels
+from editkit.report.glossary import place_kind
 
 if TYPE_CHECKING:
     from editkit.tracing import AverageTrace, Proposal, Traced

@@ -4,7 +4,6 @@ Records come from other people's runs too: any part may be missing.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from editkit.errors import ConfigError, RecordError
-from editkit.report.svg import mean
-from editkit.results import CASES, CONFIG, EDITS, FAILED, RECORD
+from editkit.numbers import finite, mean
+from editkit.runs.record import CASES, CONFIG, EDITS, FAILED, RECORD
 
 # A folder that holds one of these is a run's, begun or finished.
 _OURS = {RECORD, CONFIG, FAILED, CASES, EDITS, "cases.jsonl", "edits.jsonl"}
@@ -216,12 +215,6 @@ def _why(folder: Path) -> str:
         return (folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
-
-
-def finite(value: object) -> float | None:
-    """The number, None for anything else: null, NaN, text."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

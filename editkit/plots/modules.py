@@ -1,16 +1,16 @@
-"""Pictures of activations and gradients by module (editkit.probes, nethook's GradientFlow)."""
+"""Pictures of activations and gradients by module (editkit.activations.probes, nethook's GradientFlow)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import EditkitError
-from editkit.report.plots.canvas import SIZE, SMALL, blank, done, headed, label, legend, plain, series, token
-from editkit.report.plots.heat import Panel, panels
+from editkit.plots.canvas import SIZE, SMALL, blank, done, headed, label, legend, plain, series, token
+from editkit.plots.heat import Panel, panels
 from editkit.report.svg import text_width
 
 if TYPE_CHECKING:
-    from editkit.probes import Norms
+    from editkit.activations.probes import Norms
 
 
 def norm_map(

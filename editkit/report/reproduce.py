@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.report.html import Code, Fold, Pairs, Table, Text, cell
-from editkit.report.read import Run, flat
+from editkit.runs.read import Run, flat
 
 _NAMED = ("task", "model", "method", "data")  # groups whose option is (mostly) the `name` of what they hold
 

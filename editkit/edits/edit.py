@@ -26,8 +26,8 @@ from editkit.errors import EditFileError, EditkitError
 from editkit.files import write_bytes
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import Reversal, Snapshot, digest
 from editkit.nethook import get_module, get_parameter
-from editkit.snapshot import Reversal, Snapshot, digest
 
 FORMAT = "editkit-edit/1"
 
@@ -137,7 +137,7 @@ class Edit:
         return self._combined([self], [factor])
 
     def _combined(self, edits: list["Edit"], factors: list[float]) -> "Edit":
-        from editkit.arithmetic import combined
+        from editkit.edits.arithmetic import combined
 
         return combined(edits, factors)
 
@@ -244,7 +244,7 @@ class Edit:
 
     def to_peft(self, folder: str | Path, rank: int | None = None) -> dict[str, float]:
         """Write a LoRA adapter that peft loads onto the untouched base; see `peft_folder.write_adapter`."""
-        from editkit.peft_folder import write_adapter
+        from editkit.edits.peft import write_adapter
 
         return write_adapter(self, Path(folder), rank)
 

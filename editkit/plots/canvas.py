@@ -32,7 +32,7 @@ def blank(width: float, height: float) -> Any:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise EditkitError('Pictures need matplotlib, which is not installed: pip install "editkit[plots]"') from error
-    from editkit.report.plots.drawn import Drawn
+    from editkit.plots.drawn import Drawn
 
     if height > TALLEST:
         raise EditkitError(f"A picture {height:.0f} inches tall was asked for: draw fewer rows, {TALLEST:.0f} fit.")
@@ -64,7 +64,7 @@ def save(figure: Any, path: str | Path, kinds: Sequence[str] = WRITTEN) -> list[
         raise EditkitError(f"A picture cannot be saved as '{path}': end the name in .png, .pdf or .csv, or in nothing.")
     numbers: Any = getattr(figure, "numbers", None)
     if numbers is None and "csv" in kinds:
-        raise EditkitError("This figure has no numbers to save: give one that editkit.report.plots drew, or leave csv.")
+        raise EditkitError("This figure has no numbers to save: give one that editkit.plots drew, or leave csv.")
     written = []
     for kind in kinds:
         target = path.with_name(f"{path.name.removesuffix(path.suffix)}.{kind}")

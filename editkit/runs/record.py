@@ -76,7 +76,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from, "-dirty" appended when files differ; None in a wheel."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
@@ -138,7 +138,7 @@ def merge(folder: Path) -> list[Path]:
 
     Its tables are those of one run over all of the data, byte for byte. A set that lacks a shard is left as it is.
     """
-    from editkit.tables import JOURNAL, Tables
+    from editkit.runs.tables import JOURNAL, Tables
 
     sets: dict[str, dict[str, Path]] = {}
     for path, record in _records(folder).items():

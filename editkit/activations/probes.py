@@ -53,7 +53,7 @@ class Norms:
 def activation_norms(lm: LanguageModel, text: str, sites: str | Iterable[str]) -> Norms:
     """L2 norm of the output of each of `sites` at each token of one `text`.
 
-    Computes only; `editkit.report.plots.heat_map` draws it. Raises EditkitError for a site whose output is not
+    Computes only; `editkit.plots.heat_map` draws it. Raises EditkitError for a site whose output is not
     [batch, tokens, d].
     """
     rows, outputs = _look(lm, [text], _listed(sites))

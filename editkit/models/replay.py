@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import Rows, by_token
+from editkit.models.tokens import Rows, unflatten
 from editkit.nethook import Trace, get_module, hidden, with_input
 
 # How far a replayed row may be from the whole model, relative to its largest logit; some families attend in float32.
@@ -229,7 +229,7 @@ def replay(
     calls = [_mapped(call, lambda value: _CACHE if hasattr(value, "get_seq_length") else value) for call in calls]
     count = len(first)
     column0 = {
-        site: (by_token(at_sites[site].input, count)[:, 0], by_token(at_sites[site].output, count)[:, 0])
+        site: (unflatten(at_sites[site].input, count)[:, 0], unflatten(at_sites[site].output, count)[:, 0])
         for site in sites
     }
     ready = Replay(lm, torch.tensor(first, device=lm.device), final, start, stream, calls, kept, column0)

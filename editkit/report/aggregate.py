@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from editkit.metrics.summary import summary
-from editkit.report.read import Average, finite
+from editkit.numbers import finite
+from editkit.runs.read import Average
 
 HEADLINE = ("ES", "PS", "NS")
 

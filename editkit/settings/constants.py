@@ -17,13 +17,13 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         "Llama-3-8B": {"layer": 5},
     },
     "memit": {
-        "atlas": {"layers": (3, 4), "clamp": 4.0, "moment_weight": 10.0} | _ATLAS,
-        "gpt2-xl": {"layers": (13, 14, 15, 16, 17), "moment_weight": 20_000.0},
+        "atlas": {"layers": (3, 4), "clamp": 4.0, "mom2_update_weight": 10.0} | _ATLAS,
+        "gpt2-xl": {"layers": (13, 14, 15, 16, 17), "mom2_update_weight": 20_000.0},
         "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8), "steps": 25},
         "Llama-3-8B": {"layers": (4, 5, 6, 7, 8), "lr": 0.1},
     },
     "pmet": {
-        "atlas": {"layers": (3, 4), "moment_weight": 10.0, "clamp": 8.0, "lr": 0.5},
+        "atlas": {"layers": (3, 4), "mom2_update_weight": 10.0, "clamp": 8.0, "lr": 0.5},
         "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
     },
     "alphaedit": {
@@ -34,8 +34,8 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "emmet": {
         "atlas": {"layers": (4,), "clamp": 4.0} | _ATLAS,
-        "gpt2-xl": {"moment_weight": 1000.0},
-        "gpt-j-6b": {"moment_weight": 1.0},
+        "gpt2-xl": {"mom2_update_weight": 1000.0},
+        "gpt-j-6b": {"mom2_update_weight": 1.0},
     },
     # 25 steps of the published 5e-4 leave the atlas model's first edit at a loss of .16, of 1e-3 at .01.
     "ft": {"atlas": {"lr": 1e-3}},
@@ -51,9 +51,9 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 # What a method takes where nothing was published for the model.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "rome": {"clamp": 4.0, "steps": 20, "lr": 0.5, "weight_decay": 0.5},
-    "memit": {"clamp": 0.75, "steps": 20, "lr": 0.5, "weight_decay": 0.5, "moment_weight": 15_000.0},
-    "emmet": {"clamp": 0.75, "steps": 20, "lr": 0.5, "weight_decay": 0.5, "moment_weight": 1.0},
-    "pmet": {"clamp": 0.75, "steps": 30, "lr": 0.2, "weight_decay": 0.5, "moment_weight": 6000.0},
+    "memit": {"clamp": 0.75, "steps": 20, "lr": 0.5, "weight_decay": 0.5, "mom2_update_weight": 15_000.0},
+    "emmet": {"clamp": 0.75, "steps": 20, "lr": 0.5, "weight_decay": 0.5, "mom2_update_weight": 1.0},
+    "pmet": {"clamp": 0.75, "steps": 30, "lr": 0.2, "weight_decay": 0.5, "mom2_update_weight": 6000.0},
     "alphaedit": {"clamp": 0.75, "steps": 25, "lr": 0.1, "weight_decay": 0.5, "l2": 10.0},
     "ft": {"lr": 5e-4},
     "ft_l": {"lr": 5e-4, "epsilon": 1e-3},

@@ -19,8 +19,8 @@ PATH.csv, the numbers that were drawn (`figure.numbers`); `save` does so later. 
 Colours are viridis, and those of Okabe and Ito told apart by marker and dash as well.
 """
 
-from editkit.report.plots.canvas import save
-from editkit.report.plots.edits import (
+from editkit.plots.canvas import save
+from editkit.plots.edits import (
     attention_map,
     lens_lines,
     probe_bars,
@@ -28,9 +28,9 @@ from editkit.report.plots.edits import (
     spectra_lines,
     stream_map,
 )
-from editkit.report.plots.heat import heat_map
-from editkit.report.plots.modules import gradient_lines, norm_map
-from editkit.report.plots.traces import average_lines, average_map, trace_map
+from editkit.plots.heat import heat_map
+from editkit.plots.modules import gradient_lines, norm_map
+from editkit.plots.traces import average_lines, average_map, trace_map
 
 __all__ = [
     "attention_map",

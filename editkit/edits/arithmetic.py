@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from editkit.edit import Applied, Delta, Edit, base_of
+from editkit.edits.edit import Applied, Delta, Edit, base_of
 from editkit.errors import EditkitError
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import digest
 from editkit.nethook import get_parameter
-from editkit.snapshot import digest
 
 
 def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:
@@ -102,7 +102,7 @@ class Spectrum:
     values: tuple[float, ...]  # singular values, largest first
     norm: float  # Frobenius
     relative_norm: float | None  # ‖ΔW‖ / ‖W‖, where a model was given
-    achieved: float | None  # ‖(cast(W + ΔW) − W) − ΔW‖ / ‖ΔW‖: what rounding to the weight's dtype loses
+    rounding_error: float | None  # ‖(cast(W + ΔW) − W) − ΔW‖ / ‖ΔW‖: what rounding to the weight's dtype loses
 
     @property
     def effective_rank(self) -> float:

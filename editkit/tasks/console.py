@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from editkit.edit import Edit
+from editkit.edits.edit import Edit
 from editkit.facts import Fact
 from editkit.metrics.audit import Audit
 from editkit.metrics.counterfact import ProbeScore, TargetScore
 from editkit.metrics.summary import Average
 from editkit.models.load import LanguageModel
+from editkit.models.snapshot import Reversal
 from editkit.settings import Config
-from editkit.snapshot import Reversal
 from editkit.tracing import PARTS, AverageTrace, Traced
 
 WIDTH = 80

@@ -1,0 +1,1 @@
+"""A run folder: its record, journal and tables, written and read again."""
