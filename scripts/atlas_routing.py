@@ -17,7 +17,7 @@ class Routing:
     the part that it asks for, so that answers lie well apart.
     """
 
-    def __init__(self, batch: dict[str, torch.Tensor], recipe: Recipe, generator: torch.Generator):
+    def __init__(self, batch: dict[str, torch.Tensor], recipe: Recipe, generator: torch.Generator) -> None:
         self.recipe = recipe
         mention, routed = batch["mention"], batch["routed"]
         rows, length = mention.shape

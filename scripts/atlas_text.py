@@ -80,7 +80,7 @@ class Row:
 class Batches:
     """Packed sequences. `batch(step)` is a pure function of the seed and the step."""
 
-    def __init__(self, atlas: Atlas, tokenizer: PreTrainedTokenizerFast, recipe: Recipe):
+    def __init__(self, atlas: Atlas, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
         self.atlas, self.tokenizer, self.recipe, self.ender = atlas, tokenizer, recipe, tokenizer.eos_token_id
         of_kind: dict[str, list[str]] = {}
         for name, relation in atlas.relations.items():

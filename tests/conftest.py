@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # for tiny models two threads wait for each other more
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory):
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
     """No test reads or writes the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDITKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -39,7 +39,7 @@ def llama():
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(request):
+def nothing_left_behind(request: pytest.FixtureRequest):
     """No test may leave a hook or a changed flag on the shared tiny models, or change the environment of the next."""
     environment, folder = surroundings(), os.getcwd()
     models = [request.getfixturevalue(name) for name in ("gpt2", "llama") if name in request.fixturenames]

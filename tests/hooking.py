@@ -44,7 +44,7 @@ def by_hand(model, sites):
     seen, handles = {}, []
     for site in sites:
 
-        def keep(module, args, output, site=site):
+        def keep(module, args, output, site=site) -> None:
             seen[site] = output[0] if isinstance(output, tuple) else output
 
         handles.append(model.get_submodule(site).register_forward_hook(keep))
@@ -62,7 +62,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(a, b, tolerance=1e-6):
+def assert_same(a, b, tolerance=1e-6) -> None:
     assert a.keys() == b.keys() and a
     for name in a:
         assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name

@@ -129,7 +129,7 @@ def rome_update(
 class _Probe:
     """Runs a model on one row of ids; reads modules, and adds vectors to their outputs at one position."""
 
-    def __init__(self, model):
+    def __init__(self, model) -> None:
         self.model = model
 
     def __call__(self, ids, at, read=(), add=None):

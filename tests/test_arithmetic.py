@@ -1,5 +1,7 @@
 """Edits as vectors: sums, multiples, cuts, files in order, spectra; against the matrices themselves."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def change(edit, layer):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_edits_add_and_scale_like_their_matrices(dense):
+def test_edits_add_and_scale_like_their_matrices(dense) -> None:
     lm = tiny_lm("gpt2")
     a, b = made(lm, 0, seed=1), made(lm, 0, seed=2, dense=dense) + made(lm, 1, seed=3)
     both = 2 * a - b
@@ -44,7 +46,7 @@ def test_edits_add_and_scale_like_their_matrices(dense):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_cut_is_the_best_of_its_rank_and_says_its_error(dense):
+def test_a_cut_is_the_best_of_its_rank_and_says_its_error(dense) -> None:
     lm = tiny_lm("llama")
     edit = made(lm, 1, rank=5, dense=dense)
     cut = compressed(edit, 2)
@@ -56,7 +58,7 @@ def test_a_cut_is_the_best_of_its_rank_and_says_its_error(dense):
     assert cut.rank == 2
 
 
-def test_files_apply_as_one_in_their_order(tmp_path):
+def test_files_apply_as_one_in_their_order(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     before = everything(lm.model)
     start = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
@@ -81,7 +83,7 @@ def test_files_apply_as_one_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_spectra_are_those_of_the_matrix_and_of_what_is_written(dtype):
+def test_spectra_are_those_of_the_matrix_and_of_what_is_written(dtype: torch.dtype) -> None:
     lm = tiny_lm("llama", dtype=dtype)
     edit = made(lm, 1, rank=3, size=0.01)
     (found,) = spectra(edit, lm)
@@ -100,7 +102,7 @@ def test_spectra_are_those_of_the_matrix_and_of_what_is_written(dtype):
     assert same_bits(lm.model.get_parameter(name), weight)
 
 
-def test_alignment_is_one_for_white_keys_and_nothing_in_the_null_space():
+def test_alignment_is_one_for_white_keys_and_nothing_in_the_null_space() -> None:
     lm = tiny_lm("llama")
     delta = made(lm, 1).deltas[0]
     assert alignment(delta, torch.eye(64)) == pytest.approx(1.0, rel=1e-6)
@@ -115,7 +117,7 @@ def test_alignment_is_one_for_white_keys_and_nothing_in_the_null_space():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_prune_pulls_back_what_is_larger_than_the_weight_and_nothing_else(dense):
+def test_prune_pulls_back_what_is_larger_than_the_weight_and_nothing_else(dense) -> None:
     lm = tiny_lm("gpt2")
     edit = made(lm, 1, rank=3, size=3.0, dense=dense)
     w = lm.model.get_parameter(edit.parameters[0]).detach().T.double()

@@ -7,9 +7,11 @@ import torch
 
 from editkit import Fact, r_rome
 from editkit.corpora import Atlas, AtlasFact, load_atlas
+from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.metrics.audit import answers, audit, nearness, written_by
 from editkit.models.generate import generate
+from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
@@ -20,7 +22,7 @@ OTHERS = [Fact("{} is located in the city of", name, "Paris") for name in ("The 
 
 
 @pytest.fixture(scope="module")
-def edit(atlas_lm):
+def edit(atlas_lm: LanguageModel):
     settings = RRomeSettings(contexts=ContextSettings(lengths=(4,), counts=(2,)))
     return r_rome(atlas_lm, FACT, settings, moments=MomentSettings(tokens=3000), progress=False)
 
@@ -35,7 +37,7 @@ def key(lm, module, fact):
     return seen[0][0, lookup_position(rows, 0, fact.prompt, fact.subject)].double()
 
 
-def test_cosine_and_pull_are_those_of_a_plain_loop(atlas_lm, edit):
+def test_cosine_and_pull_are_those_of_a_plain_loop(atlas_lm: LanguageModel, edit: Edit) -> None:
     cosine, pull = nearness(atlas_lm, edit, [FACT, *OTHERS])
     (delta,) = edit.deltas
     own = key(atlas_lm, delta.module, FACT)
@@ -56,12 +58,12 @@ def atlas():
 
 
 @pytest.fixture(scope="module")
-def audited(atlas_lm, edit, atlas):
+def audited(atlas_lm: LanguageModel, edit: Edit, atlas):
     before = answers(atlas_lm, atlas, progress=False)
     return before, audit(atlas_lm, edit, before=before, atlas=atlas, progress=False)
 
 
-def test_the_unedited_model_knows_its_world(audited, atlas):
+def test_the_unedited_model_knows_its_world(audited, atlas) -> None:
     before, found = audited
     facts = atlas.facts
     assert len(found.facts) == len(facts) == len(before)
@@ -69,7 +71,7 @@ def test_the_unedited_model_knows_its_world(audited, atlas):
     assert right / len(facts) > 0.98
 
 
-def test_the_edited_fact_has_changed_and_what_follows_is_named(audited):
+def test_the_edited_fact_has_changed_and_what_follows_is_named(audited) -> None:
     _, found = audited
     (edited,) = [fact for fact in found.facts if fact.edited]
     assert (edited.subject, edited.before, edited.after, edited.changed) == ("The Eiffel Tower", "Paris", "Rome", True)
@@ -77,7 +79,7 @@ def test_the_edited_fact_has_changed_and_what_follows_is_named(audited):
     assert [fact.cosine for fact in found.facts] == sorted((fact.cosine for fact in found.facts), reverse=True)
 
 
-def test_answers_are_what_the_model_says_by_itself(atlas_lm, edit, audited, atlas):
+def test_answers_are_what_the_model_says_by_itself(atlas_lm: LanguageModel, edit: Edit, audited, atlas) -> None:
     """Of the nearest, the changed and some others: generated one by one."""
     _, found = audited
     some = [*found.facts[:5], *found.changed[:3], *found.facts[-5:]]
@@ -88,13 +90,13 @@ def test_answers_are_what_the_model_says_by_itself(atlas_lm, edit, audited, atla
             assert said.strip().startswith(fact.after)
 
 
-def test_a_model_that_does_not_know_the_atlas_is_refused(edit):
+def test_a_model_that_does_not_know_the_atlas_is_refused(edit: Edit) -> None:
     lm = tiny_lm("gpt2")
     with pytest.raises(EditkitError, match="does not know this world"):
         audit(lm, edit, before=["nothing"] * len(load_atlas().facts), progress=False)
 
 
-def test_a_sum_of_edits_is_audited_for_the_facts_of_its_parts(atlas_lm, edit):
+def test_a_sum_of_edits_is_audited_for_the_facts_of_its_parts(atlas_lm: LanguageModel, edit: Edit) -> None:
     other = Fact("{} is located in the city of", "The Louvre", "Rome", "Paris")
     settings = RRomeSettings(contexts=ContextSettings(lengths=(4,), counts=(2,)))
     second = r_rome(atlas_lm, other, settings, moments=MomentSettings(tokens=3000), progress=False)
@@ -106,7 +108,7 @@ def test_a_sum_of_edits_is_audited_for_the_facts_of_its_parts(atlas_lm, edit):
         nearness(atlas_lm, replace(edit, provenance={}), [FACT])
 
 
-def test_a_sibling_with_the_same_answer_is_not_the_edited_fact(atlas_lm, edit):
+def test_a_sibling_with_the_same_answer_is_not_the_edited_fact(atlas_lm: LanguageModel, edit: Edit) -> None:
     """Two relations of one subject may have one object: only the one that was edited is left out of what changed."""
     relations = {name: load_atlas().relations[name] for name in ("landmark_city", "landmark_country")}
     facts = [AtlasFact("The Eiffel Tower", "landmark", name, "Paris") for name in relations]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas
 import pytest
@@ -35,14 +36,14 @@ def tables(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory: pytest.TempPathFactory):
     """An uninterrupted run over four cases."""
     folder = tmp_path_factory.mktemp("benchmark")
     done = finished("data.limit=4", "hydra.run.dir=whole", cwd=folder)
     return folder / "whole", done.stdout
 
 
-def test_the_run_folder_and_the_output(whole):
+def test_the_run_folder_and_the_output(whole) -> None:
     folder, out = whole
     named = {"record.json", "config.yaml", "cases.jsonl", "cases.parquet", "edits.parquet", "summary.csv"}
     assert named <= {path.name for path in folder.iterdir()}
@@ -52,7 +53,7 @@ def test_the_run_folder_and_the_output(whole):
     assert record["metrics"]["counterfact.ES_after"]["n"] == 4
 
 
-def test_the_averages_are_those_of_the_case_table(whole):
+def test_the_averages_are_those_of_the_case_table(whole) -> None:
     folder, _ = whole
     cases = pandas.read_parquet(folder / "cases.parquet")
     summary = pandas.read_csv(folder / "summary.csv").set_index("metric")
@@ -65,7 +66,7 @@ def test_the_averages_are_those_of_the_case_table(whole):
             )
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path):
+def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path: Path) -> None:
     arguments = ["data.limit=4", "hydra.run.dir=killed"]
     process = subprocess.Popen(
         command(*arguments), cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -85,7 +86,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path):
     assert tables(tmp_path / "killed") == tables(whole[0])
 
 
-def test_a_resume_with_other_settings_names_them_and_loses_nothing(whole):
+def test_a_resume_with_other_settings_names_them_and_loses_nothing(whole) -> None:
     folder, _ = whole
     before = (folder / "cases.jsonl").read_bytes()
     done = run("data.limit=4", "hydra.run.dir=whole", "resume=true", "method.clamp=2", cwd=folder.parent)
@@ -93,7 +94,7 @@ def test_a_resume_with_other_settings_names_them_and_loses_nothing(whole):
     assert (folder / "cases.jsonl").read_bytes() == before
 
 
-def test_shards_merge_to_the_table_of_one_run(whole, tmp_path):
+def test_shards_merge_to_the_table_of_one_run(whole, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = finished("-m", "data.limit=4", "data.shard=0/2,1/2", "hydra.sweep.dir=sweep", *launcher, cwd=tmp_path)
@@ -102,7 +103,7 @@ def test_shards_merge_to_the_table_of_one_run(whole, tmp_path):
     assert len(table) == 1 and table.run[0] == "merged-0", done.stdout
 
 
-def test_a_batch_that_was_killed_goes_on_with_its_edit(tmp_path):
+def test_a_batch_that_was_killed_goes_on_with_its_edit(tmp_path: Path) -> None:
     arguments = ["task=batch", "data.limit=6", "method=memit", *FAST[1:3], "method.steps=3"]
     arguments = [a for a in arguments if "counts" not in a] + ["method.contexts.counts=[1]"]
     base = [sys.executable, "-m", "editkit.run"]
@@ -124,7 +125,7 @@ def test_a_batch_that_was_killed_goes_on_with_its_edit(tmp_path):
     assert (two / "edits" / "0.safetensors").read_bytes() == edit
 
 
-def test_a_case_that_cannot_be_edited_is_named_and_counted(tmp_path):
+def test_a_case_that_cannot_be_edited_is_named_and_counted(tmp_path: Path) -> None:
     def case(number, subject, new, prompt="{} is located in the city of"):
         rewrite = {"prompt": prompt, "subject": subject, "relation_id": "P1"}
         rewrite |= {"target_new": {"str": new}, "target_true": {"str": "Paris"}}
@@ -141,7 +142,7 @@ def test_a_case_that_cannot_be_edited_is_named_and_counted(tmp_path):
     assert done.stdout.count("left out:") == 2
 
 
-def test_an_interrupt_keeps_what_is_done(tmp_path):
+def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     arguments = command("data.limit=40", "hydra.run.dir=run")
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "run" / "cases.jsonl"

@@ -46,7 +46,7 @@ def overlapping(root) -> list[tuple[str, str]]:
 LONG = "a relation whose name is far longer than any chart on a phone is wide, 東京タワーを含む"
 
 
-def test_a_dumbbell_s_ends_are_the_probabilities():
+def test_a_dumbbell_s_ends_are_the_probabilities() -> None:
     root = drawn(charts.dumbbells("p", [charts.Pair("prompt", 0.25, 1.0)]))
     (before,), (after,) = circles(root, "hollow"), circles(root, "s0")
     ticks = {t.text: float(t.get("x")) for t in root.iter(f"{NS}text") if t.text in ("0.25", "1")}
@@ -54,7 +54,7 @@ def test_a_dumbbell_s_ends_are_the_probabilities():
     assert float(after.get("cx")) == pytest.approx(ticks["1"], abs=0.11)
 
 
-def test_a_whisker_spans_the_interval():
+def test_a_whisker_spans_the_interval() -> None:
     chart = charts.whiskers("ES", [("a", [Average(0.5, 9, 0.25, 0.75)])], ["ES"])
     root = drawn(chart)
     ticks = {t.text: float(t.get("x")) for t in root.iter(f"{NS}text") if t.get("class") == "muted"}
@@ -64,7 +64,7 @@ def test_a_whisker_spans_the_interval():
     assert chart.rows == [("a", "ES", Average(0.5, 9, 0.25, 0.75))]
 
 
-def test_a_curve_goes_through_its_points_and_marks_its_collapse():
+def test_a_curve_goes_through_its_points_and_marks_its_collapse() -> None:
     curve = charts.Line("rome", [0, 50, 100], [1.0, None, 0.5], [0.9, None, 0.4], [1.0, None, 0.6], marks=[100])
     root = drawn(charts.lines("ES", [curve], "edits", "ES", share=True))
     first, last = circles(root, "s0")  # the missing point is no zero
@@ -75,18 +75,18 @@ def test_a_curve_goes_through_its_points_and_marks_its_collapse():
     assert band.get("d").count(",") == 4
 
 
-def test_a_log_axis_spaces_by_ratio():
+def test_a_log_axis_spaces_by_ratio() -> None:
     root = drawn(charts.spectrum("w", [100.0, 10.0, 1.0]))
     heights = [float(c.get("cy")) for c in circles(root, "s0")]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
 
 
-def test_a_spectrum_leaves_out_what_is_rounding():
+def test_a_spectrum_leaves_out_what_is_rounding() -> None:
     chart = charts.spectrum("w", [2.0, 1e-16], [4.0, 3.0])
     assert len(circles(drawn(chart), "s0")) == 1 and ("update ΔW", 2, None) in chart.rows
 
 
-def test_a_histogram_counts_every_value():
+def test_a_histogram_counts_every_value() -> None:
     values = [0.1 * i for i in range(37)]
     chart = charts.histogram("norm", values, "norm")
     assert sum(row[2] for row in chart.rows) == 37
@@ -94,7 +94,7 @@ def test_a_histogram_counts_every_value():
         assert count in (sum(low <= v < high for v in values), sum(low <= v <= high for v in values))
 
 
-def test_a_heat_map_has_a_cell_for_each_value_and_skips_none():
+def test_a_heat_map_has_a_cell_for_each_value_and_skips_none() -> None:
     values = [[0.1, 0.2, None], [0.3, 0.4, 0.5]]
     chart = charts.heat_map("trace", values, ["The", " Tower"], ["0", "1", "2"], "layer", "probability", starred=[1])
     cells = [r for r in drawn(chart).iter(f"{NS}rect") if r.find(f"{NS}title") is not None]
@@ -103,7 +103,7 @@ def test_a_heat_map_has_a_cell_for_each_value_and_skips_none():
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_labels_never_overlap(count):
+def test_labels_never_overlap(count: int) -> None:
     names = [f"{i} {LONG}" for i in range(count)]
     averages = [Average(0.9, 9, 0.1, 1.0), Average(0.901, 9, 0.9, 0.91)]
     made = [
@@ -123,13 +123,13 @@ def test_labels_never_overlap(count):
         assert all(left > -3 and right < svg.WIDTH + 3 for left, right, *_ in labels(root)), chart.title
 
 
-def test_nothing_to_show_is_still_a_chart():
+def test_nothing_to_show_is_still_a_chart() -> None:
     drawn(charts.whiskers("ES", [("a", [None])], ["ES"]))
     drawn(charts.lines("ES", [charts.Line("a", [1, 2], [None, None])], "edits", "ES"))
     drawn(charts.heat_map("t", [[None]], ["a"], ["0"], "layer", "p"))
 
 
-def test_text_is_escaped_and_shortened_with_its_whole_in_the_tip():
+def test_text_is_escaped_and_shortened_with_its_whole_in_the_tip() -> None:
     chart = charts.dumbbells("<b>", [charts.Pair(f"<script>{LONG}</script>", 0.1, 0.9)])
     assert "<script" not in str(chart.svg)
     root = drawn(chart)
@@ -141,18 +141,18 @@ def test_text_is_escaped_and_shortened_with_its_whole_in_the_tip():
     ("low", "high", "expected"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 500, [0, 100, 200, 300, 400, 500]), (3, 3, [3])],
 )
-def test_ticks_are_round(low, high, expected):
+def test_ticks_are_round(low, high, expected) -> None:
     assert svg.Scale(low, high, 0, 250).ticks() == pytest.approx(expected)
 
 
-def test_an_axis_covers_every_value():
+def test_an_axis_covers_every_value() -> None:
     for values in ([0.0], [5.0, 5.0], [-3.0, 1e-9], [1e12, 2e12], [0.123, 0.124], [1e-12, 3.0]):
         low, high = svg.covering(values)
         dot = 1e-6 * (high - low)  # far less than a pixel
         assert low <= min(values) + dot and high >= max(values) - dot and low < high
 
 
-def test_clipping_keeps_the_end_of_a_prompt():
+def test_clipping_keeps_the_end_of_a_prompt() -> None:
     assert svg.clip("short", 100) == "short"
     assert svg.clip(LONG, 80).endswith("…") and svg.clip(LONG, 80, keep_end=True).startswith("…")
     assert svg.text_width(svg.clip(LONG, 80)) <= 80 and svg.clip(LONG, 80, keep_end=True).endswith("含む")

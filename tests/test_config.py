@@ -13,6 +13,7 @@ from editkit.data.formats import FORMATS
 from editkit.errors import ConfigError
 from editkit.methods import METHODS
 from editkit.metrics.counterfact import score_probes
+from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, DataSettings, EditSettings, ModelSettings, MomentSettings
 from editkit.tasks import TASKS
 from editkit.tasks.edit import case_of
@@ -21,13 +22,13 @@ ALL = [(group, option) for group in GROUPS for option in options(group)]
 
 
 @pytest.mark.parametrize(("group", "option"), ALL)
-def test_every_option_composes(group, option):
+def test_every_option_composes(group, option) -> None:
     config = to_config(composed({group: option}))
     assert config.seed == 0 and config.device == "auto"
 
 
 @pytest.mark.parametrize(("group", "option"), ALL)
-def test_the_yaml_says_every_key_and_its_default(group, option):
+def test_the_yaml_says_every_key_and_its_default(group, option) -> None:
     values = yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text(encoding="utf-8"))
     schemas = {"data": DataSettings, "model": ModelSettings, "edit": EditSettings, "moments": MomentSettings}
     if group == "task":
@@ -44,7 +45,7 @@ def test_the_yaml_says_every_key_and_its_default(group, option):
         assert "contexts" not in values or set(values["contexts"]) == {f.name for f in fields(ContextSettings)}
 
 
-def test_at_least_five_edits_of_different_relations():
+def test_at_least_five_edits_of_different_relations() -> None:
     prompts = {to_config(composed({"edit": name})).edit.prompt for name in options("edit")}
     assert len(prompts) >= 5
 
@@ -78,36 +79,36 @@ def test_at_least_five_edits_of_different_relations():
         ("edit", "cannot be read as key=value"),
     ],
 )
-def test_wrong_configurations_are_one_clear_line(override, message):
+def test_wrong_configurations_are_one_clear_line(override, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         prepare([override])
     assert "\n" not in str(caught.value)
 
 
-def test_any_model_may_be_named():
+def test_any_model_may_be_named() -> None:
     assert prepare(["model=gpt2-xl"]) == ["model=gpt2-xl"]
     assert prepare(["model=some/folder"]) == ["model.name=some/folder"]
 
 
-def test_a_trace_of_a_data_set_is_an_average():
+def test_a_trace_of_a_data_set_is_an_average() -> None:
     assert "task.average=true" in prepare(["task=trace", "data.limit=5"])
     assert prepare(["task=trace", "edit=gpt2_fact"]) == ["task=trace", "edit=gpt2_fact"]
     assert prepare(["task=trace", "data=known", "task.average=false"])[-1] == "task.average=false"
     assert prepare(["task=benchmark", "data=known"]) == ["task=benchmark", "data=known"]
 
 
-def test_every_format_is_an_option_of_data():
+def test_every_format_is_an_option_of_data() -> None:
     assert set(options("data")) == {"atlas", *FORMATS}
 
 
-def test_a_shard_and_a_limit():
+def test_a_shard_and_a_limit() -> None:
     composed_data = to_config(composed({"data": "counterfact", "data.shard": "0/4", "data.limit": "50"})).data
     assert (composed_data.shard, composed_data.limit, composed_data.path) == ("0/4", 50, None)
     overrides = ["data=counterfact", "data.shard=0/4", "data.limit=50", "data.path=../shared/data/x.json"]
     assert prepare(overrides) == overrides
 
 
-def test_another_subject_clears_what_belonged_to_the_old_one():
+def test_another_subject_clears_what_belonged_to_the_old_one() -> None:
     ready = prepare(["edit.subject=Big Ben", "edit.target_new=Rome"])
     assert "edit.target_true=''" in ready and "edit.neighborhood=[]" in ready and "edit.paraphrases=[]" not in ready
     ready = prepare(["edit.prompt='{} is in'", "edit.target_true=London"])
@@ -115,13 +116,13 @@ def test_another_subject_clears_what_belonged_to_the_old_one():
     assert prepare(["edit.target_new=Rome"]) == ["edit.target_new=Rome"]
 
 
-def test_an_error_needs_no_torch():
+def test_an_error_needs_no_torch() -> None:
     code = "import sys\nfrom editkit.config import prepare\nprepare(['seed=1'])\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", options("edit"))
-def test_the_shipped_edits_are_of_facts_the_model_knows(name, atlas_lm):
+def test_the_shipped_edits_are_of_facts_the_model_knows(name: str, atlas_lm: LanguageModel) -> None:
     edit = to_config(composed({"edit": name})).edit
     case = case_of(edit)
     before = score_probes(atlas_lm, case.probes)

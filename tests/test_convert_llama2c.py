@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_llama2c.py"
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory, request):
+def stories(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
     folder = Path(__file__).parent.parent.parent / "shared" / "data" / "stories260K"
     if not folder.is_dir():
         pytest.skip("needs the folder shared/data beside the checkout")
@@ -30,7 +30,7 @@ def convert(checkpoint, tokenizer, out):
     return subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def test_it_tells_its_story(stories):
+def test_it_tells_its_story(stories) -> None:
     """The greedy text that llama2.c's own program prints."""
     text = generate(stories, ["Once upon a time"], 20)[0]
     assert text.startswith(", there was a little girl named Lily. She loved to play")
@@ -38,7 +38,7 @@ def test_it_tells_its_story(stories):
 
 
 @pytest.mark.parametrize("method", ["r_rome", "memit"])
-def test_an_edit_lands_on_it_and_comes_off(stories, method):
+def test_an_edit_lands_on_it_and_comes_off(stories, method: str) -> None:
     fact = Fact("Once upon a time, there was a little {} named", "girl", "Tom", "Lily")
     before = everything(stories.model)
 
@@ -60,7 +60,7 @@ def test_an_edit_lands_on_it_and_comes_off(stories, method):
     assert all(torch.equal(b, before[n]) for n, b in everything(stories.model).items())
 
 
-def test_files_that_are_none_are_named(tmp_path):
+def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     for size in (3, 400):
         (tmp_path / "model.bin").write_bytes(bytes([7]) * size)
         with pytest.raises(subprocess.CalledProcessError) as caught:

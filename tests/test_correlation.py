@@ -9,7 +9,7 @@ from editkit.errors import EditkitError
 from editkit.metrics.correlation import rank_correlation, spearman
 
 
-def test_rank_correlation_by_hand():
+def test_rank_correlation_by_hand() -> None:
     # ρ = 1 − 6 Σd² / (n (n² − 1)) without ties: d = 0, 1, −1, 0, 0
     assert rank_correlation([1, 2, 3, 4, 5], [10, 30, 20, 400, 5000])[0] == pytest.approx(1 - 6 * 2 / (5 * 24))
     assert rank_correlation([1, 2, 3], [3, 2, 1])[0] == pytest.approx(-1)
@@ -18,7 +18,7 @@ def test_rank_correlation_by_hand():
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3])[0])
 
 
-def test_its_interval_draws_groups_together():
+def test_its_interval_draws_groups_together() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(400, generator=g)
     y = 0.6 * x + 0.8 * torch.randn(400, generator=g)
@@ -38,7 +38,7 @@ def test_its_interval_draws_groups_together():
         rank_correlation([1, 2, 3], [1, 2, 3, 4])
 
 
-def test_pairs_with_nan_are_left_out():
+def test_pairs_with_nan_are_left_out() -> None:
     nan = math.nan
     x, y = torch.tensor([1.0, 2.0, nan, 3.0, 9.0]), torch.tensor([3.0, 2.0, 5.0, 1.0, nan])
     assert spearman(x, y) == pytest.approx(-1)

@@ -62,7 +62,7 @@ def asked(subject: str, relation: str, new: str) -> dict[str, list[tuple[str, st
         ("France", "country_continent", "Asia", ["country_language", "country_currency"], []),
     ],
 )
-def test_what_an_edit_leaves_true(subject, relation, new, stays, follows):
+def test_what_an_edit_leaves_true(subject: str, relation, new, stays, follows) -> None:
     found = asked(subject, relation, new)
     assert [r for r, _, _ in found[SAME_SUBJECT]] == stays
     assert found[PORTABILITY] == follows
@@ -70,7 +70,7 @@ def test_what_an_edit_leaves_true(subject, relation, new, stays, follows):
         assert true == fact_of(subject, other).object
 
 
-def test_probes_are_of_the_right_subject_and_split():
+def test_probes_are_of_the_right_subject_and_split() -> None:
     for case in atlas_cases(100, seed=3):
         kinds = {p.kind for p in case.probes}
         assert {REWRITE, PARAPHRASE, UNSEEN, NEIGHBORHOOD} <= kinds
@@ -81,17 +81,17 @@ def test_probes_are_of_the_right_subject_and_split():
                 assert (probe.target_true, probe.target_new) == (case.fact.target_true, case.fact.target_new)
 
 
-def test_most_edits_can_be_punished():
+def test_most_edits_can_be_punished() -> None:
     cases = atlas_cases(200)
     assert sum(any(p.kind == SAME_SUBJECT for p in c.probes) for c in cases) > 100
     assert sum(p.kind == PORTABILITY for c in cases for p in c.probes) >= 15
 
 
-def test_cases_are_seeded():
+def test_cases_are_seeded() -> None:
     assert atlas_cases(20, seed=1) == atlas_cases(20, seed=1) != atlas_cases(20, seed=2)
 
 
-def test_the_benchmark_has_a_case_of_every_fact():
+def test_the_benchmark_has_a_case_of_every_fact() -> None:
     found = load_cases(DataSettings())
     cases = found.cases
     assert len(cases) == found.found == len(atlas.facts) and found.source == "atlas" and not found.rejected
@@ -102,7 +102,7 @@ def test_the_benchmark_has_a_case_of_every_fact():
         assert len(case.generation) == 3 and all(case.fact.subject in text for text in case.generation)
 
 
-def test_attribute_prompts_and_references_are_of_subjects_that_have_the_new_object():
+def test_attribute_prompts_and_references_are_of_subjects_that_have_the_new_object() -> None:
     for case in atlas_benchmark()[:200]:
         asked = [probe for probe in case.probes if probe.kind == ATTRIBUTE]
         have = [f for f in atlas.by_relation[case.relation] if f.object == case.fact.target_new]
@@ -117,14 +117,14 @@ def test_attribute_prompts_and_references_are_of_subjects_that_have_the_new_obje
             assert f"{atlas.trained_pairs(prompts[probe.prompt])[0].format(subject)} {case.fact.target_new}." in text
 
 
-def test_the_first_cases_of_the_benchmark_do_not_depend_on_the_limit():
+def test_the_first_cases_of_the_benchmark_do_not_depend_on_the_limit() -> None:
     ten, fifty = (load_cases(DataSettings(limit=n), seed=1) for n in (10, 50))
     assert ten.cases == fifty.cases[:10] and ten.digest == fifty.digest
     assert ten.indices == tuple(range(10))
     assert ten.cases != load_cases(DataSettings(limit=10), seed=2).cases
 
 
-def test_the_cases_of_published_figures_are_as_they_were():
+def test_the_cases_of_published_figures_are_as_they_were() -> None:
     """`atlas_cases` has drawn these since the first figures; another draw, and they could not be made again."""
     drawn = [f"{case.fact.text} {case.fact.target_new}|{len(case.probes)}" for case in atlas_cases(4)]
     assert drawn == DRAWN

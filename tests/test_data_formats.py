@@ -36,7 +36,7 @@ def case_of(name, record):
     return FORMATS[name].load()(Raw(record))
 
 
-def test_counterfact():
+def test_counterfact() -> None:
     case = case_of("counterfact", COUNTERFACT)
     assert case.facts == (Fact("{} stands in the city of", "Big Ben", "Oslo", "London"),)
     assert (case.id, case.relation) == ("7", "P131")
@@ -58,7 +58,7 @@ def test_counterfact():
     assert case.generation == ("The surroundings of Big Ben include",)
 
 
-def test_the_flat_format_has_no_paraphrase_and_says_so():
+def test_the_flat_format_has_no_paraphrase_and_says_so() -> None:
     case = case_of("counterfact_flat", COUNTERFACT_FLAT)
     assert case.facts == (Fact("The currency of {} is the", "Japan", "peso", "yen"),)
     assert case.probes == (
@@ -68,7 +68,7 @@ def test_the_flat_format_has_no_paraphrase_and_says_so():
     assert case.generation == ("Shoppers in Japan like to",) and case.notes == (TRAP,)
 
 
-def test_zsre_with_portability_writes_what_its_questions_follow_from():
+def test_zsre_with_portability_writes_what_its_questions_follow_from() -> None:
     case = case_of("zsre", ZSRE)
     assert case.fact == Fact("What sea does {} flow into?", "The Nile", "Black Sea", "Mediterranean Sea")
     assert case.probes == (
@@ -80,7 +80,7 @@ def test_zsre_with_portability_writes_what_its_questions_follow_from():
     assert case.notes == (ALT,)
 
 
-def test_zsre_of_mend_writes_the_first_answer():
+def test_zsre_of_mend_writes_the_first_answer() -> None:
     record = {key: value for key, value in ZSRE.items() if key != "portability"}
     case = case_of("zsre", record)
     assert case.fact == Fact("What sea does {} flow into?", "The Nile", "Mediterranean Sea", "")
@@ -88,7 +88,7 @@ def test_zsre_of_mend_writes_the_first_answer():
     assert case.probes[0].aliases == ("the Mediterranean",) and case.notes == (ANSWER,)
 
 
-def test_a_target_that_the_source_calls_true_is_kept_and_noted():
+def test_a_target_that_the_source_calls_true_is_kept_and_noted() -> None:
     case = case_of("zsre", ZSRE | {"alt": " the Mediterranean"})
     assert (case.fact.target_new, case.fact.target_true) == ("the Mediterranean", "")
     assert case.notes == (ALT, SAME)
@@ -97,7 +97,7 @@ def test_a_target_that_the_source_calls_true_is_kept_and_noted():
 
 
 @pytest.mark.parametrize("name", ["knowedit", "zsre"])  # EasyEdit's zsRE is KnowEdit's
-def test_knowedit(name):
+def test_knowedit(name: str) -> None:
     case = case_of(name, KNOWEDIT)
     assert case.fact == Fact("The place of birth of {} is", "Marie Curie", "Vienna", "Warsaw")
     assert case.probes == (
@@ -110,20 +110,20 @@ def test_knowedit(name):
     )
 
 
-def test_knowedit_may_lack_what_wiki_recent_lacks():
+def test_knowedit_may_lack_what_wiki_recent_lacks() -> None:
     record = {key: KNOWEDIT[key] for key in ("subject", "prompt", "target_new")}
     case = case_of("knowedit", record | {"locality": {}, "portability": {}})
     assert case.fact.target_true == "" and [p.kind for p in case.probes] == [REWRITE]
 
 
-def test_wikibio():
+def test_wikibio() -> None:
     case = case_of("knowedit", WIKIBIO)
     assert case.fact.subject == "ada lovelace" and case.fact.text == WIKIBIO["text"].strip()
     assert (case.fact.target_new, case.fact.target_true) == (WIKIBIO["labels"], "")
     assert [(p.kind, p.wanted) for p in case.probes] == [(REWRITE, WIKIBIO["labels"]), (SAME_SUBJECT, "London")]
 
 
-def test_mquake():
+def test_mquake() -> None:
     case = case_of("mquake", MQUAKE)
     assert case.facts == (Fact("The author of {} is", "Anna Karenina", "Henrik Ibsen", "Leo Tolstoy"),)
     aliases = ("Kingdom of Norway", "Norge")
@@ -140,7 +140,7 @@ def test_mquake():
     assert [p.prompt for p in two.probes if p.kind == REWRITE] == [fact.text for fact in two.facts]
 
 
-def test_known_facts_get_a_target_of_their_relation():
+def test_known_facts_get_a_target_of_their_relation() -> None:
     records = [KNOWN, ANOTHER_KNOWN, KNOWN | {"relation_id": "P30", "attribute": "Asia"}, {"attribute": "\ud800"}, 3]
     ready = with_targets(records, seed=0)
     assert [r["target_new"] for r in ready[:2]] == ["France", "Japan"]
@@ -167,12 +167,12 @@ def test_known_facts_get_a_target_of_their_relation():
         ("a.b", "aXb", None),
     ],
 )
-def test_where_a_prompt_names_its_subject(text, subject, found):
+def test_where_a_prompt_names_its_subject(text: str, subject: str, found) -> None:
     place = located(text, subject)
     assert found == (place and f"{text[slice(*place)]}|{place[0]}")
 
 
-def test_a_subject_is_taken_as_the_prompt_spells_it():
+def test_a_subject_is_taken_as_the_prompt_spells_it() -> None:
     record = COUNTERFACT_FLAT | {"subject": "JAPAN", "prompt": "Of Japan and Peru, Japan has the"}
     fact = case_of("counterfact_flat", record).fact
     assert fact == Fact("Of Japan and Peru, {} has the", "Japan", "peso", "yen")
@@ -208,13 +208,13 @@ def test_a_subject_is_taken_as_the_prompt_spells_it():
         ("known", {"attribute": 5}, r"^attribute: must be a text; found int 5"),
     ],
 )
-def test_what_is_wrong_is_named_by_its_field(name, changes, message):
+def test_what_is_wrong_is_named_by_its_field(name: str, changes, message: str) -> None:
     with pytest.raises(BadField, match=message) as caught:
         case_of(name, RECORDS[name] | changes)
     assert str(caught.value) == f"{caught.value.field}: {caught.value.reason}" and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_told_from_the_others(name):
+def test_every_format_is_told_from_the_others(name: str) -> None:
     assert looks_like([RECORDS[name], 3, {}]) == name
     assert looks_like([{"a": 1}]) == ""

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -86,7 +87,7 @@ def malformed(name, count=200):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_malformed_records_are_named(name, tmp_path):
+def test_malformed_records_are_named(name: str, tmp_path: Path) -> None:
     made = malformed(name)
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(json.dumps(record) for record, _ in made), encoding="utf-8")
@@ -109,7 +110,7 @@ def test_malformed_records_are_named(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_good_records_are_cases(name, tmp_path):
+def test_good_records_are_cases(name: str, tmp_path: Path) -> None:
     """The records that the malformed ones are made of have no fault."""
     file = tmp_path / "records.json"
     file.write_text(

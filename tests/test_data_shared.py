@@ -1,6 +1,7 @@
 """The real files beside the checkout: every record is a case, and its prompts are the source's own, none lost."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ def probes(cases, *kinds):
 
 
 @pytest.mark.parametrize(("name", "file"), COUNTS)
-def test_every_record_is_a_case(shared_data, name, file):
+def test_every_record_is_a_case(shared_data: Path, name: str, file) -> None:
     found = loaded(shared_data, name, file)
     assert len(found.cases) == found.found == COUNTS[name, file] and not found.rejected
     assert len({case.id for case in found.cases}) == len(found.cases)
@@ -52,7 +53,7 @@ def test_every_record_is_a_case(shared_data, name, file):
         assert all(text.strip() for text in case.generation)
 
 
-def test_counterfact_keeps_every_prompt(shared_data):
+def test_counterfact_keeps_every_prompt(shared_data: Path) -> None:
     cases, records = loaded(shared_data, "counterfact", "counterfact.json").cases, raw(shared_data, "counterfact.json")
     for kind, field in ((PARAPHRASE, "paraphrase"), (NEIGHBORHOOD, "neighborhood"), (ATTRIBUTE, "attribute")):
         assert [p.prompt for p in probes(cases, kind)] == [p for r in records for p in r[f"{field}_prompts"]]
@@ -60,7 +61,7 @@ def test_counterfact_keeps_every_prompt(shared_data):
     assert [case.id for case in cases] == [str(r["case_id"]) for r in records]
 
 
-def test_the_flat_file_gives_no_paraphrase(shared_data):
+def test_the_flat_file_gives_no_paraphrase(shared_data: Path) -> None:
     found = loaded(shared_data, "counterfact_flat", "counterfact_flat.json")
     records = raw(shared_data, "counterfact_flat.json")
     assert not probes(found.cases, PARAPHRASE) and found.notes == (TRAP,)
@@ -71,7 +72,7 @@ def test_the_flat_file_gives_no_paraphrase(shared_data):
     }
 
 
-def test_zsre_asks_what_easyedit_asks(shared_data):
+def test_zsre_asks_what_easyedit_asks(shared_data: Path) -> None:
     found, records = loaded(shared_data, "zsre", "zsre.json"), raw(shared_data, "zsre.json")
     assert [case.fact.target_new for case in found.cases] == [r["alt"].strip() for r in records]
     assert [p.prompt for p in probes(found.cases, NEIGHBORHOOD)] == [r["loc"] + "?" for r in records]
@@ -81,7 +82,7 @@ def test_zsre_asks_what_easyedit_asks(shared_data):
     assert found.notes[1].startswith(f"{len(same)} of 300 cases ({', '.join(map(str, same))}): ")
 
 
-def test_knowedit_keeps_every_question(shared_data):
+def test_knowedit_keeps_every_question(shared_data: Path) -> None:
     for file in ("wiki_recent", "wiki_counterfact", "zsre", "wikibio"):
         cases, records = (read(shared_data, f"knowedit/{file}.json") for read in (_cases, raw))
         for kinds, field in (((PORTABILITY,), "portability"), (STAY, "locality")):
@@ -97,7 +98,7 @@ def _cases(folder, file):
     return loaded(folder, "knowedit", file).cases
 
 
-def test_nested_answers_of_wiki_recent(shared_data):
+def test_nested_answers_of_wiki_recent(shared_data: Path) -> None:
     cases, records = (read(shared_data, "knowedit/wiki_recent.json") for read in (_cases, raw))
     asked = [a for r in records for part in ("portability", "locality") for q in r[part].values() for a in q]
     found = probes(cases, PORTABILITY, *STAY)
@@ -106,7 +107,7 @@ def test_nested_answers_of_wiki_recent(shared_data):
         assert probe.wanted == flat[0] and {probe.wanted, *probe.aliases} == set(flat)
 
 
-def test_mquake_asks_questions_and_hops(shared_data):
+def test_mquake_asks_questions_and_hops(shared_data: Path) -> None:
     cases, records = loaded(shared_data, "mquake", "mquake.json").cases, raw(shared_data, "mquake.json")
     assert [len(case.facts) for case in cases] == [len(r["requested_rewrite"]) for r in records]
     assert [(p.prompt, p.target_new) for p in probes(cases, MULTI_HOP)] == [
@@ -117,7 +118,7 @@ def test_mquake_asks_questions_and_hops(shared_data):
     ]
 
 
-def test_known_prompts_are_the_longer_ones(shared_data):
+def test_known_prompts_are_the_longer_ones(shared_data: Path) -> None:
     cases, records = loaded(shared_data, "known", "known_1000.json").cases, raw(shared_data, "known_1000.json")
     assert [case.fact.text for case in cases] == [r["prompt"] for r in records]
     assert [case.fact.target_true for case in cases] == [r["attribute"] for r in records]
@@ -142,6 +143,6 @@ def test_known_prompts_are_the_longer_ones(shared_data):
         ("counterfact", "knowedit", "knowedit"),
     ],
 )
-def test_a_file_read_as_another_format(shared_data, read_as, file, is_):
+def test_a_file_read_as_another_format(shared_data: Path, read_as, file, is_) -> None:
     with pytest.raises(DataError, match=f"They look like {is_}: try data={is_}"):
         load_cases(DataSettings(read_as, str(shared_data / file)))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -48,7 +49,7 @@ def loaded(path, name="counterfact_flat", distinct=False, **settings):
 # --- files and folders --------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_file_holds_the_same_cases(tmp_path):
+def test_every_kind_of_file_holds_the_same_cases(tmp_path: Path) -> None:
     paths = [written(tmp_path, FLAT), written(tmp_path, FLAT, "records.jsonl")]
     (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": FLAT}), encoding="utf-8")
     (tmp_path / "single.json").write_text(json.dumps({"facts": FLAT}), encoding="utf-8")
@@ -77,7 +78,7 @@ def test_every_kind_of_file_holds_the_same_cases(tmp_path):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_tables_fill_gaps_with_null_and_null_is_absent(name, tmp_path):
+def test_tables_fill_gaps_with_null_and_null_is_absent(name: str, tmp_path: Path) -> None:
     """Records with different fields, through Parquet, are the cases that they are in JSON."""
     records = [{key: value for key, value in RECORDS[name].items() if key != "orig"}]  # Parquet has no empty object
     if name == "knowedit":  # of one type of answer, each record with other fields
@@ -94,7 +95,7 @@ def test_tables_fill_gaps_with_null_and_null_is_absent(name, tmp_path):
     assert table.cases == plain.cases and not plain.rejected and len(plain.cases) == len(records)
 
 
-def test_a_folder_of_files(tmp_path):
+def test_a_folder_of_files(tmp_path: Path) -> None:
     written(tmp_path, FLAT[:2], "b.json")
     written(tmp_path, [*FLAT[:1], {}, *FLAT[5:]], "a.jsonl")
     (tmp_path / "README.md").write_text("not data", encoding="utf-8")
@@ -106,13 +107,13 @@ def test_a_folder_of_files(tmp_path):
     assert str(bad) == "a.jsonl record 1, prompt: is missing."
 
 
-def test_a_hub_data_set_is_pinned(tmp_path):
+def test_a_hub_data_set_is_pinned(tmp_path: Path) -> None:
     for revision in (None, "", "main"):
         with pytest.raises(ConfigError, match=r"data\.revision is .* for 'hub:some/set:x'\. Pin a commit or a tag"):
             loaded("hub:some/set:x", revision=revision)
 
 
-def test_a_hub_name_goes_through_datasets(tmp_path, monkeypatch):
+def test_a_hub_name_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder stands for the Hub: `datasets` takes either by the same call."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
@@ -125,7 +126,7 @@ def test_a_hub_name_goes_through_datasets(tmp_path, monkeypatch):
 
 
 @pytest.mark.hub
-def test_counterfact_from_the_hub():
+def test_counterfact_from_the_hub() -> None:
     import huggingface_hub
 
     name = "azhx/counterfact"
@@ -142,7 +143,7 @@ def test_counterfact_from_the_hub():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("limit", [None, 8])
-def test_shards_are_the_whole_in_its_order(tmp_path, count, limit):
+def test_shards_are_the_whole_in_its_order(tmp_path: Path, count: int, limit) -> None:
     path = written(tmp_path, [*FLAT[:4], {}, *FLAT[4:]])
     whole = loaded(path, limit=limit)
     assert whole.indices == (0, 1, 2, 3, 5, 6, 7, 8, 9, 10)[:limit]
@@ -158,12 +159,12 @@ def test_shards_are_the_whole_in_its_order(tmp_path, count, limit):
         assert (shard.found, shard.rejected, shard.digest) == (11, whole.rejected, whole.digest)
 
 
-def test_an_empty_shard_is_said(tmp_path):
+def test_an_empty_shard_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Shard 3/4 of the 2 cases .* is empty"):
         loaded(written(tmp_path, FLAT), limit=2, shard="3/4")
 
 
-def test_distinct_cases_write_no_prompt_twice(tmp_path):
+def test_distinct_cases_write_no_prompt_twice(tmp_path: Path) -> None:
     again = flat(2, case_id=7, target_new="Accra")
     path = written(tmp_path, [*FLAT[:3], again, *FLAT[3:]])
     assert len(loaded(path).cases) == 11
@@ -178,7 +179,7 @@ def test_distinct_cases_write_no_prompt_twice(tmp_path):
     assert [case.id for case in found.cases] == ["12", "13"]
 
 
-def test_notes_are_said_once(tmp_path):
+def test_notes_are_said_once(tmp_path: Path) -> None:
     assert len(loaded(written(tmp_path, FLAT)).notes) == 1
     same = KNOWEDIT | {"target_new": "Warszawa"}
     (note,) = loaded(written(tmp_path, [KNOWEDIT, same, KNOWEDIT]), "knowedit").notes
@@ -188,7 +189,7 @@ def test_notes_are_said_once(tmp_path):
 # --- what is wrong with a source ----------------------------------------------------------------------------------
 
 
-def test_duplicate_ids_are_named(tmp_path):
+def test_duplicate_ids_are_named(tmp_path: Path) -> None:
     found = loaded(written(tmp_path, [*FLAT[:3], flat(7, case_id=101)]))
     assert [case.id for case in found.cases] == ["100", "101", "102"]
     assert [str(each) for each in found.rejected] == [
@@ -196,7 +197,7 @@ def test_duplicate_ids_are_named(tmp_path):
     ]
 
 
-def test_bad_records_are_skipped_or_fatal(tmp_path):
+def test_bad_records_are_skipped_or_fatal(tmp_path: Path) -> None:
     path = written(tmp_path, [FLAT[0], FLAT[1] | {"subject": ""}, FLAT[2] | {"prompt": "Nobody is in"}])
     found = loaded(path)
     assert (found.found, len(found.cases), len(found.rejected)) == (3, 1, 2)
@@ -221,7 +222,7 @@ def test_bad_records_are_skipped_or_fatal(tmp_path):
     ],
 )
 @pytest.mark.parametrize("bad", ["skip", "fail"])
-def test_a_wrong_format_is_told_from_the_right_one(tmp_path, read_as, is_, bad):
+def test_a_wrong_format_is_told_from_the_right_one(tmp_path: Path, read_as, is_, bad) -> None:
     with pytest.raises(
         DataError, match=rf"None of the 2 records .* as {read_as}: .* look like {is_}: try data={is_}\."
     ):
@@ -247,14 +248,14 @@ def test_a_wrong_format_is_told_from_the_right_one(tmp_path, read_as, is_, bad):
         ("facts.txt", b"x", r"is of no known kind: its name ends in '\.txt'\. Known are \.json"),
     ],
 )
-def test_files_that_are_no_data(tmp_path, name, content, message):
+def test_files_that_are_no_data(tmp_path: Path, name: str, content, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         loaded(tmp_path / name)
     assert len(str(caught.value)) < 1000
 
 
-def test_a_line_that_is_not_json_is_one_bad_record(tmp_path):
+def test_a_line_that_is_not_json_is_one_bad_record(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     lines = [json.dumps(FLAT[0] | {"rephrase_prompt": "A\u2028b"}, ensure_ascii=False), "{broken", json.dumps(FLAT[1])]
     path.write_text("\n\n".join(lines), encoding="utf-8")
@@ -264,7 +265,7 @@ def test_a_line_that_is_not_json_is_one_bad_record(tmp_path):
     )
 
 
-def test_paths_that_are_no_data(tmp_path):
+def test_paths_that_are_no_data(tmp_path: Path) -> None:
     path = written(tmp_path, FLAT, "counterfact.json")
     with pytest.raises(ConfigError, match=rf"No data at .*did you mean '{path}'\? Set data\.path"):
         loaded(tmp_path / "counterfat.json")
@@ -288,14 +289,14 @@ def test_paths_that_are_no_data(tmp_path):
         loaded(tmp_path / "splits")
 
 
-def test_the_registry_needs_no_torch():
+def test_the_registry_needs_no_torch() -> None:
     code = (
         "import sys\nimport editkit.data\nfrom editkit.data.formats import FORMATS\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_records_are_not_changed(tmp_path):
+def test_records_are_not_changed(tmp_path: Path) -> None:
     record = json.loads(json.dumps(COUNTERFACT))
     path = written(tmp_path, [record])
     assert loaded(path, "counterfact") == loaded(path, "counterfact")

@@ -10,12 +10,12 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILES = [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"]
 
 
-def test_there_are_docs_to_run():
+def test_there_are_docs_to_run() -> None:
     assert FILES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_docs_run(path, tmp_path, monkeypatch):
+def test_docs_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text, names = path.read_text(encoding="utf-8"), {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
@@ -25,6 +25,6 @@ def test_docs_run(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_pictures_are_there(path):
+def test_pictures_are_there(path: Path) -> None:
     for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
         assert 0 < (path.parent / picture).stat().st_size < 150_000

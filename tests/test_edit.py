@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditFileError, EditkitError, OutputError
+from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
 from tests.conftest import tiny_lm
 from tests.test_snapshot import random_edit
@@ -23,7 +25,7 @@ def lm():
     return tiny_lm("gpt2")
 
 
-def test_save_and_load_are_byte_identical(lm, tmp_path):
+def test_save_and_load_are_byte_identical(lm: LanguageModel, tmp_path: Path) -> None:
     edit = random_edit(lm)
     path = edit.save(tmp_path / "new" / "edit.safetensors")
     again = Edit.load(path)
@@ -35,14 +37,14 @@ def test_save_and_load_are_byte_identical(lm, tmp_path):
         assert torch.equal(lm.model.get_parameter(edit.parameters[0]), one)
 
 
-def test_norm_and_rank_are_those_of_the_matrix(lm):
+def test_norm_and_rank_are_those_of_the_matrix(lm: LanguageModel) -> None:
     delta = random_edit(lm, rank=3).deltas[0]
     assert delta.rank == 3 == torch.linalg.matrix_rank(delta.matrix())
     assert delta.norm() == pytest.approx(delta.matrix().norm().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_matrix_lies_as_the_module_stores_it(family):
+def test_the_matrix_lies_as_the_module_stores_it(family: str) -> None:
     """The output changes by left (right · k): checked against the module itself, Conv1D and Linear."""
     lm = tiny_lm(family)
     edit = random_edit(lm)
@@ -56,7 +58,7 @@ def test_the_matrix_lies_as_the_module_stores_it(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_dense_change_is_the_same_edit_as_its_factors(family, tmp_path):
+def test_a_dense_change_is_the_same_edit_as_its_factors(family: str, tmp_path: Path) -> None:
     lm = tiny_lm(family)
     factors = random_edit(lm, rank=3).deltas[0]
     whole = dense_delta(lm, factors.module, factors.left @ factors.right)
@@ -73,7 +75,7 @@ def test_a_dense_change_is_the_same_edit_as_its_factors(family, tmp_path):
         dense_delta(lm, factors.module, torch.zeros(2, 2))
 
 
-def test_factors_larger_than_their_product_are_multiplied_out(lm):
+def test_factors_larger_than_their_product_are_multiplied_out(lm: LanguageModel) -> None:
     site = lm.architecture.down(1)
     left, right = torch.randn(32, 22), torch.randn(22, 64)
     few, many = low_rank_delta(lm, site, left[:, :21], right[:21]), low_rank_delta(lm, site, left, right)
@@ -81,7 +83,7 @@ def test_factors_larger_than_their_product_are_multiplied_out(lm):
     assert torch.equal(many.left, left @ right)
 
 
-def test_an_update_larger_than_its_weight_is_named(lm):
+def test_an_update_larger_than_its_weight_is_named(lm: LanguageModel) -> None:
     edit = random_edit(lm)
     weight = get_parameter(lm.model, edit.parameters[0]).norm().item()
     small, large = (0.9 * weight / edit.norm() * edit, 1.1 * weight / edit.norm() * edit)
@@ -93,14 +95,14 @@ def test_an_update_larger_than_its_weight_is_named(lm):
         pass
 
 
-def test_another_base_is_refused(lm):
+def test_another_base_is_refused(lm: LanguageModel) -> None:
     edit = random_edit(lm)
     other = tiny_lm("gpt2", seed=1)
     with pytest.raises(EditkitError, match="computed for 'tiny-gpt2'.*Load the base it was made for"):
         edit.apply(other)
 
 
-def test_a_base_that_differs_elsewhere_is_refused():
+def test_a_base_that_differs_elsewhere_is_refused() -> None:
     edit, changed = random_edit(tiny_lm("gpt2")), tiny_lm("gpt2")
     with torch.no_grad():
         changed.model.transformer.ln_f.bias[0] += 1
@@ -109,7 +111,7 @@ def test_a_base_that_differs_elsewhere_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_another_dtype_of_the_base_is_taken_when_asked(lm, dtype):
+def test_another_dtype_of_the_base_is_taken_when_asked(lm: LanguageModel, dtype: torch.dtype) -> None:
     edit, half = random_edit(lm), tiny_lm("gpt2", dtype=dtype)
     name = edit.parameters[0]
     with pytest.raises(EditkitError, match=r"another dtype takes edit\.in_dtype_of"):
@@ -128,13 +130,13 @@ def test_another_dtype_of_the_base_is_taken_when_asked(lm, dtype):
         edit.in_dtype_of(tiny_lm("gpt_neo", dtype=dtype))
 
 
-def test_applying_twice_is_refused(lm):
+def test_applying_twice_is_refused(lm: LanguageModel) -> None:
     edit = random_edit(lm)
     with edit.applied(lm), pytest.raises(EditkitError, match="restore other edits first"):
         edit.apply(lm)
 
 
-def test_factors_that_do_not_fit(lm):
+def test_factors_that_do_not_fit(lm: LanguageModel) -> None:
     site = lm.architecture.down(0)
     with pytest.raises(EditkitError, match="do not fit"):
         low_rank_delta(lm, site, torch.zeros(3, 1), torch.zeros(1, 3))
@@ -166,14 +168,14 @@ def damaged(data: bytes, how: str) -> bytes:
 
 
 @pytest.mark.parametrize("how", ["cut", "cut in the header", "empty", "noise", "another format", "a key is missing"])
-def test_damaged_files_are_named(lm, tmp_path, how):
+def test_damaged_files_are_named(lm: LanguageModel, tmp_path: Path, how) -> None:
     path = tmp_path / "edit.safetensors"
     path.write_bytes(damaged(random_edit(lm).to_bytes(), how))
     with pytest.raises(EditFileError, match=str(path)):
         Edit.load(path)
 
 
-def test_foreign_and_missing_files(tmp_path):
+def test_foreign_and_missing_files(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(EditFileError, match="not an edit of editkit"):
         Edit.load(tmp_path / "other.safetensors")
@@ -181,7 +183,7 @@ def test_foreign_and_missing_files(tmp_path):
         Edit.load(tmp_path / "none.safetensors")
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_half(lm, tmp_path):
+def test_a_full_disk_leaves_the_old_file_and_no_half(lm: LanguageModel, tmp_path: Path) -> None:
     """A real refusal of the system to write on: a limit on the size of files."""
     path = tmp_path / "edit.safetensors"
     path.write_bytes(b"old")

@@ -67,7 +67,7 @@ def by_both(lm, settings, fact) -> list[Edit]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("error:.*full depth")
-def test_replay_equals_full_depth(family):
+def test_replay_equals_full_depth(family: str) -> None:
     """Adam's first steps go by the sign of each gradient, so one near 0 may be turned by rounding: in float32 one fact
     of the four may be apart by up to 1e-3; in float64, where a family can do it, none is."""
     settings = RRomeSettings(layer=1, **VALUE)
@@ -85,7 +85,7 @@ def test_replay_equals_full_depth(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "opt", "falcon"])
-def test_at_the_first_block_and_the_last(family):
+def test_at_the_first_block_and_the_last(family: str) -> None:
     """Behind the last block δ reaches its own token alone: only a subject at the end of the prompt has a gradient."""
     lm = tiny_lm(family)
     same(*by_both(lm, RomeSettings(layer=0, **VALUE), FACTS[2]), tolerance=1e-4)
@@ -102,14 +102,14 @@ def test_at_the_first_block_and_the_last(family):
     ids=["memit", "emmet", "pmet"],
 )
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "opt", "bloom"])
-def test_methods_of_many_facts(family, method, settings):
+def test_methods_of_many_facts(family: str, method: str, settings) -> None:
     lm = tiny_lm(family)
     edits = [computed(lm, method, replace(settings, engine=engine), FACTS) for engine in ("replay", "full")]
     same(*edits, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bloom"])
-def test_a_batch_equals_one_by_one(family):
+def test_a_batch_equals_one_by_one(family: str) -> None:
     """Facts of other lengths, targets and ends: some stop sooner, and leave."""
     lm = tiny_lm(family)
     settings = RRomeSettings(layer=1, steps=25, lr=0.5, weight_decay=0.01, clamp=8.0, stop_loss=0.0)
@@ -125,7 +125,7 @@ def test_a_batch_equals_one_by_one(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keys_and_values_of_the_clean_pass_are_those_of_a_pass_of_their_own(family):
+def test_keys_and_values_of_the_clean_pass_are_those_of_a_pass_of_their_own(family: str) -> None:
     lm = tiny_lm(family)
     site = lm.architecture.down(1)
     wanted = value.at_lookup(lm, site, FACTS, CONTEXTS, "subject_last")
@@ -140,7 +140,7 @@ def test_keys_and_values_of_the_clean_pass_are_those_of_a_pass_of_their_own(fami
         assert (last.input - wanted.input[2]).abs().max() < 1e-5 * wanted.input.abs().max()
 
 
-def test_the_gradient_of_the_losses_is_that_of_log_softmax():
+def test_the_gradient_of_the_losses_is_that_of_log_softmax() -> None:
     draw = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(5, 11, dtype=torch.float64, generator=draw)).requires_grad_()
     token = torch.tensor([0, 10, 3])
@@ -154,7 +154,7 @@ def test_the_gradient_of_the_losses_is_that_of_log_softmax():
 
 
 @pytest.mark.parametrize("every", [2, 4])
-def test_looking_at_the_losses_less_often_changes_nothing(every, monkeypatch):
+def test_looking_at_the_losses_less_often_changes_nothing(every, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     settings = RRomeSettings(layer=1, steps=11, lr=0.5, weight_decay=0.01, clamp=8.0, stop_loss=7.0)
     options = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
@@ -166,7 +166,7 @@ def test_looking_at_the_losses_less_often_changes_nothing(every, monkeypatch):
     assert len(steps) > 1
 
 
-def test_out_of_memory_halves_the_batch(monkeypatch):
+def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     settings = RRomeSettings(layer=1, **VALUE)
     options = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
@@ -185,7 +185,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     assert sizes == [4, 2, 1, 1, 1, 1]  # told to take all, then half
 
 
-def test_the_batch_is_sized_from_memory(monkeypatch):
+def test_the_batch_is_sized_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     jobs = [rows_of(lm, FACTS[0], "subject_last", CONTEXTS)] * 4
     for room, fits in [(1, 1), (value.bytes_of(lm, jobs[:2], 1), 2), (value.bytes_of(lm, jobs, 1), 4)]:
@@ -193,18 +193,18 @@ def test_the_batch_is_sized_from_memory(monkeypatch):
         assert value._fitting(lm, 1, jobs) == fits
 
 
-def test_a_batch_is_of_like_lengths():
+def test_a_batch_is_of_like_lengths() -> None:
     lm = tiny_lm("gpt2")
     jobs = sorted((rows_of(lm, fact, "subject_last", CONTEXTS) for fact in FACTS * 2), key=lambda job: job.columns)
     taken = value._fitting(lm, 1, jobs)
     assert jobs[taken - 1].columns <= value.LIKE * jobs[0].columns + 1 < jobs[taken].columns
 
 
-def test_what_cannot_be_replayed_runs_at_full_depth_and_says_so_once():
+def test_what_cannot_be_replayed_runs_at_full_depth_and_says_so_once() -> None:
     lm = tiny_lm("gpt2")
     settings = RRomeSettings(layer=1, engine="full", **VALUE)
 
-    def scaled(module, args, output):
+    def scaled(module, args, output) -> None:
         output.last_hidden_state = 1.5 * output.last_hidden_state
 
     handle = lm.model.transformer.register_forward_hook(scaled)
@@ -218,7 +218,7 @@ def test_what_cannot_be_replayed_runs_at_full_depth_and_says_so_once():
     assert ["full depth" in str(each.message) for each in said] == [True]
 
 
-def test_both_engines_give_the_gradient_of_autograd():
+def test_both_engines_give_the_gradient_of_autograd() -> None:
     """δ put into the model by hand, and differentiated by torch."""
     lm = tiny_lm("gpt2")
     site = lm.architecture.down(1)
@@ -244,7 +244,7 @@ def test_both_engines_give_the_gradient_of_autograd():
     lm.model.zero_grad()
 
 
-def test_alphaedit_takes_the_engine_too():
+def test_alphaedit_takes_the_engine_too() -> None:
     lm = tiny_lm("gpt2")
     k = torch.randn(40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moments = {1: SecondMoment(lm.architecture.down(1), k.T @ k / 40, 40, "")}
@@ -257,6 +257,6 @@ def test_alphaedit_takes_the_engine_too():
     same(*edits, tolerance=1e-4)
 
 
-def test_the_keyword_is_checked():
+def test_the_keyword_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"method\.engine must be one of replay, full; found 'fast'"):
         RRomeSettings(engine="fast")

@@ -27,7 +27,7 @@ def words_of(lm: LanguageModel, rows, row: int, position: int) -> str:
 
 
 @pytest.fixture(params=["gpt2", "llama", "real gpt2", "real neox"])
-def lm(request):
+def lm(request: pytest.FixtureRequest):
     """Lookup needs a tokenizer only; the model beside it is a tiny one."""
     if not request.param.startswith("real"):
         return tiny_lm(request.param)
@@ -43,7 +43,7 @@ def lm(request):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_the_lookup_token_covers_the_subjects_end(lm, template, subject):
+def test_the_lookup_token_covers_the_subjects_end(lm: LanguageModel, template, subject: str) -> None:
     rows = tokenise(lm, ["a much longer row, so that this one is padded", template.replace("{}", subject)])
     text = rows.texts[1]
     end = text.index(subject) + len(subject)
@@ -56,14 +56,14 @@ def test_the_lookup_token_covers_the_subjects_end(lm, template, subject):
     assert lookup_position(rows, 1, template, subject, "last") == rows.last(1)
 
 
-def test_a_bos_shifts_nothing():
+def test_a_bos_shifts_nothing() -> None:
     lm = tiny_lm("llama")
     rows = tokenise(lm, ["Rome is in"])
     assert rows.ids[0, 0] == lm.tokenizer.bos_token_id
     assert lookup_position(rows, 0, "{} is in", "Rome", "subject_first") >= 1
 
 
-def test_the_token_after_the_subject(lm):
+def test_the_token_after_the_subject(lm: LanguageModel) -> None:
     rows = tokenise(lm, ["Rome is in"])
     at = lookup_position(rows, 0, "{} is in", "Rome", "subject_first_after_last")
     assert words_of(lm, rows, 0, at).strip()[:1] == "i"
@@ -73,7 +73,7 @@ def test_the_token_after_the_subject(lm):
 
 
 @pytest.mark.parametrize("target", ["Rome", "the Black Sea", " Vienna"])
-def test_targets_are_their_own_tokens(lm, target):
+def test_targets_are_their_own_tokens(lm: LanguageModel, target) -> None:
     prompt = "The Danube flows into"
     scored = encode_with_targets(lm, [prompt], [spaced(target)])
     positions = scored.positions[0]
@@ -95,18 +95,18 @@ def test_targets_are_their_own_tokens(lm, target):
         (("{} is in", "Rome", "Italy", "Italy "), "nothing to change"),
     ],
 )
-def test_unusable_facts_say_why(arguments, message):
+def test_unusable_facts_say_why(arguments, message: str) -> None:
     with pytest.raises(FactError, match=message):
         Fact(*arguments)
 
 
-def test_a_prompt_may_hold_its_subject():
+def test_a_prompt_may_hold_its_subject() -> None:
     assert Fact.in_text("Today Rome is in", "Rome", "Asia").prompt == "Today {} is in"
     with pytest.raises(FactError, match="occurs 0 times"):
         Fact.in_text("Today Rome is in", "Paris", "Asia")
 
 
-def test_targets_the_tokenizer_cannot_tell_or_write():
+def test_targets_the_tokenizer_cannot_tell_or_write() -> None:
     lm = tiny_lm("llama")
     with pytest.raises(FactError, match="unknown token"):
         Fact("{} is in", "Rome", "東京").check_targets(lm)
@@ -114,6 +114,6 @@ def test_targets_the_tokenizer_cannot_tell_or_write():
         tokenise(tiny_lm("gpt2"), [""])
 
 
-def test_texts_longer_than_the_model_are_refused(atlas_lm):
+def test_texts_longer_than_the_model_are_refused(atlas_lm: LanguageModel) -> None:
     with pytest.raises(FactError, match="tokens; 'atlas' has 256 positions"):
         tokenise(atlas_lm, ["Rome " * 400])

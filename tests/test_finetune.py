@@ -9,6 +9,7 @@ import torch
 from editkit import Fact
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.methods.finetune import ft, ft_l
+from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.settings import FtLSettings, FtSettings
 from editkit.settings.constants import constants_of
@@ -52,7 +53,7 @@ def adam_loop(lm, settings, facts, epsilon=None):
     return (dense(module) - start).detach(), losses
 
 
-def check(edit, expected, losses):
+def check(edit, expected, losses) -> None:
     ours = edit.deltas[0].left.double()
     assert (ours - expected).norm() / expected.norm() <= 1e-4
     assert [step["loss"] for step in edit.provenance["reports"][0]["steps"]] == pytest.approx(losses, rel=1e-6)
@@ -60,14 +61,14 @@ def check(edit, expected, losses):
 
 @pytest.mark.parametrize("batch", [64, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_a_plain_loop_of_adam(family, batch):
+def test_equal_to_a_plain_loop_of_adam(family: str, batch) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     settings = replace(PLAIN, batch=batch)
     check(ft(lm, FACTS, settings, progress=False), *adam_loop(lm, settings, FACTS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_stops_where_the_plain_loop_stops(family):
+def test_it_stops_where_the_plain_loop_stops(family: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     settings = replace(PLAIN, steps=20, stop_loss=6.5)
     expected, losses = adam_loop(lm, settings, [FACT])
@@ -76,7 +77,7 @@ def test_it_stops_where_the_plain_loop_stops(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_bound_of_ft_l_is_exact_and_its_path_that_of_a_projection_by_hand(family):
+def test_the_bound_of_ft_l_is_exact_and_its_path_that_of_a_projection_by_hand(family: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     epsilon = 8e-3
     settings = FtLSettings(layer=1, steps=8, lr=5e-3, stop_loss=0.0, epsilon=epsilon)
@@ -86,13 +87,13 @@ def test_the_bound_of_ft_l_is_exact_and_its_path_that_of_a_projection_by_hand(fa
     assert largest == torch.tensor(epsilon) and 0 < edit.provenance["reports"][0]["at_bound"] < 1
 
 
-def test_the_bound_depends_on_the_model():
+def test_the_bound_depends_on_the_model() -> None:
     bounds = [constants_of("ft_l", name, 24)["epsilon"] for name in ("openai-community/gpt2-medium", "unknown")]
     assert bounds == [2e-3, 1e-3]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_too_small_for_bfloat16_add_up(family):
+def test_steps_too_small_for_bfloat16_add_up(family: str) -> None:
     """Adam's first step is lr in each entry; a weight of 0.2 in bfloat16 moves by 2⁻¹⁰ or not at all."""
     lm = tiny_lm(family, dtype=torch.bfloat16)
     edit = ft(lm, FACT, replace(PLAIN, steps=1, lr=1e-5), progress=False)
@@ -103,7 +104,7 @@ def test_steps_too_small_for_bfloat16_add_up(family):
 
 @pytest.mark.parametrize("method", [ft, ft_l])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_is_left_as_it_was(family, method):
+def test_the_model_is_left_as_it_was(family: str, method: str) -> None:
     lm = tiny_lm(family)
     with untouched(lm, lm.architecture.down(1)):
         settings = (FtSettings if method is ft else FtLSettings)(layer=1, steps=3)
@@ -113,7 +114,9 @@ def test_the_model_is_left_as_it_was(family, method):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_interrupt_inside_the_hook_leaves_the_model_as_it_was(family, error, monkeypatch):
+def test_an_interrupt_inside_the_hook_leaves_the_model_as_it_was(
+    family: str, error, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm, calls = tiny_lm(family), []
     site = lm.architecture.down(1)
     start = lm.model.get_parameter(f"{site}.weight").detach().clone()
@@ -131,7 +134,7 @@ def test_an_interrupt_inside_the_hook_leaves_the_model_as_it_was(family, error, 
     assert calls == [False, True, True]  # the weight had really been written
 
 
-def test_the_target_becomes_the_argmax(atlas_lm):
+def test_the_target_becomes_the_argmax(atlas_lm: LanguageModel) -> None:
     edit = ft(atlas_lm, FACT, progress=False)
     rows = tokenise(atlas_lm, [FACT.text])
     with edit.applied(atlas_lm), torch.no_grad():
@@ -141,7 +144,7 @@ def test_the_target_becomes_the_argmax(atlas_lm):
     assert losses[-1] < 1e-2 < losses[-2]
 
 
-def test_bad_input(atlas_lm):
+def test_bad_input(atlas_lm: LanguageModel) -> None:
     with pytest.raises(EditkitError, match="No fact"):
         ft(atlas_lm, [], progress=False)
     with pytest.raises(ModelError, match="Layer 9 was asked for"):

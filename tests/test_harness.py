@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from editkit import Fact, r_rome
 from editkit.errors import EditkitError
 from editkit.metrics.counterfact import score_targets
 from editkit.metrics.harness import general_ability
+from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
 
 needed = pytest.mark.skipif(find_spec("lm_eval") is None, reason='needs pip install "editkit[harness]"')
@@ -19,7 +21,7 @@ CITIES = ["Paris", "Rome", "Berlin"]
 
 
 @needed
-def test_an_edit_moves_what_the_harness_sees(atlas_lm, tmp_path):
+def test_an_edit_moves_what_the_harness_sees(atlas_lm: LanguageModel, tmp_path: Path) -> None:
     examples = [{"prompt": prompt, "choices": CITIES, "answer": 0} for prompt in PROMPTS]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, examples)))
     (tmp_path / "cities.yaml").write_text(
@@ -48,7 +50,7 @@ def test_an_edit_moves_what_the_harness_sees(atlas_lm, tmp_path):
     assert general_ability(atlas_lm, ["cities"], include=tmp_path, limit=1)["cities"]["n"] == 1
 
 
-def test_without_the_harness_its_extra_is_named(atlas_lm, monkeypatch):
+def test_without_the_harness_its_extra_is_named(atlas_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EditkitError, match=r"no module 'lm_eval': pip install \"editkit\[harness\]\""):
         general_ability(atlas_lm, ["cities"])

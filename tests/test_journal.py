@@ -1,6 +1,7 @@
 """A journal keeps what was appended, whatever happens, and goes on only with the same work."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,14 +18,14 @@ def write(path, *lines, resume=False):
         return list(journal.lines)
 
 
-def test_lines_come_back(tmp_path):
+def test_lines_come_back(tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     write(path, {"case": "a\nb", "x": 0.1 + 0.2}, {"case": "\ud800 é"})
     assert write(path, resume=True) == [{"case": "a\nb", "x": 0.1 + 0.2}, {"case": "\ud800 é"}]
 
 
 @pytest.mark.parametrize("kept", [1, 5, 20])
-def test_a_line_cut_short_is_removed_and_written_again(tmp_path, kept):
+def test_a_line_cut_short_is_removed_and_written_again(tmp_path: Path, kept) -> None:
     path = tmp_path / "cases.jsonl"
     write(path, {"case": 1}, {"case": 2, "text": "x" * 30})
     whole = path.read_bytes()
@@ -34,14 +35,14 @@ def test_a_line_cut_short_is_removed_and_written_again(tmp_path, kept):
     assert path.read_bytes() == whole
 
 
-def test_a_header_cut_short_begins_anew(tmp_path):
+def test_a_header_cut_short_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     path.write_bytes(b'{"config": {"se')
     assert write(path, {"case": 1}, resume=True) == [{"case": 1}]
     assert json.loads(path.read_text().splitlines()[0]) == HEADER
 
 
-def test_another_setting_is_named_and_nothing_is_lost(tmp_path):
+def test_another_setting_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     write(path, {"case": 1})
     before = path.read_bytes()
@@ -54,7 +55,7 @@ def test_another_setting_is_named_and_nothing_is_lost(tmp_path):
     assert write(path, resume=True) == [{"case": 1}]  # the lock was released by both
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     with (
         Journal(path, HEADER, resume=False) as journal,
@@ -65,7 +66,7 @@ def test_one_process_at_a_time(tmp_path):
     assert write(path, resume=True) == [{"case": 1}]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     write(path, {"case": 1}, {"case": 2})
     lines = path.read_bytes().splitlines(keepends=True)

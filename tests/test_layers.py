@@ -59,14 +59,14 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py" 
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_down(path):
+def test_imports_point_down(path: Path) -> None:
     room = room_of(path)
     assert room in LEVEL, f"{room} is not in the layer rule"
     for other in imports(path) - {room}:
         assert LEVEL[other] <= LEVEL[room], f"{path.name} ({room}) imports {other}, which is above it"
 
 
-def test_nethook_works_where_it_is_copied(tmp_path):
+def test_nethook_works_where_it_is_copied(tmp_path: Path) -> None:
     """Alone in another folder, under another name, with no editkit and no transformers to import."""
     shutil.copytree(PACKAGE / "nethook", tmp_path / "hooks")
     code = """
@@ -80,10 +80,10 @@ print(list(t.output.shape))
     assert (run.stdout, run.returncode) == ("[1, 3]\n", 0), run.stderr
 
 
-def test_nothing_imports_experiments():
+def test_nothing_imports_experiments() -> None:
     assert not [p for p in FILES if "experiments" in p.read_text(encoding="utf-8")]
 
 
-def test_only_the_door_knows_hydra():
+def test_only_the_door_knows_hydra() -> None:
     knows = {p.name for p in FILES if "import hydra" in (t := p.read_text(encoding="utf-8")) or "from hydra" in t}
     assert knows == {"run.py", "config.py"}

@@ -55,7 +55,7 @@ def with_odd_bits(lm):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_depth_is_the_models_own_answer(family):
+def test_the_last_depth_is_the_models_own_answer(family: str) -> None:
     lm = tiny_lm(family)
     words = ["Oslo", "Rome"]
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_last_depth_is_the_models_own_answer(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_inner_depth_is_the_norm_and_the_head_of_a_hooked_stream(family):
+def test_an_inner_depth_is_the_norm_and_the_head_of_a_hooked_stream(family: str) -> None:
     lm = tiny_lm(family)
     found = logit_lens(lm, FACT.text, ["Oslo"])
     ids, count = tokens_of(lm, FACT.text, "Oslo")
@@ -91,7 +91,7 @@ def test_an_inner_depth_is_the_norm_and_the_head_of_a_hooked_stream(family):
     assert len({f"{p:.6f}" for p in found.probability[:, 0].tolist()}) == lm.layers + 1  # no depth is another's
 
 
-def test_the_lens_as_a_table_and_what_it_refuses():
+def test_the_lens_as_a_table_and_what_it_refuses() -> None:
     lm = tiny_lm("gpt2")
     found = logit_lens(lm, FACT.text, ["Oslo", "Rome"])
     frame = found.to_frame()
@@ -113,7 +113,7 @@ def test_the_lens_as_a_table_and_what_it_refuses():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_is_what_the_attention_modules_give_under_eager(family):
+def test_attention_is_what_the_attention_modules_give_under_eager(family: str) -> None:
     lm, other = tiny_lm(family), tiny_lm(family)
     before = lm.model.config._attn_implementation
     found = attention_to_subject(lm, FACT)
@@ -121,7 +121,7 @@ def test_attention_is_what_the_attention_modules_give_under_eager(family):
     kept, handles = [], []
     for i in range(lm.layers):
 
-        def keep(module, args, output):
+        def keep(module, args, output) -> None:
             kept.append(next(each for each in output[1:] if each is not None and each.ndim == 4))
 
         handles.append(other.model.get_submodule(SITES[family].attention.format(i)).register_forward_hook(keep))
@@ -142,7 +142,7 @@ def test_attention_is_what_the_attention_modules_give_under_eager(family):
     assert lm.model.config._attn_implementation == before
 
 
-def test_attention_of_gpt2_from_its_queries_and_keys():
+def test_attention_of_gpt2_from_its_queries_and_keys() -> None:
     lm = tiny_lm("gpt2")
     found = attention_to_subject(lm, FACT)
     with torch.no_grad(), by_hand(lm.model, ["transformer.h.1.attn.c_attn"]) as seen:
@@ -153,13 +153,13 @@ def test_attention_of_gpt2_from_its_queries_and_keys():
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
-def test_the_models_own_attention_is_set_back(before, monkeypatch):
+def test_the_models_own_attention_is_set_back(before, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("llama")
     lm.model.set_attn_implementation(before)
     attention_to_subject(lm, FACT)
     assert lm.model.config._attn_implementation == before
 
-    def broken(*args, **kwargs):
+    def broken(*args, **kwargs) -> None:
         assert lm.model.config._attn_implementation == "eager"
         raise KeyboardInterrupt
 
@@ -169,7 +169,7 @@ def test_the_models_own_attention_is_set_back(before, monkeypatch):
     assert lm.model.config._attn_implementation == before
 
 
-def test_a_model_whose_attention_gives_no_weights_is_named():
+def test_a_model_whose_attention_gives_no_weights_is_named() -> None:
     lm = tiny_lm("gpt2")
     handle = lm.model.transformer.h[1].attn.register_forward_hook(lambda _, __, output: (output[0], None))
     with pytest.raises(EditkitError, match="'gpt2' gives attention weights in 2 of 3 blocks"):
@@ -181,7 +181,7 @@ def test_a_model_whose_attention_gives_no_weights_is_named():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_change_is_that_of_the_modules_output_with_the_edit(family):
+def test_the_change_is_that_of_the_modules_output_with_the_edit(family: str) -> None:
     lm = tiny_lm(family)
     edit = random_edit(lm, layer=1, rank=1)
     site = lm.architecture.down(1)
@@ -218,7 +218,7 @@ def nlls(lm):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_drop_is_the_gradient_of_the_weights_times_the_edit(family):
+def test_the_drop_is_the_gradient_of_the_weights_times_the_edit(family: str) -> None:
     """No hooks: the whole model's backward pass to the weights, ⟨∂(−log p)/∂W, ΔW⟩ summed over both blocks."""
     lm = tiny_lm(family)
     edit = two_blocks(lm)
@@ -233,7 +233,7 @@ def test_the_drop_is_the_gradient_of_the_weights_times_the_edit(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi"])  # those that compute in float64 throughout
-def test_the_drop_is_the_slope_of_the_log_probability(family):
+def test_the_drop_is_the_slope_of_the_log_probability(family: str) -> None:
     """Central differences in float64 through the model with ± a hundred-thousandth of the edit applied."""
     lm, step = tiny_lm(family, dtype=torch.float64), 1e-5
     edit = two_blocks(lm)
@@ -248,7 +248,7 @@ def test_the_drop_is_the_slope_of_the_log_probability(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gemma2"])
-def test_many_prompts_at_once_are_as_one_by_one(family, monkeypatch):
+def test_many_prompts_at_once_are_as_one_by_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("editkit.lenses.prediction.BATCH", 2)
     lm = tiny_lm(family)
     edit = random_edit(lm, layer=1)
@@ -261,7 +261,7 @@ def test_many_prompts_at_once_are_as_one_by_one(family, monkeypatch):
     assert none.change.shape == (0,) and none.drop is None
 
 
-def test_what_a_rank_one_edit_reads_has_its_sign_and_a_wider_one_has_none():
+def test_what_a_rank_one_edit_reads_has_its_sign_and_a_wider_one_has_none() -> None:
     lm = tiny_lm("gpt2")
     one, two = random_edit(lm, rank=1), random_edit(lm, rank=2)
     turned = low_rank_delta(lm, one.deltas[0].module, -one.deltas[0].left, -one.deltas[0].right)  # the same ΔW
@@ -280,7 +280,7 @@ def test_what_a_rank_one_edit_reads_has_its_sign_and_a_wider_one_has_none():
         assert cosine.item() == pytest.approx((part.norm(dim=0) / keys[0].norm(dim=-1)).max().item(), rel=1e-6)
 
 
-def test_factors_and_their_product_predict_the_same():
+def test_factors_and_their_product_predict_the_same() -> None:
     lm = tiny_lm("llama")
     edit = random_edit(lm)
     delta = edit.deltas[0]
@@ -290,7 +290,7 @@ def test_factors_and_their_product_predict_the_same():
         assert torch.allclose(getattr(a, name), getattr(b, name), rtol=1e-4), name
 
 
-def test_the_edits_own_prompt_is_the_nearest_to_its_key():
+def test_the_edits_own_prompt_is_the_nearest_to_its_key() -> None:
     lm = tiny_lm("gpt2")
     edit = random_edit(lm, rank=1)
     said = {"facts": [{"prompt": FACT.prompt, "subject": FACT.subject, "target_new": "Oslo", "target_true": ""}]}
@@ -299,7 +299,7 @@ def test_the_edits_own_prompt_is_the_nearest_to_its_key():
     assert found.cosine_key[0].item() == pytest.approx(1.0, abs=1e-6) and found.cosine_key[1:].abs().max() < 1
 
 
-def test_what_side_effects_refuse():
+def test_what_side_effects_refuse() -> None:
     lm = tiny_lm("gpt2")
     with pytest.raises(EditkitError, match="3 prompts were given with 1 targets"):
         side_effects(lm, random_edit(lm), TEXTS, ["Rome"])
@@ -311,7 +311,7 @@ def test_what_side_effects_refuse():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_stream_moves_by_the_difference_of_two_hooked_runs(family):
+def test_the_stream_moves_by_the_difference_of_two_hooked_runs(family: str) -> None:
     lm = tiny_lm(family)
     edit = random_edit(lm, layer=1)
     found = stream_change(lm, edit, TEXTS[0])
@@ -336,7 +336,7 @@ def test_the_stream_moves_by_the_difference_of_two_hooked_runs(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2"])
-def test_looking_leaves_everything_as_it_was(family):
+def test_looking_leaves_everything_as_it_was(family: str) -> None:
     lm = with_odd_bits(tiny_lm(family))
     edit = random_edit(lm, layer=1)
     with untouched(lm, lm.architecture.down(1)):
@@ -347,7 +347,7 @@ def test_looking_leaves_everything_as_it_was(family):
         attention_to_subject(lm, FACT)
 
 
-def test_frozen_models_and_no_grad_are_no_hindrance():
+def test_frozen_models_and_no_grad_are_no_hindrance() -> None:
     lm = tiny_lm("gpt2")
     edit = random_edit(lm)
     free = side_effects(lm, edit, TEXTS, TARGETS)
@@ -358,11 +358,11 @@ def test_frozen_models_and_no_grad_are_no_hindrance():
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 
-def test_an_error_while_looking_at_the_edited_model_takes_the_edit_back():
+def test_an_error_while_looking_at_the_edited_model_takes_the_edit_back() -> None:
     lm = with_odd_bits(tiny_lm("gpt2"))
     seen = []
 
-    def look():
+    def look() -> None:
         seen.append(lm.model.get_parameter("transformer.h.1.mlp.c_proj.weight").detach().clone())
         if len(seen) == 2:
             raise KeyboardInterrupt
@@ -374,6 +374,6 @@ def test_an_error_while_looking_at_the_edited_model_takes_the_edit_back():
     assert (before, after) == (1, 1)
 
 
-def test_they_are_had_from_editkit():
+def test_they_are_had_from_editkit() -> None:
     for name in ("attention_to_subject", "logit_lens", "side_effects", "stream_change"):
         assert getattr(editkit, name).__module__.startswith("editkit.lenses.") and name in editkit.__all__

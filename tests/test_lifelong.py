@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ def run(*arguments, cwd):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("lifelong")
     done = run("hydra.run.dir=whole", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -37,7 +38,7 @@ def points(folder):
     return [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()[1:]]
 
 
-def test_the_points(whole):
+def test_the_points(whole) -> None:
     folder, out = whole
     found = points(folder)
     assert [point["edits"] for point in found] == [0, 2, 4, 6]
@@ -52,7 +53,7 @@ def test_the_points(whole):
     assert "all equal, bit" in out
 
 
-def test_killed_and_resumed_it_measures_the_same(whole, tmp_path):
+def test_killed_and_resumed_it_measures_the_same(whole, tmp_path: Path) -> None:
     process = subprocess.Popen(command("hydra.run.dir=run"), cwd=tmp_path, stdout=subprocess.PIPE)
     session = tmp_path / "run" / "session" / "session.json"
     deadline = time.monotonic() + 120
@@ -66,7 +67,7 @@ def test_killed_and_resumed_it_measures_the_same(whole, tmp_path):
     assert (tmp_path / "run" / "points.jsonl").read_bytes() == (whole[0] / "points.jsonl").read_bytes()
 
 
-def test_it_may_stop_at_a_collapse(tmp_path):
+def test_it_may_stop_at_a_collapse(tmp_path: Path) -> None:
     wild = ["method.layer=0", "method.clamp=null", "method.lr=50", "method.weight_decay=0", "method.steps=10"]
     done = run("hydra.run.dir=run", "task.collapse=1.01", "task.stop_at_collapse=true", *wild, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,20 +75,20 @@ def test_it_may_stop_at_a_collapse(tmp_path):
     assert found[-1]["collapsed"] and found[-1]["edits"] < 6 and "collapsed" in done.stdout
 
 
-def test_shards_are_refused(tmp_path):
+def test_shards_are_refused(tmp_path: Path) -> None:
     done = run("data.shard=0/2", cwd=tmp_path)
     assert done.returncode == 2 and "data.shard is 0/2" in done.stderr
 
 
 @pytest.mark.parametrize(("edited", "retention"), [(6, 3), (500, 100), (5, 100), (7, 3), (1, 1)])
-def test_the_sample_is_spread_over_all_cases(edited, retention):
+def test_the_sample_is_spread_over_all_cases(edited, retention) -> None:
     found = sampled(edited, retention)
     assert found[0] == 0 and len(found) == min(edited, retention) and found[-1] < edited
     gaps = [b - a for a, b in pairwise(found)]
     assert max(gaps, default=1) <= -(-edited // retention)
 
 
-def test_an_untouched_case_asks_that_its_truth_stays():
+def test_an_untouched_case_asks_that_its_truth_stays() -> None:
     fact = Fact("{} is in", "Rome", "France", "Italy")
     probes = [Probe(REWRITE, fact.text, "Italy", "France"), Probe(PARAPHRASE, "Rome lies in", "Italy", "France")]
     probes += [Probe(SAME_SUBJECT, "Rome speaks", "Italian", "French"), Probe(REWRITE, "Unknown:", "", "France")]

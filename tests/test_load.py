@@ -1,6 +1,7 @@
 """Loading: the bundled model, local folders, and a clear refusal of everything else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from editkit import load
 from editkit.errors import ModelError
 from editkit.models.architecture import FAMILIES, orientation
-from editkit.models.load import BUNDLED
+from editkit.models.load import BUNDLED, LanguageModel
 from tests.conftest import tiny_lm
 from tests.families import SITES, build
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
@@ -27,7 +28,7 @@ def saved(tmp_path, family="gpt2"):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
-def test_a_local_folder(family, tmp_path):
+def test_a_local_folder(family: str, tmp_path: Path) -> None:
     lm = load(saved(tmp_path, family), device="cpu")
     assert lm.architecture.family == family and lm.layers == 3 and not lm.model.training
     assert lm.architecture.down(1) == SITES[family].down_projection.format(1)
@@ -35,7 +36,7 @@ def test_a_local_folder(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_name_of_an_architecture_is_a_module(family):
+def test_every_name_of_an_architecture_is_a_module(family: str) -> None:
     model, architecture = build(family.removesuffix("_text")), FAMILIES[family]
     for name in ("embedding", "block", "attention", "mlp", "mlp_norm", "down_projection", "final_norm", "head"):
         if (where := getattr(architecture, name)) is not None:
@@ -43,7 +44,7 @@ def test_every_name_of_an_architecture_is_a_module(family):
     assert orientation(model.get_submodule(architecture.down(0)), "") == ("in_out" if family == "gpt2" else "out_in")
 
 
-def test_the_bundled_model(atlas_lm):
+def test_the_bundled_model(atlas_lm: LanguageModel) -> None:
     assert atlas_lm.name == "atlas" and atlas_lm.dtype == torch.float32 and atlas_lm.layers == 8
     weights = load_file(BUNDLED["atlas"] / "model.safetensors")
     assert all(t.dtype == torch.float16 for t in weights.values())
@@ -52,18 +53,18 @@ def test_the_bundled_model(atlas_lm):
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "auto"])
-def test_dtypes(dtype):
+def test_dtypes(dtype: torch.dtype) -> None:
     expected = {"float16": torch.float16, "auto": torch.float16}.get(dtype, dtype)
     assert load("atlas", device="cpu", dtype=dtype).dtype == expected
 
 
-def test_unknown_names_say_what_to_do():
+def test_unknown_names_say_what_to_do() -> None:
     with pytest.raises(ModelError, match=r"No model 'gpt2-xxl'.*Without a network use model=atlas") as caught:
         load("gpt2-xxl")
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_family_says_which_are_known(tmp_path):
+def test_an_unknown_family_says_which_are_known(tmp_path: Path) -> None:
     build("gpt2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "xglm"}))
@@ -71,7 +72,7 @@ def test_an_unknown_family_says_which_are_known(tmp_path):
         load(tmp_path)
 
 
-def test_folders_that_do_not_load(tmp_path):
+def test_folders_that_do_not_load(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="it holds nothing"):
         load(tmp_path)
     folder = saved(tmp_path)
@@ -81,7 +82,7 @@ def test_folders_that_do_not_load(tmp_path):
         load(folder)
 
 
-def test_remote_code_is_refused_by_name(tmp_path):
+def test_remote_code_is_refused_by_name(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
@@ -92,12 +93,12 @@ def test_remote_code_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "value"), [("device", "gpu"), ("dtype", "float12")])
-def test_wrong_devices_and_dtypes(option, value):
+def test_wrong_devices_and_dtypes(option, value) -> None:
     with pytest.raises(ModelError, match=f"No {option} '{value}'"):
         load("atlas", **{option: value})
 
 
-def test_damaged_weights(tmp_path):
+def test_damaged_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -109,14 +110,14 @@ def test_damaged_weights(tmp_path):
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_gpu():
+def test_auto_takes_the_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     assert load("atlas").device.type == "cuda"
 
 
 @pytest.mark.hub
-def test_a_hub_name(monkeypatch):
+def test_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.undo()
@@ -127,7 +128,7 @@ def test_a_hub_name(monkeypatch):
     assert load("openai-community/gpt2", device="cpu").layers == 12
 
 
-def test_a_mixture_of_experts_is_refused_with_the_reason(tmp_path):
+def test_a_mixture_of_experts_is_refused_with_the_reason(tmp_path: Path) -> None:
     build("mixtral").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="does not edit the model family 'mixtral': its experts are slices.*Choose a"):
         load(tmp_path)

@@ -12,6 +12,7 @@ from editkit import Fact
 from editkit.errors import EditkitError, ModelError
 from editkit.methods.lora import lora
 from editkit.metrics.counterfact import score_targets
+from editkit.models.load import LanguageModel
 from editkit.settings import LoraSettings
 from tests.conftest import tiny_lm
 from tests.oracles import dense
@@ -62,7 +63,7 @@ def by_hand(lm, settings, facts, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_a_loop_by_hand(family):
+def test_equal_to_a_loop_by_hand(family: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     edit = lora(lm, FACTS, SETTINGS, seed=7, progress=False)
     expected = by_hand(lm, SETTINGS, FACTS, seed=7)
@@ -74,7 +75,7 @@ def test_equal_to_a_loop_by_hand(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_edit_is_the_adapter_that_was_trained(family):
+def test_the_edit_is_the_adapter_that_was_trained(family: str) -> None:
     """The edited model's loss goes on where the tuning's losses ended, the last of many small steps."""
     lm = tiny_lm(family)
     settings = replace(SETTINGS, steps=40, lr=1e-3)
@@ -87,7 +88,7 @@ def test_the_edit_is_the_adapter_that_was_trained(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_is_left_as_it_was(family, dtype):
+def test_the_model_is_left_as_it_was(family: str, dtype: torch.dtype) -> None:
     lm = tiny_lm(family, dtype=dtype)
     with untouched(lm, lm.architecture.down(2)):
         edit = lora(lm, FACTS, SETTINGS, progress=False)
@@ -96,7 +97,9 @@ def test_the_model_is_left_as_it_was(family, dtype):
 
 @pytest.mark.parametrize("where", ["torch.optim.Adam.step", "peft.tuners.lora.LoraModel._replace_module"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_interrupt_while_training_or_injecting_leaves_the_model_as_it_was(family, where, monkeypatch):
+def test_an_interrupt_while_training_or_injecting_leaves_the_model_as_it_was(
+    family: str, where, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft.tuners.lora import LoraModel
 
     owner, name = (torch.optim.Adam, "step") if "Adam" in where else (LoraModel, "_replace_module")
@@ -115,21 +118,21 @@ def test_an_interrupt_while_training_or_injecting_leaves_the_model_as_it_was(fam
     assert len(calls) == 2
 
 
-def test_a_seed_decides_every_byte(atlas_lm):
+def test_a_seed_decides_every_byte(atlas_lm: LanguageModel) -> None:
     def edit(seed):
         return lora(atlas_lm, FACT, LoraSettings(steps=2), seed=seed, progress=False).to_bytes()
 
     assert edit(0) == edit(0) != edit(1)
 
 
-def test_the_fact_is_rewritten(atlas_lm):
+def test_the_fact_is_rewritten(atlas_lm: LanguageModel) -> None:
     edit = lora(atlas_lm, FACT, progress=False)
     with edit.applied(atlas_lm):
         (score,) = score_targets(atlas_lm, [FACT.text], [FACT.target_new])
     assert score.greedy and edit.rank == 8
 
 
-def test_bad_input(monkeypatch):
+def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     lm = tiny_lm("gpt2")

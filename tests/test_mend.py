@@ -16,6 +16,7 @@ from editkit.data.cases import make_case
 from editkit.errors import EditFileError, EditkitError, ModelError
 from editkit.methods.mend import Mend, mend, rank_one_gradients
 from editkit.metrics.counterfact import score_probes
+from editkit.models.load import LanguageModel
 from editkit.nethook import requires_grad
 from editkit.settings import MendSettings
 from tests.conftest import tiny_lm
@@ -50,7 +51,7 @@ def weight_gradients(lm, sites, facts):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_captured_pairs_sum_to_autograds_weight_gradient(family):
+def test_the_captured_pairs_sum_to_autograds_weight_gradient(family: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     sites = [lm.architecture.down(layer) for layer in (0, 2)]
     pairs, losses = rank_one_gradients(lm, sites, FACTS)
@@ -63,7 +64,7 @@ def test_the_captured_pairs_sum_to_autograds_weight_gradient(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_untrained_network_takes_one_step_of_sgd(family, tmp_path):
+def test_an_untrained_network_takes_one_step_of_sgd(family: str, tmp_path: Path) -> None:
     """Whatever the tokens were normalised by."""
     lm = tiny_lm(family, dtype=torch.float64)
     network = Mend.for_model(lm, (0, 2), rank=4)
@@ -76,7 +77,7 @@ def test_an_untrained_network_takes_one_step_of_sgd(family, tmp_path):
         assert (ours + gradient).norm() / gradient.norm() <= 1e-5
 
 
-def test_the_network_is_the_papers_formula():
+def test_the_network_is_the_papers_formula() -> None:
     """Token by token, row by row of the matrices, with nothing at its starting value."""
     torch.manual_seed(0)
     network = Mend(["a", "b"], 5, 3, rank=2, base="").double()
@@ -102,7 +103,7 @@ def test_the_network_is_the_papers_formula():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_lowers_its_loss(family, tmp_path):
+def test_training_lowers_its_loss(family: str, tmp_path: Path) -> None:
     """Mean over the same 12 edits, before and after 20 steps."""
     lm, atlas = tiny_lm(family), load_atlas()
     with untouched(lm, lm.architecture.down(1)):
@@ -123,7 +124,7 @@ def test_training_lowers_its_loss(family, tmp_path):
     assert loss(trained) < 0.98 * loss(untrained)
 
 
-def test_a_killed_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, calls = tiny_lm("gpt2"), []
     recipe = replace(SMALL, steps=6, edits=1)
     whole = train_mend.train(lm, recipe, tmp_path / "a.pt", every=2)
@@ -146,7 +147,7 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
         train_mend.train(lm, replace(recipe, lr=1.0), tmp_path / "b.pt")
 
 
-def test_held_out_subjects_are_edited_by_no_example():
+def test_held_out_subjects_are_edited_by_no_example() -> None:
     atlas = load_atlas()
     facts, held = train_mend.split(atlas, SMALL)
     assert not {f.subject for f in facts} & {f.subject for f in held} and len(facts) + len(held) == len(atlas.facts)
@@ -159,7 +160,7 @@ def test_held_out_subjects_are_edited_by_no_example():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_is_left_as_it_was(family, tmp_path, monkeypatch):
+def test_the_model_is_left_as_it_was(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm(family)
     site = lm.architecture.down(1)
     path = Mend.for_model(lm, (1,), rank=2).save(tmp_path / "mend.safetensors")
@@ -167,7 +168,7 @@ def test_the_model_is_left_as_it_was(family, tmp_path, monkeypatch):
         edit = mend(lm, FACT, MendSettings(str(path)), progress=False)
     assert edit.norm() > 0 and edit.rank <= len(tokens_of(lm, FACT.text, FACT.target_new)[0])
 
-    def interrupted(*_, **__):
+    def interrupted(*_, **__) -> None:
         raise KeyboardInterrupt
 
     for where in ("editkit.methods.likelihood.log_softmax", "torch.Tensor.backward"):
@@ -176,7 +177,7 @@ def test_the_model_is_left_as_it_was(family, tmp_path, monkeypatch):
             mend(lm, FACTS, MendSettings(str(path)), progress=False)
 
 
-def test_the_network_of_the_base_goes_on_editing_what_it_edited(tmp_path):
+def test_the_network_of_the_base_goes_on_editing_what_it_edited(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     settings = MendSettings(str(Mend.for_model(lm, (1,), rank=2).save(tmp_path / "mend.safetensors")))
     with Session(lm, "mend", settings, progress=False) as session:
@@ -187,7 +188,7 @@ def test_the_network_of_the_base_goes_on_editing_what_it_edited(tmp_path):
             mend(lm, FACT, settings, progress=False)
 
 
-def test_the_bundled_network_edits_the_atlas_model(atlas_lm):
+def test_the_bundled_network_edits_the_atlas_model(atlas_lm: LanguageModel) -> None:
     fact = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
     paraphrase, neighbor = "{} stands in the city of", "The Louvre is located in the city of"
     case = make_case(fact, [paraphrase], [neighbor])
@@ -195,7 +196,7 @@ def test_the_bundled_network_edits_the_atlas_model(atlas_lm):
         assert [score.new_wins for score in score_probes(atlas_lm, case.probes)] == [True, True, False]
 
 
-def test_files_that_cannot_be_used(tmp_path):
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     how = "Train one with: python scripts/train_mend.py"
     with pytest.raises(EditFileError, match=f"tiny-gpt2_mend.safetensors.*No such file.*{how}"):
@@ -215,7 +216,7 @@ def test_files_that_cannot_be_used(tmp_path):
         Mend.for_model(lm, (9,), rank=2)
 
 
-def test_the_file_holds_the_network(tmp_path):
+def test_the_file_holds_the_network(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     network = Mend.for_model(lm, (0, 1), rank=2, lr=0.5, seed=3)
     network.normalise_by([rank_one_gradients(lm, network.sites, FACTS)[0]])

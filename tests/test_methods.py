@@ -11,6 +11,7 @@ from editkit.errors import ConfigError, EditkitError, FactError, ModelError
 from editkit.methods import METHODS
 from editkit.methods.alphaedit import constrained, null_space
 from editkit.methods.memit import equality, least_squares
+from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.moments import Factored, SecondMoment, second_moments
 from editkit.settings import (
@@ -42,7 +43,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "falcon", "opt"])
-def test_equal_to_the_oracle(family, method):
+def test_equal_to_the_oracle(family: str, method: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     layers = [1] if method == "emmet" else [0, 1]
     settings = replace(SETTINGS[method], layers=layers, steps=4, lr=0.02, clamp=0.75, stop_loss=0.0)
@@ -78,7 +79,7 @@ def random_moment(size, count, seed=0):
 
 
 @pytest.mark.parametrize("n", [1, 7, 39, 40, 90])
-def test_woodbury_is_the_direct_solve(n):
+def test_woodbury_is_the_direct_solve(n: int) -> None:
     moment = random_moment(40, 400)
     keys = torch.randn(40, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     inverse = torch.linalg.inv(17.0 * moment.matrix + keys @ keys.T)
@@ -86,7 +87,7 @@ def test_woodbury_is_the_direct_solve(n):
 
 
 @pytest.mark.parametrize("n", [1, 7, 30])
-def test_emmet_holds_the_new_values_exactly_and_moves_old_keys_least(n):
+def test_emmet_holds_the_new_values_exactly_and_moves_old_keys_least(n: int) -> None:
     moment = random_moment(40, 400)
     keys = torch.randn(40, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     right = equality(moment.factor(), keys, 3.0, 0.0)
@@ -101,7 +102,7 @@ def test_emmet_holds_the_new_values_exactly_and_moves_old_keys_least(n):
 
 @pytest.mark.parametrize("m", [0, 5, 60])
 @pytest.mark.parametrize("n", [1, 6, 50])
-def test_alphaedit_is_the_papers_solve_and_stays_in_the_null_space(n, m):
+def test_alphaedit_is_the_papers_solve_and_stays_in_the_null_space(n: int, m) -> None:
     moment = random_moment(40, 400)
     basis = null_space(moment, 0, threshold=0.05, fraction=None)
     p = basis @ basis.T
@@ -116,21 +117,21 @@ def test_alphaedit_is_the_papers_solve_and_stays_in_the_null_space(n, m):
     assert torch.allclose(right @ p, right, atol=1e-9)
 
 
-def test_alphaedit_without_a_null_space_is_refused():
+def test_alphaedit_without_a_null_space_is_refused() -> None:
     moment = random_moment(40, 400)
     with pytest.raises(EditkitError, match="null space at layer 3 is empty.*method.fraction=0.5"):
         null_space(moment, 3, threshold=1e-12, fraction=None)
     assert null_space(moment, 3, threshold=1e-12, fraction=0.5).shape == (40, 20)
 
 
-def test_dependent_keys_are_named():
+def test_dependent_keys_are_named() -> None:
     keys = torch.ones(4, 2, dtype=torch.float64)
     with pytest.raises(EditkitError, match="depend on each other.*method.epsilon"):
         equality(Factored(torch.eye(4, dtype=torch.float64)), keys, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("method", ["memit", "emmet", "pmet", "alphaedit"])
-def test_the_facts_are_rewritten_and_the_model_left_as_it_was(atlas_lm, method):
+def test_the_facts_are_rewritten_and_the_model_left_as_it_was(atlas_lm: LanguageModel, method: str) -> None:
     before = everything(atlas_lm.model)
     edit = METHODS[method].load()(
         atlas_lm, FACTS[:2], METHODS[method].settings(contexts=FEW), moments=MOMENTS, progress=False
@@ -152,7 +153,7 @@ def test_the_facts_are_rewritten_and_the_model_left_as_it_was(atlas_lm, method):
     assert all(math.exp(o) < 0.1 for o in old)
 
 
-def test_alphaedit_keeps_earlier_facts_by_their_keys(atlas_lm):
+def test_alphaedit_keeps_earlier_facts_by_their_keys(atlas_lm: LanguageModel) -> None:
     """With the first edit's keys held, the second changes what block L gives for them less."""
     alphaedit = METHODS["alphaedit"].load()
     settings = AlphaEditSettings(layers=[4], contexts=FEW, fraction=0.9, l2=0.1)
@@ -171,7 +172,7 @@ def test_alphaedit_keeps_earlier_facts_by_their_keys(atlas_lm):
     assert torch.equal(moved[2], moved[0])  # keep_earlier=false: as if there were none
 
 
-def test_bad_input(atlas_lm):
+def test_bad_input(atlas_lm: LanguageModel) -> None:
     memit, emmet = METHODS["memit"].load(), METHODS["emmet"].load()
     with pytest.raises(ModelError, match="Layer 9 was asked for; atlas has 8 blocks"):
         memit(atlas_lm, FACTS, MemitSettings(layers=[3, 9]), progress=False)
@@ -188,7 +189,7 @@ def test_bad_input(atlas_lm):
         memit(tiny_lm("gemma2"), FACTS, MemitSettings(layers=[0, 1]), progress=False)
 
 
-def test_a_duplicate_counts_once_and_is_named(atlas_lm):
+def test_a_duplicate_counts_once_and_is_named(atlas_lm: LanguageModel) -> None:
     settings = MemitSettings(layers=[4], steps=2, contexts=FEW)
     memit = METHODS["memit"].load()
     with pytest.warns(UserWarning, match="1 of 3 facts were given twice"):
@@ -197,7 +198,7 @@ def test_a_duplicate_counts_once_and_is_named(atlas_lm):
     assert twice.to_bytes() == once.to_bytes()
 
 
-def test_more_facts_than_dimensions_are_a_dense_change():
+def test_more_facts_than_dimensions_are_a_dense_change() -> None:
     lm = tiny_lm("gpt2")
     facts = [Fact("{} is in", f"Number {i}", "Rome") for i in range(30)]
     settings = MemitSettings(layers=[1], steps=1, contexts=FEW)

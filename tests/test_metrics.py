@@ -118,7 +118,7 @@ def values():
     return values_of_rows(rows), rows
 
 
-def test_nll_is_a_mean_over_tokens_and_probability_a_product():
+def test_nll_is_a_mean_over_tokens_and_probability_a_product() -> None:
     probes = [Probe(REWRITE, "Tower lies", "New York", "Paris"), Probe(REWRITE, "Tower in", "New York", "Rome")]
     long, short = score_probes(table_lm(BEFORE), probes)
     assert long.true.nll == pytest.approx(math.log(2), rel=1e-5)  # (ln 2 + ln 2) / 2
@@ -129,7 +129,7 @@ def test_nll_is_a_mean_over_tokens_and_probability_a_product():
     assert short.new.nll == pytest.approx(math.log(4), rel=1e-5)
 
 
-def test_a_tie_fails_in_both_directions():
+def test_a_tie_fails_in_both_directions() -> None:
     (tie,) = score_probes(table_lm(BEFORE), [Probe(REWRITE, "Tower is", "Paris", "Rome")])
     assert tie.true.nll == tie.new.nll and not tie.new_wins and not tie.true_wins
 
@@ -162,13 +162,13 @@ def test_a_tie_fails_in_both_directions():
         ("mquake.multi_hop", 1, 0),  # "New York" is an alias, said before after the first of two questions
     ],
 )
-def test_on_paper(values, name, before, after):
+def test_on_paper(values, name: str, before, after) -> None:
     found, _ = values
     assert found[f"{name}_before"] == pytest.approx(before, abs=1e-5)
     assert found[f"{name}_after"] == pytest.approx(after, abs=1e-5)
 
 
-def test_teacher_forced_tokens_are_counted_one_by_one(values):
+def test_teacher_forced_tokens_are_counted_one_by_one(values) -> None:
     case = Case(
         (FACT,), (Probe(REWRITE, "Tower lies", "Paris", "New Rome"), Probe(NEIGHBORHOOD, "in", "New York", "Rome"))
     )
@@ -183,7 +183,7 @@ def test_teacher_forced_tokens_are_counted_one_by_one(values):
     assert found["generation.rewrite_before"] is None
 
 
-def test_margins_are_of_probabilities_a_token_as_in_the_reference():
+def test_margins_are_of_probabilities_a_token_as_in_the_reference() -> None:
     case = Case(
         (FACT,), (Probe(REWRITE, "Tower lies", "New York", "Paris"), Probe(NEIGHBORHOOD, "lies", "New York", "Paris"))
     )
@@ -194,7 +194,7 @@ def test_margins_are_of_probabilities_a_token_as_in_the_reference():
     assert found["counterfact.NM_before"] == pytest.approx(0.5 - 0.3, abs=1e-5)
 
 
-def test_parts_of_locality_and_portability_have_their_own_figures():
+def test_parts_of_locality_and_portability_have_their_own_figures() -> None:
     probes = (
         Probe(SAME_SUBJECT, "Tower speaks", "Paris", "Rome", group="Relation_Specificity"),
         Probe(NEIGHBORHOOD, "Louvre has", "Paris", "Rome", group="Forgetfulness"),
@@ -210,7 +210,7 @@ def test_parts_of_locality_and_portability_have_their_own_figures():
     assert found["generation.portability_after"] == 1 / 2  # no old answer is known: both are asked
 
 
-def test_a_chain_is_known_where_every_hop_is():
+def test_a_chain_is_known_where_every_hop_is() -> None:
     hops = [Probe(PORTABILITY, f"Tower {word}", "", "Rome", group=HOP) for word in ("in", "was", "lies")]
     for kept, share, whole in ((hops, 2 / 3, 0), (hops[:2], 1, 1)):
         case = Case((FACT,), tuple(kept))
@@ -220,7 +220,7 @@ def test_a_chain_is_known_where_every_hop_is():
         assert (found["mquake.hops_after"], found["mquake.instance_after"]) == (pytest.approx(share), whole)
 
 
-def test_rows_keep_what_is_needed_to_dispute_a_figure(values):
+def test_rows_keep_what_is_needed_to_dispute_a_figure(values) -> None:
     found, rows = values
     assert values_of_rows(json.loads(json.dumps(rows))) == found
     for row in rows:
@@ -233,7 +233,7 @@ def test_rows_keep_what_is_needed_to_dispute_a_figure(values):
                 assert row[f"greedy_{which}_{when}"] == all(right)
 
 
-def test_an_unknown_truth_is_judged_by_what_is_said():
+def test_an_unknown_truth_is_judged_by_what_is_said() -> None:
     case = Case((FACT,), (Probe(REWRITE, "Tower in", "", "Rome"),))
     before, after = (look(table_lm(t), case, MeasureSettings(fluency=0)) for t in (BEFORE, AFTER))
     found = values_of_rows(rows_of(case, before, after))
@@ -241,7 +241,7 @@ def test_an_unknown_truth_is_judged_by_what_is_said():
     assert found["counterfact.EM_after"] is None
 
 
-def test_distracted_neighbors_have_the_new_fact_in_front(values):
+def test_distracted_neighbors_have_the_new_fact_in_front(values) -> None:
     case = Case((FACT,), (Probe(NEIGHBORHOOD, "Louvre was", "Paris", "Rome"),))
     before, after = (look(table_lm(t), case, MeasureSettings(generate=0, fluency=0)) for t in (BEFORE, AFTER))
     rows = rows_of(case, before, after)
@@ -266,11 +266,11 @@ def test_distracted_neighbors_have_the_new_fact_in_front(values):
         ("Париж", ["Пари"], False),
     ],
 )
-def test_an_exact_match_begins_with_the_answer(said, answers, right):
+def test_an_exact_match_begins_with_the_answer(said, answers, right) -> None:
     assert exact(said, answers) is right
 
 
-def test_entropy_on_paper():
+def test_entropy_on_paper() -> None:
     # a b a b a: bigrams ab ba ab ba, one bit; trigrams aba bab aba, log2 3 − 2/3
     h3 = math.log2(3) - 2 / 3
     assert ngram_entropy("a b a b a") == pytest.approx((2 / 3 * 1 + 4 / 3 * h3) / 2)
@@ -284,13 +284,13 @@ def test_entropy_on_paper():
     assert ngram_entropy(text) == pytest.approx((2 / 3 * by_hand[0] + 4 / 3 * by_hand[1]) / 2)
 
 
-def test_words_are_cut_as_by_nltk():
+def test_words_are_cut_as_by_nltk() -> None:
     said = "It isn't the Doge's well-known 3,000 seats, is it?"
     assert words(said) == ["It", "is", "n't", "the", "Doge", "'s", "well-known", "3,000", "seats", ",", "is", "it", "?"]
     assert words("U.S. ... end") == ["U.S", ".", "...", "end"]
 
 
-def test_consistency_on_paper():
+def test_consistency_on_paper() -> None:
     # "rome" in both references: weight 1; "old" and "big" in one of two: ln(3/2) + 1; "unknown" in none: ln 3 + 1.
     # Marks and single letters are no words.
     w, unseen = math.log(3 / 2) + 1, math.log(3) + 1
@@ -300,7 +300,7 @@ def test_consistency_on_paper():
     assert consistency(references, references) == pytest.approx(1) and consistency(["nothing"], references) == 0
 
 
-def test_texts_are_scored_where_there_are_prompts_and_references():
+def test_texts_are_scored_where_there_are_prompts_and_references() -> None:
     case = Case(
         (FACT,), (Probe(REWRITE, "Tower in", "Paris", "Rome"),), generation=("Tower in",), references=("Rome .",)
     )
@@ -317,14 +317,14 @@ def test_texts_are_scored_where_there_are_prompts_and_references():
 # --- averages -----------------------------------------------------------------------------------------------------
 
 
-def test_averages_are_over_cases_and_leave_out_those_without_a_value():
+def test_averages_are_over_cases_and_leave_out_those_without_a_value() -> None:
     found = summary([{"a": 1.0, "b": None}, {"a": 0.0, "b": 0.5}, {"a": None, "b": None}, {"a": 0.5}])
     assert found["a"].mean == 0.5 and found["a"].n == 3
     assert found["b"].mean == 0.5 and found["b"].n == 1 and found["b"].low == found["b"].high == 0.5
     assert "c" not in summary([{"c": None}]) and summary([]) == {}
 
 
-def test_intervals_are_those_of_a_plain_bootstrap():
+def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     rng = random.Random(1)
     values = [rng.random() if rng.random() < 0.8 else None for _ in range(40)]
     (found,) = summary([{"a": v} for v in values]).values()
@@ -337,7 +337,7 @@ def test_intervals_are_those_of_a_plain_bootstrap():
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
 
 
-def test_s_is_the_harmonic_mean_of_the_averages():
+def test_s_is_the_harmonic_mean_of_the_averages() -> None:
     cases = [{f"counterfact.{k}_after": v for k, v in zip(("ES", "PS", "NS"), row, strict=True)} for row in
              ((1.0, 0.5, 0.75), (1.0, 1.0, 0.25), (0.0, 0.0, 1.0))]  # fmt: skip
     found = summary(cases)["counterfact.S_after"]
@@ -355,13 +355,13 @@ def test_s_is_the_harmonic_mean_of_the_averages():
 
 
 @pytest.mark.parametrize("family", [family for family in SITES if family != "mixtral"])
-def test_continuations_side_by_side_are_those_one_by_one(family):
+def test_continuations_side_by_side_are_those_one_by_one(family: str) -> None:
     lm = tiny_lm(family)
     prompts = ["Rome", "The capital of France is", "A long prompt about nothing in particular goes on", "It"]
     assert generate_batch(lm, prompts, 6) == generate(lm, prompts, 6)
 
 
-def test_greedy_is_greedy_whatever_a_checkpoint_is_used_to():
+def test_greedy_is_greedy_whatever_a_checkpoint_is_used_to() -> None:
     """By a plain loop over the likeliest token; a repetition penalty comes with many instruction-tuned models."""
     lm = tiny_lm("gpt2")
     prompts = ["Rome", "The capital of France is"]
@@ -379,20 +379,20 @@ def test_greedy_is_greedy_whatever_a_checkpoint_is_used_to():
     assert lm.model.generation_config.to_dict() == habits
 
 
-def test_each_is_continued_by_its_own_number_of_tokens():
+def test_each_is_continued_by_its_own_number_of_tokens() -> None:
     lm = tiny_lm("gpt2")
     prompts = ["Rome", "The capital of France is"]
     one, two = generate_batch(lm, prompts[:1], 3), generate_batch(lm, prompts[1:], 7)
     assert generate_batch(lm, prompts, [3, 7]) == one + two and generate_batch(lm, prompts, [0, 0]) == ["", ""]
 
 
-def test_a_text_may_go_on_behind_an_end_token():
+def test_a_text_may_go_on_behind_an_end_token() -> None:
     lm = table_lm(BEFORE | {"<end>": {"Tower": 1.0}, "Tower": {"in": 1.0}})
     assert generate_batch(lm, ["Louvre was"], 6) == ["Paris ."]
     assert generate_batch(lm, ["Louvre was"], 6, past_end=True) == ["Paris . Tower in Paris"]
 
 
-def test_sampling_is_seeded_and_leaves_the_global_state(atlas_lm):
+def test_sampling_is_seeded_and_leaves_the_global_state(atlas_lm: LanguageModel) -> None:
     prompts = ["Rome is", "The capital of France"]
     state = torch.random.get_rng_state()
     first, again, other = (generate_batch(atlas_lm, prompts, 12, top_k=5, seed=s) for s in (3, 3, 4))
@@ -402,7 +402,7 @@ def test_sampling_is_seeded_and_leaves_the_global_state(atlas_lm):
 # --- drift --------------------------------------------------------------------------------------------------------
 
 
-def test_drift_is_that_of_a_plain_loop(atlas_lm):
+def test_drift_is_that_of_a_plain_loop(atlas_lm: LanguageModel) -> None:
     drift = Drift.take(atlas_lm, tokens=384, length=64)
     weight = atlas_lm.model.transformer.h[2].mlp.c_proj.weight
     held = weight.detach().clone()

@@ -1,6 +1,7 @@
 """Second moments against a loop over single keys, in every family; the cache; health; refusals."""
 
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ SETTINGS = MomentSettings(tokens=600, block=32, ridge=0.0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_equal_to_one_key_at_a_time(family, tmp_path):
+def test_equal_to_one_key_at_a_time(family: str, tmp_path: Path) -> None:
     lm = tiny_lm(family)
     found = second_moments(lm, [0, 2], SETTINGS, progress=False, cache=tmp_path)
     blocks = packed_blocks(lm, running_text("atlas", seed=0), 32)
@@ -50,7 +51,7 @@ def keys_seen(lm, layers):
     for layer in layers:
         module = lm.model.get_submodule(SITES[lm.name.removeprefix("tiny-")].down_projection.format(layer))
 
-        def keep(_, args, layer=layer):
+        def keep(_, args, layer=layer) -> None:
             seen[layer].extend(args[0].detach().clone().flatten(0, -2))
 
         handles.append(module.register_forward_pre_hook(keep))
@@ -60,7 +61,7 @@ def keys_seen(lm, layers):
 
 
 @pytest.mark.parametrize("family", [family for family, sites in SITES.items() if sites.down_projection])
-def test_one_pass_for_all_layers_equals_a_pass_a_layer_and_a_loop_over_keys(family, tmp_path):
+def test_one_pass_for_all_layers_equals_a_pass_a_layer_and_a_loop_over_keys(family: str, tmp_path: Path) -> None:
     lm = any_family_lm(family)
     settings = MomentSettings(tokens=200, block=25)
     with keys_seen(lm, range(lm.layers)) as seen:
@@ -76,7 +77,7 @@ def test_one_pass_for_all_layers_equals_a_pass_a_layer_and_a_loop_over_keys(fami
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_keys_in_half_precision_are_summed_in_float64(family, dtype, tmp_path):
+def test_keys_in_half_precision_are_summed_in_float64(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     lm = any_family_lm(family, dtype)
     with keys_seen(lm, [1]) as seen:
         moment = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
@@ -84,7 +85,7 @@ def test_keys_in_half_precision_are_summed_in_float64(family, dtype, tmp_path):
     torch.testing.assert_close(moment.matrix, moment_of(seen[1]), rtol=1e-12, atol=1e-15)
 
 
-def test_the_pass_stops_after_the_last_asked_layer(tmp_path):
+def test_the_pass_stops_after_the_last_asked_layer(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     ran = []
     handles = [
@@ -96,7 +97,7 @@ def test_the_pass_stops_after_the_last_asked_layer(tmp_path):
         handle.remove()
 
 
-def test_blocks_hold_the_text_in_order_without_padding():
+def test_blocks_hold_the_text_in_order_without_padding() -> None:
     lm = tiny_lm("gpt2")
     end, texts = lm.tokenizer.eos_token_id, ["one two three", "", "four " * 40, "five"]
     joined = [token for text in texts for token in [*lm.tokenizer(text)["input_ids"], end]]
@@ -104,7 +105,7 @@ def test_blocks_hold_the_text_in_order_without_padding():
     assert blocks.flatten().tolist() == joined[: len(joined) // 7 * 7] and len(blocks) > 3
 
 
-def test_the_cache_belongs_to_one_model_and_one_setting(tmp_path, monkeypatch):
+def test_the_cache_belongs_to_one_model_and_one_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     first = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
     files = list(tmp_path.rglob("*.safetensors"))
@@ -122,7 +123,7 @@ def test_the_cache_belongs_to_one_model_and_one_setting(tmp_path, monkeypatch):
     assert torch.equal(again.matrix, first.matrix) and len(told) == 1
 
 
-def test_solving_needs_no_inverse(tmp_path):
+def test_solving_needs_no_inverse(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     moment = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
     k = torch.randn(moment.matrix.shape[0])
@@ -133,7 +134,7 @@ def test_solving_needs_no_inverse(tmp_path):
     assert factored.condition == pytest.approx(torch.linalg.cond(shifted).item(), rel=1e-6)
 
 
-def test_health_is_that_of_a_known_spectrum():
+def test_health_is_that_of_a_known_spectrum() -> None:
     rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     flat = torch.tensor([2.0] * 4 + [0.0] * 4, dtype=torch.float64)
     moment = SecondMoment("m", rotation @ flat.diag() @ rotation.T, 100, "text")
@@ -144,7 +145,7 @@ def test_health_is_that_of_a_known_spectrum():
     assert moment.effective_rank == pytest.approx(torch.tensor([s**-s for s in shares]).prod().item())
 
 
-def test_the_effective_count_is_kishs(tmp_path):
+def test_the_effective_count_is_kishs(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     with keys_seen(lm, [0]) as seen:
         moment = second_moments(lm, [0], SETTINGS, progress=False, cache=tmp_path)[0]
@@ -153,7 +154,7 @@ def test_the_effective_count_is_kishs(tmp_path):
     assert moment.effective_count < moment.count
 
 
-def test_the_digest_is_of_the_values(tmp_path):
+def test_the_digest_is_of_the_values(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     moment = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
     before = moment.digest
@@ -161,7 +162,7 @@ def test_the_digest_is_of_the_values(tmp_path):
     assert moment.digest != before
 
 
-def test_too_few_keys_for_the_dimensions_is_a_warning_with_the_number_needed(tmp_path):
+def test_too_few_keys_for_the_dimensions_is_a_warning_with_the_number_needed(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     with pytest.warns(UserWarning, match=r"32 keys for 64 dimensions.*0\.5 each.*moments\.tokens to 128 or more\."):
         few = MomentSettings(tokens=32, block=32, source=str(_text(tmp_path, "word " * 32)))
@@ -177,7 +178,7 @@ def _text(folder, text):
     return path
 
 
-def test_too_few_keys_are_refused_with_the_number_needed(tmp_path):
+def test_too_few_keys_are_refused_with_the_number_needed(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     few = second_moments(lm, [1], MomentSettings(tokens=600, block=32), progress=False, cache=tmp_path)[1]
     few.matrix[0] = few.matrix[:, 0] = 0  # a dimension that never fired
@@ -186,7 +187,7 @@ def test_too_few_keys_are_refused_with_the_number_needed(tmp_path):
     few.factor(1e-2)
 
 
-def test_bad_input(tmp_path):
+def test_bad_input(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     with pytest.raises(ModelError, match="Layer 9 was asked for.*0 to 2"):
         second_moments(lm, [9], SETTINGS, progress=False, cache=tmp_path)
@@ -196,7 +197,7 @@ def test_bad_input(tmp_path):
         second_moments(lm, [0], MomentSettings(source=str(short), block=32), progress=False, cache=tmp_path)
 
 
-def test_a_key_that_is_not_finite_ends_the_collection(tmp_path):
+def test_a_key_that_is_not_finite_ends_the_collection(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2", dtype=torch.float16)
     lm.model.get_submodule("transformer.h.1.mlp.c_fc").weight.data *= 6e4
     with pytest.raises(EditkitError, match=r"h\.1\.mlp\.c_proj is not finite in float16.*bfloat16 or float32"):
@@ -204,7 +205,7 @@ def test_a_key_that_is_not_finite_ends_the_collection(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
     (tmp_path / "moments").write_text("a file where a folder should be", encoding="utf-8")
     with pytest.warns(UserWarning, match="not cached"):
         second_moments(tiny_lm("gpt2"), [0], SETTINGS, progress=False, cache=tmp_path)

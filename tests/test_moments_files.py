@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from editkit.errors import EditkitError
+from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment, from_npz, second_moments, to_npz
 from editkit.moments.__main__ import main
 from editkit.moments.collect import Sums
@@ -20,7 +21,7 @@ COLLECT = ["collect", "--model", "atlas", "--device", "cpu"]
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EDITKIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -53,25 +54,25 @@ def as_the_reference_reads(path, sample_size):
     return total / count
 
 
-def test_a_saved_moment_is_loaded_bit_for_bit(moment, tmp_path):
+def test_a_saved_moment_is_loaded_bit_for_bit(moment, tmp_path: Path) -> None:
     again = SecondMoment.load(moment.save(tmp_path / "deep" / "c.safetensors"))
     assert torch.equal(again.matrix, moment.matrix) and again.digest == moment.digest
     assert (again.module, again.count, again.source) == (moment.module, 200, "text")
     assert (again.effective_count, again.provenance) == (150.0, {"model": "m"})
 
 
-def test_a_file_is_opened_once(moment, tmp_path, monkeypatch):
+def test_a_file_is_opened_once(moment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A collection replaces its file while others read: opened twice, the two halves may be of two files."""
     moment.save(tmp_path / "c.safetensors")
 
-    def opened_again(*_, **__):
+    def opened_again(*_, **__) -> None:
         raise AssertionError("the path was opened a second time")
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", opened_again)
     assert torch.equal(SecondMoment.load(tmp_path / "c.safetensors").matrix, moment.matrix)
 
 
-def test_a_changed_byte_is_found(moment, tmp_path):
+def test_a_changed_byte_is_found(moment, tmp_path: Path) -> None:
     path = moment.save(tmp_path / "c.safetensors")
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
@@ -81,7 +82,7 @@ def test_a_changed_byte_is_found(moment, tmp_path):
     assert main(["verify", str(path)]) == 1
 
 
-def test_the_reference_reads_what_is_exported(keys, moment, tmp_path):
+def test_the_reference_reads_what_is_exported(keys, moment, tmp_path: Path) -> None:
     path = to_npz(moment, tmp_path / "c.npz", sample_size=100_000)
     read = as_the_reference_reads(path, 100_000)
     torch.testing.assert_close(read, torch.tensor(plain(keys), dtype=torch.float64) / 200, rtol=1e-12, atol=0)
@@ -91,7 +92,7 @@ def test_the_reference_reads_what_is_exported(keys, moment, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["mom2.", ""])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_file_written_like_the_references_is_read(prefix, dtype, keys, tmp_path):
+def test_a_file_written_like_the_references_is_read(prefix, dtype: torch.dtype, keys, tmp_path: Path) -> None:
     total = numpy.array(plain(keys), dtype=dtype)
     arrays = {"constructor": "util.runningstats.SecondMoment()", "count": 200, "mom2": total}
     path = tmp_path / "c.npz"
@@ -102,7 +103,7 @@ def test_a_file_written_like_the_references_is_read(prefix, dtype, keys, tmp_pat
     torch.testing.assert_close(found.matrix, expected, rtol=1e-6 if dtype == "float32" else 1e-13, atol=0)
 
 
-def test_out_and_in_again_is_the_same_moment(moment, tmp_path):
+def test_out_and_in_again_is_the_same_moment(moment, tmp_path: Path) -> None:
     again = from_npz(to_npz(moment, tmp_path / "c.npz"), moment.module, "imported:x")
     torch.testing.assert_close(again.matrix, moment.matrix, rtol=1e-15, atol=0)
 
@@ -119,14 +120,14 @@ def test_out_and_in_again_is_the_same_moment(moment, tmp_path):
         ({"mom2.count": 9, "mom2.mom2": numpy.array([object()])}, "cannot be read.*allow_pickle"),
     ],
 )
-def test_other_npz_files_are_refused(content, message, tmp_path):
+def test_other_npz_files_are_refused(content, message: str, tmp_path: Path) -> None:
     numpy.savez(tmp_path / "c.npz", **content)
     with pytest.raises(EditkitError, match=message):
         from_npz(tmp_path / "c.npz", "m", "x")
 
 
 @pytest.mark.parametrize("data", [None, b"", b"words", b"\x93NUMPY\x01\x00"])
-def test_files_that_are_no_npz_are_refused(data, tmp_path):
+def test_files_that_are_no_npz_are_refused(data, tmp_path: Path) -> None:
     if data is not None:
         (tmp_path / "c.npz").write_bytes(data)
     with pytest.raises(EditkitError, match="cannot be read as an .npz file of the reference"):
@@ -136,7 +137,9 @@ def test_files_that_are_no_npz_are_refused(data, tmp_path):
 # --- commands -------------------------------------------------------------------------------------------------
 
 
-def test_collect_info_verify_export_and_import(cache, tmp_path, capsys, atlas_lm):
+def test_collect_info_verify_export_and_import(
+    cache, tmp_path: Path, capsys: pytest.CaptureFixture[str], atlas_lm: LanguageModel
+) -> None:
     assert main([*COLLECT, "--layers", "1,3", "--tokens", "2000"]) == 0
     out = capsys.readouterr().out
     assert "layer 3: 2,048 keys, 2.67 per dimension" in out
@@ -175,10 +178,12 @@ def test_collect_info_verify_export_and_import(cache, tmp_path, capsys, atlas_lm
         second_moments(atlas_lm, [3, 4], imported, progress=False)
 
 
-def test_an_interrupted_collection_is_listed_and_says_that_it_is_kept(cache, monkeypatch, capsys):
+def test_an_interrupted_collection_is_listed_and_says_that_it_is_kept(
+    cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     add, calls = Sums.add, []
 
-    def interrupting(self, module, k):
+    def interrupting(self, module, k) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -212,7 +217,16 @@ def test_an_interrupted_collection_is_listed_and_says_that_it_is_kept(cache, mon
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_clear_error(command, code, message, cache, tmp_path, monkeypatch, moment, capsys):
+def test_bad_input_is_one_clear_error(
+    command,
+    code,
+    message: str,
+    cache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("words.txt").write_text("words", encoding="utf-8")
@@ -231,7 +245,9 @@ def test_bad_input_is_one_clear_error(command, code, message, cache, tmp_path, m
     assert not list(cache.rglob("*.safetensors"))
 
 
-def test_it_runs_as_a_module_and_warns_in_one_line(cache, tmp_path, monkeypatch, capsys):
+def test_it_runs_as_a_module_and_warns_in_one_line(
+    cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("word " * 200, encoding="utf-8")
     monkeypatch.delitem(sys.modules, "editkit.moments.__main__")
@@ -246,7 +262,7 @@ def test_it_runs_as_a_module_and_warns_in_one_line(cache, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "collect", "export", "import"])
-def test_each_command_has_help(command, capsys):
+def test_each_command_has_help(command, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     out = capsys.readouterr().out

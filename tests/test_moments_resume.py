@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,12 +35,12 @@ def ctrl_c_interrupts():
 
 
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments_collect, "BATCH", BATCH)
 
 
 @pytest.fixture(scope="module")
-def in_one_go(tmp_path_factory):
+def in_one_go(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments_collect, "BATCH", BATCH)
         found = second_moments(
@@ -57,7 +58,7 @@ def forwards(lm):
     handle.remove()
 
 
-def collect_and_save_each_batch(cache):
+def collect_and_save_each_batch(cache) -> None:
     moments_collect.BATCH, moments_collect.SAVE_EVERY, moments_collect.SAVE_SHARE = BATCH, 0, 0
     second_moments(tiny_lm("gpt2"), [0, 2], SETTINGS, progress=False, cache=cache)
 
@@ -79,7 +80,9 @@ def killed_after(cache, keys):
     raise AssertionError("nothing was saved within a minute")
 
 
-def test_killed_twice_and_resumed_gives_the_digest_of_one_go(tmp_path, in_one_go, capsys):
+def test_killed_twice_and_resumed_gives_the_digest_of_one_go(
+    tmp_path: Path, in_one_go, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = killed_after(tmp_path, 1)
     second = killed_after(tmp_path, first + 640)
     assert 0 < first < second < SETTINGS.tokens
@@ -98,7 +101,7 @@ def interrupt_in_forward(lm, patch):
     """Ctrl-C in the tenth forward pass."""
     calls = []
 
-    def hook(*_):
+    def hook(*_) -> None:
         calls.append(1)
         if len(calls) == 10:
             os.kill(os.getpid(), signal.SIGINT)
@@ -111,7 +114,7 @@ def interrupt_between_sums(lm, patch):
     """Ctrl-C after one layer's sum has had the tenth batch and another's has not."""
     calls, add = [], Sums.add
 
-    def added(self, module, k):
+    def added(self, module, k) -> None:
         add(self, module, k)
         calls.append(1)
         if len(calls) == 19:  # two layers a batch
@@ -122,7 +125,7 @@ def interrupt_between_sums(lm, patch):
 
 
 @pytest.mark.parametrize("interrupt", [interrupt_in_forward, interrupt_between_sums])
-def test_ctrl_c_keeps_what_was_collected(interrupt, tmp_path, in_one_go):
+def test_ctrl_c_keeps_what_was_collected(interrupt, tmp_path: Path, in_one_go) -> None:
     lm = tiny_lm("gpt2")
     with pytest.MonkeyPatch.context() as patch:
         batches, remove = interrupt(lm, patch)
@@ -138,7 +141,7 @@ def test_ctrl_c_keeps_what_was_collected(interrupt, tmp_path, in_one_go):
     assert not list(tmp_path.rglob("*.part*"))
 
 
-def test_a_killed_pass_serves_those_who_ask_for_less(tmp_path, in_one_go):
+def test_a_killed_pass_serves_those_who_ask_for_less(tmp_path: Path, in_one_go) -> None:
     lm = tiny_lm("gpt2")
     _, remove = interrupt_in_forward(lm, None)
     with pytest.raises(KeyboardInterrupt):
@@ -151,7 +154,7 @@ def test_a_killed_pass_serves_those_who_ask_for_less(tmp_path, in_one_go):
         assert len(list(tmp_path.rglob("*.partial"))) == (layer == 2)  # layer 0 still needs it after layer 2
 
 
-def collect_with_others(cache, layers, everyone, told):
+def collect_with_others(cache, layers, everyone, told) -> None:
     """One of several: logs that it collects, waits long enough for others to notice, and tells its digests."""
     real = moments_cache.collect
 
@@ -169,7 +172,7 @@ def collect_with_others(cache, layers, everyone, told):
     told.put({layer: moment.digest for layer, moment in found.items()})
 
 
-def test_processes_at_once_collect_once(tmp_path):
+def test_processes_at_once_collect_once(tmp_path: Path) -> None:
     everyone, told = PROCESSES.Barrier(3), PROCESSES.SimpleQueue()
     asked = ([0, 1, 2], [2, 1, 0], [1, 2, 0])
     processes = [PROCESSES.Process(target=collect_with_others, args=(tmp_path, a, everyone, told)) for a in asked]
@@ -188,7 +191,7 @@ def test_processes_at_once_collect_once(tmp_path):
     assert sorted(notices) == [0, 1, 1]
 
 
-def test_a_state_that_cannot_be_saved_costs_a_warning(tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_saved_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     monkeypatch.setattr(moments_collect, "SAVE_EVERY", 0)
     monkeypatch.setattr(moments_collect, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))

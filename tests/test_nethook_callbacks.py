@@ -38,7 +38,7 @@ def fresh():
 
 
 @pytest.mark.parametrize("family", SITES)
-def test_events_come_in_order_and_equal_a_trace(family):
+def test_events_come_in_order_and_equal_a_trace(family: str) -> None:
     model = build(family)
     blocks = [SITES[family].block.format(i) for i in range(2)]
     with Trace(model, blocks, grads=True) as trace:
@@ -66,7 +66,7 @@ def test_events_come_in_order_and_equal_a_trace(family):
     assert not any(every_hook(model))
 
 
-def test_callbacks_are_called_in_the_order_added(fresh):
+def test_callbacks_are_called_in_the_order_added(fresh) -> None:
     heard = []
     with Callbacks(fresh) as callbacks:
         for name in "abc":
@@ -79,7 +79,7 @@ def test_callbacks_are_called_in_the_order_added(fresh):
     assert heard == [("forward", "a"), ("forward", "c"), ("backward", "a"), ("backward", "c")]
 
 
-def test_steps_and_calls_are_counted(fresh):
+def test_steps_and_calls_are_counted(fresh) -> None:
     heard = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.step, e.call)), BLOCKS[0], on=["forward", "step"], name="x")
@@ -92,7 +92,7 @@ def test_steps_and_calls_are_counted(fresh):
     ]
 
 
-def test_inference_has_forward_events_alone(fresh):
+def test_inference_has_forward_events_alone(fresh) -> None:
     heard = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.call)), BLOCKS[0], on=["forward", "backward"], name="x")
@@ -100,7 +100,7 @@ def test_inference_has_forward_events_alone(fresh):
     assert heard == [("forward", 0), ("forward", 1), ("forward", 2)]
 
 
-def test_inputs_are_given_on_request(fresh):
+def test_inputs_are_given_on_request(fresh) -> None:
     with Trace(fresh, BLOCKS[1], inputs=True) as trace:
         fresh(IDS)
     heard = []
@@ -110,7 +110,7 @@ def test_inputs_are_given_on_request(fresh):
     assert torch.equal(heard[0].input, trace.input)
 
 
-def test_looking_changes_neither_logits_nor_gradients(fresh):
+def test_looking_changes_neither_logits_nor_gradients(fresh) -> None:
     loss_of(logits(fresh)).backward()
     wanted = [p.grad.clone() for p in fresh.parameters()]
     fresh.zero_grad()
@@ -121,7 +121,7 @@ def test_looking_changes_neither_logits_nor_gradients(fresh):
     assert all(torch.equal(p.grad, w) for p, w in zip(fresh.parameters(), wanted, strict=True))
 
 
-def test_nothing_is_kept(fresh):
+def test_nothing_is_kept(fresh) -> None:
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: None, "transformer.h.*", on=["forward", "backward"], inputs=True, name="x")
         for batch in callbacks.steps([IDS] * 3):
@@ -130,7 +130,7 @@ def test_nothing_is_kept(fresh):
         assert all(not r._kept and not r._earlier for r in listener._records.values())
 
 
-def test_frozen_parameters_are_left_out(fresh):
+def test_frozen_parameters_are_left_out(fresh) -> None:
     fresh.requires_grad_(False)
     fresh.transformer.h[1].mlp.c_proj.weight.requires_grad_(True)
     heard = []
@@ -144,7 +144,7 @@ def test_frozen_parameters_are_left_out(fresh):
     assert heard == ["transformer.h.1.mlp.c_proj.weight"]
 
 
-def test_v16_autograd_grad_fires_no_parameter_event(fresh):
+def test_v16_autograd_grad_fires_no_parameter_event(fresh) -> None:
     heard = []
     weight = fresh.transformer.h[0].mlp.c_proj.weight
     with Callbacks(fresh) as callbacks:
@@ -155,7 +155,7 @@ def test_v16_autograd_grad_fires_no_parameter_event(fresh):
         assert len(heard) == 1
 
 
-def test_statistics_equal_those_of_all_values_at_once(fresh):
+def test_statistics_equal_those_of_all_values_at_once(fresh) -> None:
     batches = [IDS, IDS + 3, IDS.flip(1)[:, :4]]
     outputs = []
     with Callbacks(fresh) as callbacks:
@@ -175,7 +175,7 @@ def test_statistics_equal_those_of_all_values_at_once(fresh):
     assert 0.2 < row["zeros"] < 0.8
 
 
-def test_statistics_count_what_is_not_finite():
+def test_statistics_count_what_is_not_finite() -> None:
     net = nn.Sequential(nn.Identity())
     with Callbacks(net) as callbacks:
         stats = callbacks.add(ActivationStatistics(), "0")
@@ -214,7 +214,7 @@ def flow_through(faulty: nn.Module, on_bad="record", **options) -> GradientFlow:
     ("factor", "fault"),
     [(math.nan, "NaN"), (math.inf, "Inf"), (0.0, "zero"), (1e-7, "vanishing"), (1e7, "exploding")],
 )
-def test_the_first_bad_gradient_is_named(factor, fault):
+def test_the_first_bad_gradient_is_named(factor, fault) -> None:
     flow = flow_through(Scale(factor))
     first = flow.first_bad
     # The scale sits before site 2's output, so site 1's output is the first whose gradient is bad.
@@ -227,7 +227,7 @@ def test_the_first_bad_gradient_is_named(factor, fault):
     assert all(row["calls"] == 2 for row in flow.table())
 
 
-def test_a_healthy_model_has_no_finding(fresh):
+def test_a_healthy_model_has_no_finding(fresh) -> None:
     with Callbacks(fresh) as callbacks:
         flow = callbacks.add(GradientFlow(on_bad="raise"), "transformer.h.*", parameters="transformer.h.*.**.weight")
         for scale in callbacks.steps([1.0, 1e-12]):  # the scale of the loss does not matter
@@ -237,7 +237,7 @@ def test_a_healthy_model_has_no_finding(fresh):
     assert len(flow.table()) > 10
 
 
-def test_a_bad_value_is_named_where_it_begins():
+def test_a_bad_value_is_named_where_it_begins() -> None:
     class Log(nn.Module):
         def forward(self, x):
             return x.sub(100).log()
@@ -246,7 +246,7 @@ def test_a_bad_value_is_named_where_it_begins():
     assert (first.kind, first.site, first.fault) == ("forward", "2", "NaN")
 
 
-def test_bad_gradients_raise_or_warn_on_request():
+def test_bad_gradients_raise_or_warn_on_request() -> None:
     with pytest.raises(HookError, match="gradient at '1' is zero .* the first bad one"):
         flow_through(Scale(0.0), on_bad="raise")
     with pytest.warns(UserWarning, match="gradient at '1' is zero") as warned:
@@ -257,7 +257,7 @@ def test_bad_gradients_raise_or_warn_on_request():
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "parameter", "step"])
-def test_stop_leaves_the_body(fresh, kind):
+def test_stop_leaves_the_body(fresh, kind: str) -> None:
     after = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(
@@ -274,7 +274,7 @@ def test_stop_leaves_the_body(fresh, kind):
     assert callbacks.stopped.startswith("the condition held in step 1")
 
 
-def test_stop_after_steps(fresh):
+def test_stop_after_steps(fresh) -> None:
     with Callbacks(fresh) as callbacks:
         callbacks.add(Stop(after=2))
         for batch in callbacks.steps([IDS] * 5):
@@ -284,7 +284,7 @@ def test_stop_after_steps(fresh):
         Stop()
 
 
-def test_only_its_own_stop_is_caught(fresh):
+def test_only_its_own_stop_is_caught(fresh) -> None:
     with Callbacks(fresh) as outer:
         outer.add(Stop(when=lambda e: True), BLOCKS[2])
         with Callbacks(fresh) as inner:
@@ -295,7 +295,7 @@ def test_only_its_own_stop_is_caught(fresh):
     assert inner.stopped is None
 
 
-def test_progress_says_step_and_speed(fresh):
+def test_progress_says_step_and_speed(fresh) -> None:
     out = io.StringIO()
     with Callbacks(fresh) as callbacks:
         callbacks.add(Progress(total=3, every=0, file=out))
@@ -306,8 +306,8 @@ def test_progress_says_step_and_speed(fresh):
     assert out.getvalue().endswith("/s\n")
 
 
-def test_exceptions_in_a_callback_leave_no_hook(fresh):
-    def fail(event):
+def test_exceptions_in_a_callback_leave_no_hook(fresh) -> None:
+    def fail(event) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), Callbacks(fresh) as callbacks:
@@ -315,7 +315,7 @@ def test_exceptions_in_a_callback_leave_no_hook(fresh):
         loss_of(logits(fresh)).backward()
 
 
-def test_a_site_that_never_runs(fresh):
+def test_a_site_that_never_runs(fresh) -> None:
     with pytest.raises(HookError, match="Never ran while callbacks listened: 'transformer.h.1'"), Callbacks(fresh) as c:
         c.add(lambda e: None, BLOCKS[1], name="x")
 
@@ -332,7 +332,7 @@ def test_a_site_that_never_runs(fresh):
         (lambda c: c.remove("x"), "no callback 'x': there are taken"),
     ],
 )
-def test_refusals(fresh, ask, wanted):
+def test_refusals(fresh, ask, wanted) -> None:
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: None, BLOCKS, name="taken")
         hooks = every_hook(fresh)

@@ -21,7 +21,7 @@ from tests.hooking import BLOCKS, DOWN, IDS, MLP, logits, loss_of, uneven
 Pair = collections.namedtuple("Pair", "scores hidden")
 
 
-def test_hidden_and_back():
+def test_hidden_and_back() -> None:
     x, y = torch.zeros(2), torch.ones(2)
     model_output = BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
     for output in (x, (x, None), (None, x), [x, y], Pair(None, x), {"a": None, "b": x}, model_output):
@@ -38,7 +38,7 @@ def test_hidden_and_back():
             with_hidden(nothing, x)
 
 
-def test_v03_keyword_inputs(llama):
+def test_v03_keyword_inputs(llama) -> None:
     site = "model.layers.1.self_attn"
     with Trace(llama, ["model.layers.1.input_layernorm", site], inputs=True) as t:
         logits(llama)
@@ -64,7 +64,7 @@ def test_v03_keyword_inputs(llama):
     assert torch.equal(t.input, uneven(early.input))
 
 
-def test_v04_outputs_that_hold_none_or_are_named_tuples(gpt2, llama):
+def test_v04_outputs_that_hold_none_or_are_named_tuples(gpt2, llama) -> None:
     with Trace(llama, "model.layers.1.self_attn", grads=True, clone=True) as t:
         loss_of(logits(llama)).backward()
     assert t.output.shape == t.grad.shape == (2, 7, 32)
@@ -82,7 +82,7 @@ def test_v04_outputs_that_hold_none_or_are_named_tuples(gpt2, llama):
     assert isinstance(result, Pair) and torch.equal(result.hidden, t.output)
 
 
-def test_v05_edit_functions(gpt2):
+def test_v05_edit_functions(gpt2) -> None:
     class Adder:
         seen = None
 
@@ -107,7 +107,7 @@ def test_v05_edit_functions(gpt2):
         logits(gpt2)
     assert not t.output.any()
 
-    def forgets(h):
+    def forgets(h) -> None:
         h.mul_(2)
 
     bad = {
@@ -124,7 +124,7 @@ def test_v05_edit_functions(gpt2):
                 logits(gpt2)
 
 
-def test_v07_clone_and_detach_reach_into_tuples(llama):
+def test_v07_clone_and_detach_reach_into_tuples(llama) -> None:
     site = "model.layers.1.self_attn"
     with (
         Trace(llama, site) as aliased,
@@ -137,7 +137,7 @@ def test_v07_clone_and_detach_reach_into_tuples(llama):
     assert not aliased.output.requires_grad and not cloned.output.requires_grad
 
 
-def test_v09_generation_keeps_every_step(gpt2):
+def test_v09_generation_keeps_every_step(gpt2) -> None:
     with Trace(gpt2, [MLP, DOWN], calls="all", inputs=True) as t:
         gpt2.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(IDS))
     assert [tuple(call.output.shape) for call in t[MLP].calls] == [(2, 7, 32)] + 3 * [(2, 1, 32)]
@@ -152,7 +152,7 @@ def test_v09_generation_keeps_every_step(gpt2):
 
 
 @pytest.mark.parametrize("installed_first", [True, False])
-def test_v20_edits_show_in_the_models_own_hidden_states(installed_first):
+def test_v20_edits_show_in_the_models_own_hidden_states(installed_first) -> None:
     model = build("gpt2")
     if installed_first:
         model(IDS, output_hidden_states=True)
@@ -162,7 +162,7 @@ def test_v20_edits_show_in_the_models_own_hidden_states(installed_first):
     assert len(model(IDS, output_hidden_states=True).hidden_states) == 4  # their hooks are still theirs
 
 
-def test_v23_stale_captures_are_noticed():
+def test_v23_stale_captures_are_noticed() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
     x = torch.randn(4, 3)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_v23_stale_captures_are_noticed():
     assert torch.equal(t.output, net(x))
 
 
-def test_v23_a_real_model_that_adds_in_place():
+def test_v23_a_real_model_that_adds_in_place() -> None:
     """Falcon adds the attention's output into its MLP's."""
     model = build("falcon")
     with Trace(model, MLP) as t:
@@ -192,7 +192,7 @@ def test_v23_a_real_model_that_adds_in_place():
     assert torch.equal(t[MLP].output, t[f"{MLP}.dense_4h_to_h"].output)
 
 
-def test_when_and_nested_traces(gpt2):
+def test_when_and_nested_traces(gpt2) -> None:
     with torch.no_grad():
         with Trace(gpt2, MLP) as plain:
             logits(gpt2)
@@ -218,7 +218,7 @@ def test_when_and_nested_traces(gpt2):
         (torch.arange(7) > 4, (2, 2, 32)),
     ],
 )
-def test_positions(gpt2, positions, shape):
+def test_positions(gpt2, positions, shape) -> None:
     with Trace(gpt2, MLP, inputs=True, grads=True) as full:
         loss_of(logits(gpt2)).backward()
     with Trace(gpt2, MLP, inputs=True, grads=True, positions=positions) as t:
@@ -229,7 +229,7 @@ def test_positions(gpt2, positions, shape):
         assert kept.untyped_storage().nbytes() == kept.nbytes  # nothing of the rest is held
 
 
-def test_positions_that_cannot_be(gpt2):
+def test_positions_that_cannot_be(gpt2) -> None:
     refused = pytest.raises(HookError, match=r"positions=7 at 'transformer.h.1.mlp' of shape \[2, 7, 32\]")
     with refused, Trace(gpt2, MLP, positions=7):
         logits(gpt2)
@@ -243,14 +243,14 @@ def test_positions_that_cannot_be(gpt2):
     assert t.input.dtype == torch.int64 and t.output.dtype == torch.float16  # ids stay integers
 
 
-def test_device_and_dtype(gpt2):
+def test_device_and_dtype(gpt2) -> None:
     with Trace(gpt2, MLP, inputs=True, grads=True, device="meta", dtype=torch.bfloat16) as t:
         loss_of(logits(gpt2)).backward()
     for kept in (t.input, t.output, t.grad):
         assert kept.device.type == "meta" and kept.dtype == torch.bfloat16
 
 
-def test_captures_are_freed_with_the_trace(gpt2):
+def test_captures_are_freed_with_the_trace(gpt2) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -263,7 +263,7 @@ def test_captures_are_freed_with_the_trace(gpt2):
         gc.enable()
 
 
-def test_reading_what_is_not_there(gpt2):
+def test_reading_what_is_not_there(gpt2) -> None:
     with Trace(gpt2, MLP, outputs=False) as t:
         with pytest.raises(HookError, match=r"'transformer.h.1.mlp' has not run yet"):
             _ = t.output

@@ -27,7 +27,7 @@ def shared(family: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("family", "site"), named_sites())
-def test_edit_takes_effect_and_is_undone(family, site):
+def test_edit_takes_effect_and_is_undone(family: str, site: str) -> None:
     model = shared(family)
     before, hooks = logits(model), count_hooks(model)
     with Trace(model, site, edit=uneven, clone=True) as t:
@@ -38,7 +38,7 @@ def test_edit_takes_effect_and_is_undone(family, site):
 
 
 @pytest.mark.parametrize(("family", "site"), named_sites())
-def test_gradient_equals_autograd(family, site):
+def test_gradient_equals_autograd(family: str, site: str) -> None:
     model, seen = shared(family), []
 
     def watch(module, args, output):
@@ -56,7 +56,7 @@ def test_gradient_equals_autograd(family, site):
 
 
 @pytest.mark.parametrize(("family", "site"), named_sites(["down_projection"]))
-def test_rank_one_sum_equals_the_weight_gradient(family, site):
+def test_rank_one_sum_equals_the_weight_gradient(family: str, site: str) -> None:
     """Σ over tokens of g kᵀ, from one captured forward and backward, is autograd's gradient of W."""
     model = shared(family)
     weight = get_parameter(model, f"{site}.weight")
@@ -69,7 +69,7 @@ def test_rank_one_sum_equals_the_weight_gradient(family, site):
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(5, 3), lambda: Conv1D(3, 5)], ids=["Linear", "Conv1D"])
-def test_rank_one_sum_in_either_orientation(make):
+def test_rank_one_sum_in_either_orientation(make) -> None:
     net = nn.Sequential(make(), nn.Tanh())
     with Trace(net, "0", inputs=True, grads=True) as t:
         net(torch.randn(2, 4, 5)).pow(2).sum().backward()
@@ -79,7 +79,7 @@ def test_rank_one_sum_in_either_orientation(make):
 
 
 @pytest.mark.parametrize("family", SITES)
-def test_captured_values_are_the_models_own(family):
+def test_captured_values_are_the_models_own(family: str) -> None:
     """Attention and blocks, tensor or tuple: what is captured is what a plain hook sees."""
     model, sites = shared(family), SITES[family]
     names = [name.format(i) for i in range(2) for name in sites if name]

@@ -25,7 +25,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_v12_subtracting_does_not_restore_and_a_snapshot_does(dtype):
+def test_v12_subtracting_does_not_restore_and_a_snapshot_does(dtype: torch.dtype) -> None:
     net = nn.Linear(256, 256, bias=False).to(dtype)
     with torch.no_grad():
         net.weight.copy_(0.02 * drawn(256, 256, seed=0))
@@ -41,11 +41,11 @@ def test_v12_subtracting_does_not_restore_and_a_snapshot_does(dtype):
     assert same_bits(net.weight, before) and snapshot.verify().exact
 
 
-def test_v16_post_accumulate_hooks_see_backward_and_not_autograd_grad():
+def test_v16_post_accumulate_hooks_see_backward_and_not_autograd_grad() -> None:
     """So gradients of parameters that are watched must come from backward(); the hook may free them at once."""
     net, seen = nn.Linear(3, 2), []
 
-    def frees(parameter):
+    def frees(parameter) -> None:
         seen.append(parameter.grad.clone())
         parameter.grad = None
 
@@ -70,7 +70,7 @@ def edit_of(lm: LanguageModel, layer: int = 1) -> Edit:
 
 @pytest.mark.parametrize("how", ["Snapshot.restore", "Snapshot as context", "Edit.applied", "Edit.apply"])
 @pytest.mark.parametrize("raised", [False, True])
-def test_v18_writing_and_restoring_keep_the_parameter_and_the_optimisers_reference(how, raised):
+def test_v18_writing_and_restoring_keep_the_parameter_and_the_optimisers_reference(how, raised) -> None:
     lm = tiny_lm("gpt2")
     name = lm.architecture.down(1) + ".weight"
     weight, edit = get_parameter(lm.model, name), edit_of(lm)
@@ -112,7 +112,7 @@ def test_v18_writing_and_restoring_keep_the_parameter_and_the_optimisers_referen
     assert changed(get_parameter(lm.model, name))
 
 
-def test_v18_a_write_meanwhile_does_not_give_silently_wrong_gradients():
+def test_v18_a_write_meanwhile_does_not_give_silently_wrong_gradients() -> None:
     """An edit between forward and backward is refused by torch: `.data.mul_()` would give the edited weight's gradient.
 
     A write that goes round the version counter passes unnoticed.
@@ -124,7 +124,7 @@ def test_v18_a_write_meanwhile_does_not_give_silently_wrong_gradients():
         loss.backward()
 
 
-def test_v19_verify_compares_bits():
+def test_v19_verify_compares_bits() -> None:
     """A NaN equals itself and -0.0 is not 0.0, nor is a NaN another NaN."""
     net = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def last_logits(lm: LanguageModel, texts: list[str]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", SITES)
-def test_v25_a_batch_gives_each_text_the_logits_it_has_alone(family):
+def test_v25_a_batch_gives_each_text_the_logits_it_has_alone(family: str) -> None:
     """Padding on one side or the other moves no position: absolute, rotary, ALiBi and windowed models alike."""
     lm = language_model(family)
     lengths = tokenise(lm, TEXTS).mask.sum(1)
@@ -179,7 +179,7 @@ def test_v25_a_batch_gives_each_text_the_logits_it_has_alone(family):
     assert torch.allclose(last_logits(lm, TEXTS), alone, atol=2e-5, rtol=1e-4)
 
 
-def test_v25_left_padding_without_positions_would_show():
+def test_v25_left_padding_without_positions_would_show() -> None:
     """The fault itself, so that the test above is known to be able to fail."""
     lm = language_model("gpt2")
     rows = tokenise(lm, TEXTS)

@@ -12,7 +12,7 @@ from editkit.nethook import HookError, Trace, get_parameter, requires_grad
 from tests.hooking import BLOCKS, DOWN, MLP, logits, loss_of
 
 
-def test_v13_gradients_before_an_in_place_change():
+def test_v13_gradients_before_an_in_place_change() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 1))
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     reference = copy.deepcopy(net)
@@ -28,7 +28,7 @@ def test_v13_gradients_before_an_in_place_change():
     assert (expected == 0).any() and (expected != 0).any()
 
 
-def test_v14_gradients_where_the_input_is_a_keyword(llama):
+def test_v14_gradients_where_the_input_is_a_keyword(llama) -> None:
     site = "model.layers.1.self_attn"
     with Trace(llama, site, grads=True) as plain:
         loss_of(logits(llama)).backward()
@@ -45,7 +45,7 @@ def test_v14_gradients_where_the_input_is_a_keyword(llama):
         loss.backward()
 
 
-def test_edited_gradients_reach_what_is_below(gpt2):
+def test_edited_gradients_reach_what_is_below(gpt2) -> None:
     weight = get_parameter(gpt2, f"{DOWN}.weight")
     loss_of(logits(gpt2)).backward()
     plain = weight.grad.clone()
@@ -58,7 +58,7 @@ def test_edited_gradients_reach_what_is_below(gpt2):
 class TwoWays(nn.Module):
     """Two modules on one input; autograd hands the gradient of a sum to both as one tensor."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
 
@@ -67,7 +67,7 @@ class TwoWays(nn.Module):
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["expanded", "shared"])
-def test_a_gradient_changed_in_place_is_changed_at_its_site_alone(weighted):
+def test_a_gradient_changed_in_place_is_changed_at_its_site_alone(weighted) -> None:
     net, x = TwoWays(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     weights = torch.arange(12.0).view(4, 3)  # a plain sum's gradient is one number, expanded
 
@@ -83,7 +83,7 @@ def test_a_gradient_changed_in_place_is_changed_at_its_site_alone(weighted):
     assert torch.equal(in_place[0], anew[0]) and torch.equal(in_place[1], anew[1])
 
 
-def test_v15_frozen_models_and_leaves(gpt2):
+def test_v15_frozen_models_and_leaves(gpt2) -> None:
     with Trace(gpt2, BLOCKS, grads=True) as expected:
         loss_of(logits(gpt2)).backward()
     gpt2.zero_grad()
@@ -104,7 +104,7 @@ def test_v15_frozen_models_and_leaves(gpt2):
         assert torch.allclose(t[block].grad, expected[block].grad, atol=1e-8)
 
 
-def test_a_leaf_frees_the_graph_below(gpt2):
+def test_a_leaf_frees_the_graph_below(gpt2) -> None:
     alive = []
     handle = gpt2.transformer.h[0].register_forward_hook(lambda m, a, o: alive.append(weakref.ref(o)))
     for leaf in (False, True):
@@ -115,7 +115,7 @@ def test_a_leaf_frees_the_graph_below(gpt2):
     handle.remove()
 
 
-def test_gradient_needs_a_graph(gpt2):
+def test_gradient_needs_a_graph(gpt2) -> None:
     refused = pytest.raises(HookError, match=r"No gradient can reach 'transformer.h.1.mlp': gradients are off")
     with refused, torch.no_grad(), Trace(gpt2, MLP, grads=True):
         logits(gpt2)
@@ -129,7 +129,7 @@ def test_gradient_needs_a_graph(gpt2):
         net(torch.zeros(1))
 
 
-def test_gradient_arrives_after_the_body(gpt2):
+def test_gradient_arrives_after_the_body(gpt2) -> None:
     with Trace(gpt2, MLP, grads=True) as t:
         loss = loss_of(logits(gpt2))
     with pytest.raises(HookError, match=r"No gradient has reached 'transformer.h.1.mlp': call backward\(\)"):

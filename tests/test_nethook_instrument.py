@@ -28,7 +28,7 @@ def double(h):
 
 
 @pytest.mark.parametrize("family", SITES)
-def test_edits_equal_those_of_a_trace(family):
+def test_edits_equal_those_of_a_trace(family: str) -> None:
     model = build(family)
     sites = [SITES[family].block.format(0), SITES[family].attention.format(1)]
     with Trace(model, sites, edit=double) as trace:
@@ -41,7 +41,7 @@ def test_edits_equal_those_of_a_trace(family):
     assert count_hooks(model) == 0
 
 
-def test_it_is_used_as_the_model_itself(fresh):
+def test_it_is_used_as_the_model_itself(fresh) -> None:
     with InstrumentedModel(fresh, retain="transformer.h.*.mlp") as im:
         assert im.config is fresh.config
         assert len(list(im.parameters())) == len(list(fresh.parameters()))
@@ -54,7 +54,7 @@ def test_it_is_used_as_the_model_itself(fresh):
             _ = im.no_such_thing
 
 
-def test_retained_is_of_the_latest_forward_pass(fresh, recwarn):
+def test_retained_is_of_the_latest_forward_pass(fresh, recwarn: pytest.WarningsRecorder) -> None:
     with InstrumentedModel(fresh, retain=MLPS[1]) as im:
         with pytest.raises(HookError, match="has not run yet"):
             _ = im[MLPS[1]].output
@@ -70,13 +70,13 @@ def test_retained_is_of_the_latest_forward_pass(fresh, recwarn):
     assert not [w for w in recwarn if "ran" in str(w.message)]
 
 
-def test_every_call_of_a_generation_is_kept_on_request(fresh):
+def test_every_call_of_a_generation_is_kept_on_request(fresh) -> None:
     with InstrumentedModel(fresh, retain=MLPS[0], calls="all", positions=-1) as im:
         im.generate(IDS, max_new_tokens=4, do_sample=False)
         assert [c.output.shape for c in im[MLPS[0]].calls] == [(2, 32)] * 4
 
 
-def test_rules_apply_in_the_order_added(fresh):
+def test_rules_apply_in_the_order_added(fresh) -> None:
     with Trace(fresh, MLPS[0]) as plain:
         fresh(IDS)
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
@@ -94,7 +94,7 @@ def test_rules_apply_in_the_order_added(fresh):
         ]
 
 
-def test_rules_are_switched(fresh):
+def test_rules_are_switched(fresh) -> None:
     plain = logits(fresh)
     with InstrumentedModel(fresh) as im:
         im.add("double", "transformer.h.*", edit=double, on=False)
@@ -108,7 +108,7 @@ def test_rules_are_switched(fresh):
         assert torch.equal(logits(im), changed)
 
 
-def test_inputs_and_gradients_are_edited_and_kept(fresh):
+def test_inputs_and_gradients_are_edited_and_kept(fresh) -> None:
     with Trace(fresh, MLPS[1], inputs=True, grads=True) as plain:
         loss_of(logits(fresh)).backward()
     fresh.zero_grad()
@@ -124,7 +124,7 @@ def test_inputs_and_gradients_are_edited_and_kept(fresh):
     fresh.zero_grad()
 
 
-def test_no_gradient_is_no_error(fresh):
+def test_no_gradient_is_no_error(fresh) -> None:
     with InstrumentedModel(fresh, retain=MLPS[1], grads=True) as im:
         with torch.no_grad():
             im(IDS)
@@ -136,7 +136,7 @@ def test_no_gradient_is_no_error(fresh):
     fresh.zero_grad()
 
 
-def test_before_and_after_edit(fresh):
+def test_before_and_after_edit(fresh) -> None:
     with InstrumentedModel(fresh) as im:
         im.retain(MLPS[0], when="before_edit")
         im.add("double", MLPS[0], edit=double)
@@ -147,7 +147,7 @@ def test_before_and_after_edit(fresh):
         assert torch.equal(im[MLPS[0]].output, 2 * before)
 
 
-def test_adding_a_rule_keeps_what_is_retained(fresh):
+def test_adding_a_rule_keeps_what_is_retained(fresh) -> None:
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im(IDS)
         kept = im[MLPS[0]].output
@@ -155,7 +155,7 @@ def test_adding_a_rule_keeps_what_is_retained(fresh):
         assert im[MLPS[0]].output is kept
 
 
-def test_other_threads_are_left_alone(fresh):
+def test_other_threads_are_left_alone(fresh) -> None:
     plain, heard = logits(fresh), []
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("double", "transformer.h.*", edit=double)
@@ -167,7 +167,7 @@ def test_other_threads_are_left_alone(fresh):
             _ = im[MLPS[0]].output
 
 
-def test_a_copy_of_the_model_is_free_of_it(fresh):
+def test_a_copy_of_the_model_is_free_of_it(fresh) -> None:
     plain = logits(fresh)
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("double", "transformer.h.*", edit=double)
@@ -189,7 +189,7 @@ def test_a_copy_of_the_model_is_free_of_it(fresh):
         (lambda im: im["transformer.h.2.mlp"], "is not retained"),
     ],
 )
-def test_refusals_change_nothing(fresh, ask, wanted):
+def test_refusals_change_nothing(fresh, ask, wanted) -> None:
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("taken", MLPS[1], edit=double)
         hooks, said = count_hooks(fresh), logits(im)
@@ -201,12 +201,12 @@ def test_refusals_change_nothing(fresh, ask, wanted):
         assert [r.name for r in im.rules] == ["taken"]
 
 
-def test_a_failing_start_leaves_no_hook(fresh):
+def test_a_failing_start_leaves_no_hook(fresh) -> None:
     with pytest.raises(NameNotFound):
         InstrumentedModel(fresh, retain="nothing")
 
 
-def test_closed_is_closed(fresh):
+def test_closed_is_closed(fresh) -> None:
     im = InstrumentedModel(fresh, retain=MLPS[0])
     im.close()
     im.close()
@@ -214,7 +214,7 @@ def test_closed_is_closed(fresh):
         im.add("x", MLPS[0], edit=double)
 
 
-def test_a_rule_that_returns_nothing_is_named(fresh):
+def test_a_rule_that_returns_nothing_is_named(fresh) -> None:
     with InstrumentedModel(fresh) as im:
         im.add("forgetful", MLPS[0], edit=lambda h: None)
         with pytest.raises(HookError, match=r"rule 'forgetful' \(edit\) at 'transformer.h.0.mlp' returned NoneType"):

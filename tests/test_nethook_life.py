@@ -13,7 +13,7 @@ from tests.families import build
 from tests.hooking import BLOCKS, DOWN, IDS, MLP, count_hooks, logits, loss_of, uneven
 
 
-def test_v06_a_site_that_never_runs(gpt2):
+def test_v06_a_site_that_never_runs(gpt2) -> None:
     for stop in (False, True):
         with (
             pytest.raises(
@@ -26,14 +26,14 @@ def test_v06_a_site_that_never_runs(gpt2):
             raise ZeroDivisionError  # not hidden behind the missing site
 
 
-def test_v08_a_failing_set_up_leaves_no_hook(gpt2):
+def test_v08_a_failing_set_up_leaves_no_hook(gpt2) -> None:
     hooks = count_hooks(gpt2)
     with pytest.raises(NameNotFound), Trace(gpt2, [MLP, "transformer.h.99"], stop=True):
         pass
     assert count_hooks(gpt2) == hooks
 
     class Unhookable(nn.Module):
-        def register_forward_hook(self, *args, **kwargs):
+        def register_forward_hook(self, *args, **kwargs) -> None:
             raise ZeroDivisionError
 
     net = nn.Sequential(nn.Linear(1, 1), Unhookable())
@@ -43,7 +43,7 @@ def test_v08_a_failing_set_up_leaves_no_hook(gpt2):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_v10_compiled_models_are_refused(gpt2):
+def test_v10_compiled_models_are_refused(gpt2) -> None:
     compiled = torch.compile(gpt2, backend="eager")
     with pytest.raises(HookError, match="is compiled and would ignore the hooks: trace and call the model before"):
         Trace(compiled, MLP).__enter__()
@@ -58,7 +58,7 @@ def test_v10_compiled_models_are_refused(gpt2):
         assert get_parameter(compiled, f"{prefix}{DOWN}.weight") is get_parameter(gpt2, f"{DOWN}.weight")
 
 
-def test_v21_activation_checkpointing_inside_a_block(gpt2):
+def test_v21_activation_checkpointing_inside_a_block(gpt2) -> None:
     model = build("gpt2").train()
     model.gradient_checkpointing_enable()
     with pytest.raises(
@@ -72,7 +72,7 @@ def test_v21_activation_checkpointing_inside_a_block(gpt2):
         logits(model)
 
     class Checkpointed(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.inner = nn.Linear(2, 2)
 
@@ -84,7 +84,7 @@ def test_v21_activation_checkpointing_inside_a_block(gpt2):
         net(torch.zeros(1, 2)).sum().backward()
 
 
-def test_v22_stop_refuses_the_callers_cache(gpt2):
+def test_v22_stop_refuses_the_callers_cache(gpt2) -> None:
     cache = gpt2(IDS, use_cache=True).past_key_values
     lengths = [layer.get_seq_length() for layer in cache.layers]
     for call in (lambda: gpt2(IDS, past_key_values=cache), lambda: gpt2(IDS, cache)):
@@ -98,7 +98,7 @@ def test_v22_stop_refuses_the_callers_cache(gpt2):
         gpt2(IDS)  # a cache of the model's own is dropped with the call
 
 
-def test_v24_a_deep_copy_carries_only_dead_hooks(gpt2):
+def test_v24_a_deep_copy_carries_only_dead_hooks(gpt2) -> None:
     before = logits(gpt2)
     with Trace(gpt2, MLP, edit=uneven, stop=True, calls="all") as t:
         twin = copy.deepcopy(gpt2)
@@ -108,7 +108,7 @@ def test_v24_a_deep_copy_carries_only_dead_hooks(gpt2):
     assert torch.equal(during, before) and torch.equal(logits(twin), before)
 
 
-def test_stop_leaves_after_the_last_site_in_execution_order(gpt2):
+def test_stop_leaves_after_the_last_site_in_execution_order(gpt2) -> None:
     ran, after = [], []
     handles = [
         get_module(gpt2, block).register_forward_pre_hook(lambda m, a, b=block: ran.append(b)) for block in BLOCKS
@@ -124,7 +124,7 @@ def test_stop_leaves_after_the_last_site_in_execution_order(gpt2):
     assert all(torch.equal(t[site].output, full[site].output) for site in t)
 
 
-def test_only_the_trace_that_stopped_catches_it(gpt2):
+def test_only_the_trace_that_stopped_catches_it(gpt2) -> None:
     with Trace(gpt2, BLOCKS[0], stop=True) as outer:
         with Trace(gpt2, [BLOCKS[0], BLOCKS[2]]) as inner:
             logits(gpt2)
@@ -136,10 +136,10 @@ def test_only_the_trace_that_stopped_catches_it(gpt2):
 
 
 @pytest.mark.parametrize("where", ["body", "edit", "model", "interrupt"])
-def test_exceptions_leave_no_hook(gpt2, where):
+def test_exceptions_leave_no_hook(gpt2, where) -> None:
     error = KeyboardInterrupt if where == "interrupt" else ZeroDivisionError
 
-    def fails(h):
+    def fails(h) -> None:
         raise error
 
     hooks = count_hooks(gpt2)
@@ -158,7 +158,7 @@ def test_exceptions_leave_no_hook(gpt2, where):
     assert count_hooks(gpt2) == hooks
 
 
-def test_hooks_of_others_stay(gpt2):
+def test_hooks_of_others_stay(gpt2) -> None:
     seen = []
     handle = get_module(gpt2, MLP).register_forward_hook(lambda *_: seen.append(1))
     with Trace(gpt2, MLP, edit=uneven):
@@ -168,7 +168,7 @@ def test_hooks_of_others_stay(gpt2):
     handle.remove()
 
 
-def test_other_threads_are_left_alone(gpt2):
+def test_other_threads_are_left_alone(gpt2) -> None:
     before, elsewhere = logits(gpt2), []
     with Trace(gpt2, MLP, edit=uneven, calls="all") as t:
         thread = threading.Thread(target=lambda: elsewhere.append(logits(gpt2)))
@@ -178,7 +178,7 @@ def test_other_threads_are_left_alone(gpt2):
     assert torch.equal(elsewhere[0], before) and t.count == 1
 
 
-def test_bad_options(gpt2):
+def test_bad_options(gpt2) -> None:
     with pytest.raises(HookError, match="given no site"):
         Trace(gpt2, [])
     with pytest.raises(HookError, match="calls='first', when='after_edit': give 'last' or 'all'"):
@@ -188,7 +188,7 @@ def test_bad_options(gpt2):
         net(None)
 
 
-def test_a_trace_can_be_entered_again(gpt2):
+def test_a_trace_can_be_entered_again(gpt2) -> None:
     trace = Trace(gpt2, MLP)
     for length in (7, 3):
         with trace:

@@ -116,11 +116,11 @@ def sites_of(family: str) -> list[str]:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "gradients on"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_capture_over_many_batches_stays_flat(family, graph):
+def test_a_capture_over_many_batches_stays_flat(family: str, graph) -> None:
     """The feature loop: each batch's last-token activations, used and dropped."""
     model, sites, latest = built(family), sites_of(family), {}
 
-    def batch():
+    def batch() -> None:
         with nullcontext() if graph else torch.no_grad():
             with Trace(model, sites, inputs=True, device="cpu", positions=-1) as t:
                 logits(model)
@@ -135,10 +135,10 @@ def test_a_capture_over_many_batches_stays_flat(family, graph):
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "gradients on"])
-def test_what_is_kept_grows_by_its_own_bytes_alone(gpt2, graph):
+def test_what_is_kept_grows_by_its_own_bytes_alone(gpt2, graph) -> None:
     kept = []
 
-    def batch():
+    def batch() -> None:
         with nullcontext() if graph else torch.no_grad():
             with Trace(gpt2, "transformer.h.1.mlp", device="cpu", positions=-1) as t:
                 logits(gpt2)
@@ -149,11 +149,11 @@ def test_what_is_kept_grows_by_its_own_bytes_alone(gpt2, graph):
     assert found[-1][0] == found[WARM - 1][0]
 
 
-def test_whole_traces_may_be_kept(gpt2):
+def test_whole_traces_may_be_kept(gpt2) -> None:
     """The Trace itself in a list holds what it captured, though gradients were on."""
     kept = []
 
-    def batch():
+    def batch() -> None:
         with Trace(gpt2, ["transformer.h.1.mlp", "transformer.h.2"], positions=-1, calls="all") as t:
             logits(gpt2)
         kept.append(t)
@@ -164,14 +164,14 @@ def test_whole_traces_may_be_kept(gpt2):
 
 
 @pytest.mark.parametrize("ends", ["cleanly", "by stop", "by an error"])
-def test_gradients_and_errors_leave_nothing_alive(gpt2, ends):
+def test_gradients_and_errors_leave_nothing_alive(gpt2, ends) -> None:
     """A captured gradient, an early stop and an error drop their graphs too."""
     sites = ["transformer.h.0", "transformer.h.1.mlp"]
 
-    def fails(h):
+    def fails(h) -> None:
         raise ZeroDivisionError
 
-    def batch():
+    def batch() -> None:
         if ends == "cleanly":
             with Trace(gpt2, sites, grads=True, inputs=True, positions=-1) as t:
                 logits(gpt2).pow(2).mean().backward()
@@ -198,11 +198,11 @@ def test_gradients_and_errors_leave_nothing_alive(gpt2, ends):
         pytest.param(False, {}, id="no positions keeps every token"),
     ],
 )
-def test_the_meters_do_see_growth(gpt2, graph, options):
+def test_the_meters_do_see_growth(gpt2, graph, options) -> None:
     """The same loop done wrong: were the meters blind, the tests above would prove nothing."""
     kept = []
 
-    def batch():
+    def batch() -> None:
         with nullcontext() if graph else torch.no_grad():
             with Trace(gpt2, "transformer.h.1.mlp", **options) as t:
                 logits(gpt2)
@@ -216,7 +216,7 @@ def test_the_meters_do_see_growth(gpt2, graph, options):
 
 
 @pytest.mark.parametrize("family", SITES)
-def test_looking_builds_no_graph(family):
+def test_looking_builds_no_graph(family: str) -> None:
     """With gradients on: the model's own graph, not one node more; without: none, and nothing saved for backward."""
     model, sites, saved = built(family), sites_of(family), []
     plain = graph_nodes(logits(model))
@@ -235,23 +235,23 @@ def test_looking_builds_no_graph(family):
     assert not saved
 
 
-def test_looking_at_a_frozen_model_builds_no_graph(gpt2):
+def test_looking_at_a_frozen_model_builds_no_graph(gpt2) -> None:
     with requires_grad(gpt2, only=[]), Trace(gpt2, sites_of("gpt2"), inputs=True, edit=lambda h: 2 * h):
         assert not logits(gpt2).requires_grad
 
 
-def test_a_gradient_that_is_kept_has_no_graph(gpt2):
+def test_a_gradient_that_is_kept_has_no_graph(gpt2) -> None:
     with Trace(gpt2, "transformer.h.1.mlp", grads=True, edit_grad=lambda g: 2 * g) as t:
         loss = logits(gpt2).pow(2).mean()
     torch.autograd.grad(loss, gpt2.get_parameter("transformer.h.0.ln_1.weight"), create_graph=True)
     assert not t.grad.requires_grad and t.grad.grad_fn is None
 
 
-def test_other_arguments_are_detached_too():
+def test_other_arguments_are_detached_too() -> None:
     """Bloom gives its MLP the residual as a second tensor, kept whole: its graph must not be."""
     model, kept = built("bloom"), []
 
-    def batch():
+    def batch() -> None:
         with Trace(model, SITES["bloom"].mlp.format(1), inputs=True, positions=-1) as t:
             logits(model)
         kept.append(t)

@@ -21,7 +21,7 @@ from editkit.nethook import (
 from tests.hooking import BLOCKS, DOWN, MLP, logits, uneven
 
 
-def test_v01_tied_parameter_names(gpt2):
+def test_v01_tied_parameter_names(gpt2) -> None:
     tied = get_parameter(gpt2, "lm_head.weight")
     assert tied is get_parameter(gpt2, "transformer.wte.weight")
     assert isinstance(tied, nn.Parameter)
@@ -30,7 +30,7 @@ def test_v01_tied_parameter_names(gpt2):
     assert select(gpt2, "lm_head.*", kind="parameter") == ["lm_head.weight"]
 
 
-def test_v02_replace_a_top_level_module():
+def test_v02_replace_a_top_level_module() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     old, new = net[0], nn.Identity()
     assert replace_module(net, "0", new) is old and net[0] is new
@@ -38,7 +38,7 @@ def test_v02_replace_a_top_level_module():
         replace_module(net, "", new)
 
 
-def test_replaced_restores_after_an_error(gpt2):
+def test_replaced_restores_after_an_error(gpt2) -> None:
     old = get_module(gpt2, MLP)
     before = logits(gpt2)
     with pytest.raises(ZeroDivisionError), replaced(gpt2, MLP, nn.Identity()) as new:
@@ -73,13 +73,13 @@ def test_replaced_restores_after_an_error(gpt2):
         ),
     ],
 )
-def test_unknown_names_teach(gpt2, ask, wanted):
+def test_unknown_names_teach(gpt2, ask, wanted) -> None:
     with pytest.raises(NameNotFound, match=wanted) as caught:
         ask(gpt2)
     assert isinstance(caught.value, LookupError) and isinstance(caught.value, HookError)
 
 
-def test_select_globs(gpt2):
+def test_select_globs(gpt2) -> None:
     assert select(gpt2, "transformer.h.*") == BLOCKS
     assert select(gpt2, "transformer.h.[0-1]") == BLOCKS[:2]
     assert select(gpt2, "transformer.h.?.mlp") == [f"{b}.mlp" for b in BLOCKS]
@@ -88,7 +88,7 @@ def test_select_globs(gpt2):
     assert select(gpt2, "**.c_proj.bias", kind="parameter")[1] == "transformer.h.0.mlp.c_proj.bias"
 
 
-def test_requires_grad_restores_every_flag(gpt2):
+def test_requires_grad_restores_every_flag(gpt2) -> None:
     gpt2.get_parameter("transformer.wpe.weight").requires_grad_(False)
     flags = [p.requires_grad for p in gpt2.parameters()]
     with pytest.raises(ZeroDivisionError), requires_grad(gpt2, only=[f"{DOWN}.weight", "lm_head.weight"]):
@@ -104,7 +104,7 @@ def test_requires_grad_restores_every_flag(gpt2):
     gpt2.get_parameter("transformer.wpe.weight").requires_grad_(True)
 
 
-def test_v11_offloaded_weights_are_refused():
+def test_v11_offloaded_weights_are_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2, device="meta"))
     with pytest.raises(HookError, match=r"'0.weight' is offloaded \(meta device\): .*align_module_device"):
         get_parameter(net, "0.weight")
@@ -113,7 +113,7 @@ def test_v11_offloaded_weights_are_refused():
         assert not net[0].weight.requires_grad
 
 
-def test_quantised_weights_are_refused():
+def test_quantised_weights_are_refused() -> None:
     class Params4bit(nn.Parameter):
         pass
 
@@ -126,7 +126,7 @@ def test_quantised_weights_are_refused():
     assert get_parameter(net, "2.weight") is net[2].weight
 
 
-def test_v17_parametrised_weights_are_refused():
+def test_v17_parametrised_weights_are_refused() -> None:
     class Double(nn.Module):
         def forward(self, w):
             return 2 * w

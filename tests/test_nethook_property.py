@@ -53,7 +53,7 @@ def options_of(drawn: dict, names: list[str], fault: str, error: BaseException |
         change = EDITS.get(drawn[option])
         if option == fault:
 
-            def change(h):
+            def change(h) -> None:
                 raise error
 
         options[option] = {sites[0]: change} if change and drawn["by_site"] else change
@@ -101,8 +101,8 @@ def nest(model: nn.Module, each: list[dict], body: Callable[[list[Trace]], None]
     training=st.booleans(),
 )
 def test_whatever_happens_the_hooks_are_what_they_were(
-    spec, nested, fault, kind, armed, others, meanwhile, grad, training
-):
+    spec, nested, fault, kind: str, armed, others, meanwhile, grad, training
+) -> None:
     called: list[str] = []
     model, error = grown(spec, training=training), kind("planned")
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -167,7 +167,7 @@ def test_whatever_happens_the_hooks_are_what_they_were(
     order=st.randoms(use_true_random=False),
     stop=st.booleans(),
 )
-def test_traces_may_close_in_any_order(spec, sites, order, stop):
+def test_traces_may_close_in_any_order(spec, sites, order, stop) -> None:
     model = grown(spec)
     names = [name for name, _ in model.named_modules()]
     before, hooks = quiet_run(model), hooks_of(model)
@@ -191,7 +191,7 @@ def test_traces_may_close_in_any_order(spec, sites, order, stop):
     fails_at=st.integers(0, 12),
     kind=st.sampled_from([Boom, KeyboardInterrupt]),
 )
-def test_a_set_up_cut_short_leaves_no_hook(spec, drawn, fails_at, kind):
+def test_a_set_up_cut_short_leaves_no_hook(spec, drawn, fails_at, kind: str) -> None:
     """The registration itself fails, at any of its steps."""
     model = grown(spec)
     names = [name for name, _ in model.named_modules()]

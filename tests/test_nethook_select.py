@@ -75,7 +75,7 @@ def like(name: str, ways: list[str]) -> list[str]:
     ways=st.lists(st.sampled_from(WAYS), min_size=1, max_size=4),
     kind=st.sampled_from(["module", "parameter"]),
 )
-def test_select_agrees_with_a_matcher_that_tries_everything(shape, free, number, ways, kind):
+def test_select_agrees_with_a_matcher_that_tries_everything(shape, free, number: int, ways, kind: str) -> None:
     model = named_tree(shape, nn.Linear(1, 1))
     listed = model.named_modules if kind == "module" else model.named_parameters
     names = [(name, id(found)) for name, found in listed(remove_duplicate=False) if name]
@@ -94,7 +94,7 @@ def test_select_agrees_with_a_matcher_that_tries_everything(shape, free, number,
     assert got == list(expected.values())
 
 
-def test_the_tried_matcher_itself():
+def test_the_tried_matcher_itself() -> None:
     for pattern, name, wanted in [
         (["h.", "*", ".mlp"], "h.10.mlp", True),
         (["h", "?", "10.mlp"], "h.10.mlp", False),
@@ -107,7 +107,7 @@ def test_the_tried_matcher_itself():
         assert matches(pattern, name) is wanted
 
 
-def test_a_star_does_not_match_the_model_itself():
+def test_a_star_does_not_match_the_model_itself() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
     assert select(net, "*") == ["0", "1"]
     assert select(net, "**") == ["0", "1", "1.0"]
@@ -115,15 +115,15 @@ def test_a_star_does_not_match_the_model_itself():
 
 
 @pytest.mark.parametrize("pattern", ["[1-0]", "[0", "[]"])
-def test_a_set_that_is_none_is_refused_in_words(pattern):
+def test_a_set_that_is_none_is_refused_in_words(pattern) -> None:
     with pytest.raises(HookError):
         select(nn.Sequential(nn.Linear(1, 1)), pattern)
 
 
-def test_a_negated_set_is_negated():
+def test_a_negated_set_is_negated() -> None:
     assert select(nn.Sequential(nn.Identity(), nn.ReLU()), "[!0]") == ["1"]
 
 
-def test_a_negated_set_stops_at_a_dot():
+def test_a_negated_set_stops_at_a_dot() -> None:
     with pytest.raises(NameNotFound):
         select(nn.Sequential(nn.Sequential(nn.Identity())), "0[^a]0")

@@ -33,7 +33,7 @@ def apply(option: str, given: dict, site: str, h: Tensor) -> Tensor:
 
 @settings(max_examples=150, **STABLE)
 @given(spec=st.lists(trees, min_size=1, max_size=4), nested=st.lists(captures, min_size=1, max_size=3))
-def test_captures_are_what_the_modules_themselves_saw(spec, nested):
+def test_captures_are_what_the_modules_themselves_saw(spec, nested) -> None:
     """Under nested edits: "after_edit" is what the next module received, and "before_edit" what `forward` gave.
 
     Of nested traces the one entered last is nearest to the module: it edits an output first, and an input first too.
@@ -81,7 +81,7 @@ def test_captures_are_what_the_modules_themselves_saw(spec, nested):
 
 @settings(max_examples=60, **STABLE)
 @given(spec=st.lists(trees, min_size=1, max_size=4), sites=st.lists(st.integers(0, 60), min_size=1, max_size=5))
-def test_looking_changes_nothing(spec, sites):
+def test_looking_changes_nothing(spec, sites) -> None:
     """Captures without edits: the same bits, and gradients of the same bits, as without a trace."""
     model = grown(spec)
     names = [n for n, m in model.named_modules() if not isinstance(m, First) and not n.startswith("idle")]
@@ -112,7 +112,7 @@ def test_looking_changes_nothing(spec, sites):
     shape=st.lists(st.sampled_from(["tensor", "none", "number", "nested"]), max_size=4),
     container=st.sampled_from([tuple, list, dict]),
 )
-def test_hidden_is_the_first_tensor_and_only_it_is_exchanged(shape, container):
+def test_hidden_is_the_first_tensor_and_only_it_is_exchanged(shape, container) -> None:
     values = {"none": None, "number": 3, "nested": [torch.ones(1)]}
     items = [torch.full((1,), float(i)) if kind == "tensor" else values[kind] for i, kind in enumerate(shape)]
     output = {str(i): v for i, v in enumerate(items)} if container is dict else container(items)

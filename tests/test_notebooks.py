@@ -8,13 +8,13 @@ from scripts import notebooks
 
 
 @pytest.mark.parametrize("name", notebooks.names())
-def test_no_outputs_are_kept_in_git(name):
+def test_no_outputs_are_kept_in_git(name: str) -> None:
     for cell in notebooks.read(name).cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
 @pytest.mark.parametrize("name", notebooks.names())
-def test_it_runs(name):
+def test_it_runs(name: str) -> None:
     assert len(notebooks.names()) >= 3
     before = dict(os.environ)
     found = notebooks.run(name)
@@ -27,7 +27,7 @@ def test_it_runs(name):
 
 
 @pytest.mark.parametrize("name", notebooks.names())
-def test_a_rendered_copy_has_the_same_cells(name):
+def test_a_rendered_copy_has_the_same_cells(name: str) -> None:
     text = (notebooks.RENDERED / f"{name}.md").read_text(encoding="utf-8")
     for cell in notebooks.read(name).cells:
         assert cell.source.strip() in text, "render it again: python scripts/notebooks.py --render"

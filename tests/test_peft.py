@@ -1,6 +1,7 @@
 """An edit exported as a LoRA adapter gives peft's model the logits of the edited one."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -33,7 +34,7 @@ def edit_of(lm, *, dense=False, size=0.1):
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_peft_gives_the_same_logits_on_the_untouched_base(family, dense, tmp_path):
+def test_peft_gives_the_same_logits_on_the_untouched_base(family: str, dense, tmp_path: Path) -> None:
     lm = tiny_lm(family)
     plain = logits(lm.model)
     edit = edit_of(lm, dense=dense)
@@ -49,7 +50,7 @@ def test_peft_gives_the_same_logits_on_the_untouched_base(family, dense, tmp_pat
         assert sorted(ranks.values()) == [1, 3]
 
 
-def test_a_cut_is_measured_and_said(tmp_path):
+def test_a_cut_is_measured_and_said(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     edit = edit_of(lm)
     errors = edit.to_peft(tmp_path, rank=2)
@@ -61,7 +62,7 @@ def test_a_cut_is_measured_and_said(tmp_path):
     assert f"{errors[edit.parameters[1]]:.1e}" in (tmp_path / "README.md").read_text()
 
 
-def test_the_folder_says_what_it_is_and_no_path(tmp_path):
+def test_the_folder_says_what_it_is_and_no_path(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     edit = Edit(edit_of(lm).deltas, base_of(lm), edit_of(lm).provenance)
     object.__setattr__(edit.base, "name", str(tmp_path / "my-model"))

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pandas
@@ -130,7 +131,7 @@ def overlaps(figure):
     ("tokens", "blocks", "heads", "words"),
     [(12, 8, 8, ODD), (120, 48, 64, (*ODD, *(LONG + str(i) for i in range(20)))), (3, 1, 1, ())],
 )
-def test_labels_never_overlap_nor_leave_the_figure(tokens, blocks, heads, words):
+def test_labels_never_overlap_nor_leave_the_figure(tokens, blocks, heads, words) -> None:
     for name, figure in everything(tokens, blocks, heads, words):
         assert not overlaps(figure), name
         width, height = figure.bbox.width, figure.bbox.height
@@ -138,7 +139,7 @@ def test_labels_never_overlap_nor_leave_the_figure(tokens, blocks, heads, words)
             assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1, (name, text)
 
 
-def test_the_overlap_check_finds_one():
+def test_the_overlap_check_finds_one() -> None:
     figure = plots.trace_map(traced())
     figure.text(0.5, 0.5, "on top")
     figure.text(0.5, 0.5, "of it")
@@ -149,7 +150,7 @@ def images(figure):
     return [axes.images[0] for axes in figure.axes if axes.images]
 
 
-def test_a_trace_s_cells_are_its_probabilities_the_first_token_on_top():
+def test_a_trace_s_cells_are_its_probabilities_the_first_token_on_top() -> None:
     one = traced(words=["The", " Eiffel", " Tower"])
     figure = plots.trace_map(one)
     drawn = images(figure)
@@ -164,7 +165,7 @@ def test_a_trace_s_cells_are_its_probabilities_the_first_token_on_top():
     assert "P(Paris)" in figure.get_suptitle() and "clean 0.95, corrupted 0.1" in figure.get_suptitle()
 
 
-def test_average_pictures_are_the_means_and_bounds():
+def test_average_pictures_are_the_means_and_bounds() -> None:
     average = averaged()
     figure = plots.average_map(average, proposal=proposal(1, 2))
     for image, kind in zip(images(figure), average.effect, strict=True):
@@ -183,7 +184,7 @@ def test_average_pictures_are_the_means_and_bounds():
         assert any(patch.get_x() == 2.5 and patch.get_width() == 1 for patch in axes.patches)
 
 
-def test_the_scatter_s_title_is_the_rank_correlation():
+def test_the_scatter_s_title_is_the_rank_correlation() -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(40, generator=draw)
     y = x + torch.rand(40, generator=draw)
@@ -195,20 +196,20 @@ def test_the_scatter_s_title_is_the_rank_correlation():
     assert numpy.allclose(figure.axes[0].collections[0].get_offsets(), torch.stack([x, y], 1))
 
 
-def test_bars_are_means_over_cases():
+def test_bars_are_means_over_cases() -> None:
     figure = plots.probe_bars(probe_rows(("rewrite",)))
     new, true = (sorted(bar.get_width() for bar in axes.patches) for axes in figure.axes[:2])
     assert new == pytest.approx([0.11, 0.91]) and true == pytest.approx([0.21, 0.81])
 
 
-def test_spectra_leave_out_rounding_and_keep_it_in_the_table():
+def test_spectra_leave_out_rounding_and_keep_it_in_the_table() -> None:
     figure = plots.spectra_lines(spectra(1))
     base, update = figure.axes[0].lines
     assert list(base.get_ydata()) == [9.0, 5.0, 4.0] and list(update.get_ydata()) == [2.0]
     assert figure.axes[0].get_yscale() == "log" and 1e-17 in set(figure.numbers.singular_value)
 
 
-def test_saving_writes_the_picture_twice_and_the_numbers(tmp_path):
+def test_saving_writes_the_picture_twice_and_the_numbers(tmp_path: Path) -> None:
     one = traced(words=ODD, tokens=12)
     figure = plots.trace_map(one, path=tmp_path / "deep" / "a.png")
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a.csv", "a.pdf", "a.png"]
@@ -234,7 +235,7 @@ assert "matplotlib.pyplot" not in sys.modules
 
 
 @pytest.mark.slow
-def test_files_are_the_same_in_every_process(tmp_path, monkeypatch):
+def test_files_are_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeded = "import torch; torch.manual_seed(0)\n" + DRAW
     for seed in ("1", "2"):  # of Python's hashes
         monkeypatch.setenv("PYTHONHASHSEED", seed)
@@ -245,7 +246,7 @@ def test_files_are_the_same_in_every_process(tmp_path, monkeypatch):
     assert not any(b"CreationDate" in data for data in first.values())
 
 
-def test_the_same_figure_is_the_same_file_twice(tmp_path):
+def test_the_same_figure_is_the_same_file_twice(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         plots.lens_lines(lens(), lens(), path=tmp_path / folder / "lens")
     for name in ("lens.png", "lens.pdf", "lens.csv"):
@@ -270,7 +271,7 @@ def test_the_same_figure_is_the_same_file_twice(tmp_path):
         (lambda: plots.trace_map(traced(tokens=2000)), "inches tall was asked for"),
     ],
 )
-def test_a_wrong_request_is_one_clear_error(ask, message, tmp_path, monkeypatch):
+def test_a_wrong_request_is_one_clear_error(ask, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EditkitError) as caught:
         ask()
@@ -278,7 +279,7 @@ def test_a_wrong_request_is_one_clear_error(ask, message, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for draw in (
         lambda: plots.trace_map(traced()),

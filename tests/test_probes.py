@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from editkit.activations import probes
 from editkit.activations.probes import LinearProbe, activation_norms, features, fit_probe
 from editkit.corpora import load_atlas
 from editkit.errors import EditkitError, OutputError
+from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.nethook import HookError
@@ -27,12 +29,12 @@ FAMILIES = ["gpt2", "llama"]
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request):
+def family(request: pytest.FixtureRequest):
     return request.param
 
 
 @pytest.fixture
-def lm(family):
+def lm(family: str):
     return tiny_lm(family)
 
 
@@ -49,7 +51,7 @@ def one_by_one(lm, texts, sites):
 # Seeing activations
 
 
-def test_norms_are_those_of_plain_hooks(lm, family):
+def test_norms_are_those_of_plain_hooks(lm: LanguageModel, family: str) -> None:
     sites = sites_of(family)
     norms = activation_norms(lm, TEXTS[0], sites)
     (alone,) = one_by_one(lm, TEXTS[:1], sites)
@@ -61,7 +63,9 @@ def test_norms_are_those_of_plain_hooks(lm, family):
     assert "".join(norms.tokens).replace("<s>", "").replace(" ", "") == TEXTS[0].replace(" ", "")
 
 
-def test_looking_saves_nothing_for_backward_and_changes_no_switch(lm, family, tmp_path):
+def test_looking_saves_nothing_for_backward_and_changes_no_switch(
+    lm: LanguageModel, family: str, tmp_path: Path
+) -> None:
     switches = [m.training for m in lm.model.modules()], [p.requires_grad for p in lm.model.parameters()]
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -75,14 +79,14 @@ def test_looking_saves_nothing_for_backward_and_changes_no_switch(lm, family, tm
     assert count_hooks(lm.model) == 0
 
 
-def test_a_site_without_one_vector_a_token_is_refused():
+def test_a_site_without_one_vector_a_token_is_refused() -> None:
     with pytest.raises(EditkitError, match=r"'model.layers.0.self_attn.q_norm' is \[1, \d+, 4, 8\]"):
         activation_norms(tiny_lm("qwen3"), TEXTS[0], "model.layers.0.self_attn.q_norm")
     with pytest.raises(HookError, match="did you mean"):
         activation_norms(tiny_lm("llama"), TEXTS[0], "model.layers.0.mpl")
 
 
-def test_heat_map_is_a_picture_whatever_the_tokens(tmp_path):
+def test_heat_map_is_a_picture_whatever_the_tokens(tmp_path: Path) -> None:
     loaded = "matplotlib.pyplot" in sys.modules
     path = heat_map(torch.rand(2, 3), ["a", "b"], ["$x^{", " the", "\n"], tmp_path / "deep" / "p.png", title="$_")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -90,7 +94,7 @@ def test_heat_map_is_a_picture_whatever_the_tokens(tmp_path):
     assert ("matplotlib.pyplot" in sys.modules) == loaded  # no window, no global state
 
 
-def test_heat_map_says_what_is_wrong(tmp_path, monkeypatch):
+def test_heat_map_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EditkitError, match="2 row and 2 column names"):
         heat_map(torch.rand(2, 3), ["a", "b"], ["x", "y"], tmp_path / "p.png")
     with pytest.raises(EditkitError, match="end the name in one of"):
@@ -107,7 +111,7 @@ def test_heat_map_says_what_is_wrong(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [3, 32])
-def test_features_equal_those_of_texts_one_by_one(lm, family, tmp_path, batch_size):
+def test_features_equal_those_of_texts_one_by_one(lm: LanguageModel, family: str, tmp_path: Path, batch_size) -> None:
     sites, alone = sites_of(family), one_by_one(lm, TEXTS, sites_of(family))
     ints = [2, 0, -2, 1]
     if family == "llama":
@@ -130,7 +134,7 @@ def test_features_equal_those_of_texts_one_by_one(lm, family, tmp_path, batch_si
     lm.tokenizer.padding_side = "right"
 
 
-def test_positions_may_be_the_subjects(atlas_lm, tmp_path):
+def test_positions_may_be_the_subjects(atlas_lm: LanguageModel, tmp_path: Path) -> None:
     subjects, template = ["Egypt", "New Zealand", "France"], "In {}, the capital city is"
     texts, site = [template.format(s) for s in subjects], "transformer.h.3"
     made = features(
@@ -147,7 +151,7 @@ def test_positions_may_be_the_subjects(atlas_lm, tmp_path):
     assert torch.allclose(made.with_format("torch")[site][:], torch.stack([row[site][-1] for row in alone]), atol=1e-4)
 
 
-def test_features_stream(lm, family, tmp_path, monkeypatch):
+def test_features_stream(lm: LanguageModel, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is on the disk before the next one is read, so memory holds one, and no tensor outlives it."""
     monkeypatch.setattr(probes, "ROW_GROUP", 4)
     path, sizes, alive = tmp_path / "f.parquet", [], []
@@ -169,7 +173,7 @@ def test_features_stream(lm, family, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interrupt_leaves_the_old_file_and_no_half(lm, family, tmp_path):
+def test_an_interrupt_leaves_the_old_file_and_no_half(lm: LanguageModel, family: str, tmp_path: Path) -> None:
     path = tmp_path / "f.parquet"
 
     def texts():
@@ -185,7 +189,7 @@ def test_an_interrupt_leaves_the_old_file_and_no_half(lm, family, tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(lm, family, tmp_path):
+def test_a_full_disk_is_said_and_leaves_nothing(lm: LanguageModel, family: str, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
@@ -198,7 +202,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(lm, family, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_made_again_is_read_again(lm, family, tmp_path):
+def test_a_file_made_again_is_read_again(lm: LanguageModel, family: str, tmp_path: Path) -> None:
     path, site = tmp_path / "f.parquet", sites_of(family)[0]
     first = features(lm, TEXTS, site, path=path)[site][:]
     second = features(lm, TEXTS[::-1], site, path=path)[site][:]
@@ -220,7 +224,7 @@ BAD_FEATURES = {
 
 
 @pytest.mark.parametrize("case", BAD_FEATURES)
-def test_features_say_what_is_wrong(case, tmp_path):
+def test_features_say_what_is_wrong(case, tmp_path: Path) -> None:
     options, message = BAD_FEATURES[case]
     options = {"texts": TEXTS} | options
     with pytest.raises(EditkitError, match=message):
@@ -228,7 +232,7 @@ def test_features_say_what_is_wrong(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_column_may_not_have_the_name_of_a_site(tmp_path):
+def test_a_column_may_not_have_the_name_of_a_site(tmp_path: Path) -> None:
     with pytest.raises(EditkitError, match="'transformer.h.0' is a site and a given column"):
         features(tiny_lm("gpt2"), TEXTS, "transformer.h.0", path=tmp_path / "f", columns={"transformer.h.0": TEXTS})
 
@@ -243,7 +247,7 @@ def clusters(n=90, d=6, seed=0):
     return x, [("low", "mid", "top")[i] for i in y]
 
 
-def test_a_probe_is_the_minimum_of_its_loss():
+def test_a_probe_is_the_minimum_of_its_loss() -> None:
     x, y = clusters()
     x[:, 5] = 7.0  # constant
     probe = LinearProbe.fit(x, y, l2=0.05)
@@ -259,7 +263,7 @@ def test_a_probe_is_the_minimum_of_its_loss():
     assert torch.equal(probe.weight, LinearProbe.fit(x, y, l2=0.05).weight)
 
 
-def test_probes_say_what_is_wrong():
+def test_probes_say_what_is_wrong() -> None:
     x, y = clusters(9)
     for given, labels, l2, message in [
         (x, ["a"] * 9, 0.01, "all are 'a'"),
@@ -276,7 +280,7 @@ def test_probes_say_what_is_wrong():
 
 
 @pytest.fixture(scope="module")
-def kinds(atlas_lm, tmp_path_factory):
+def kinds(atlas_lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory):
     """Every subject of the atlas once, with nothing after it: features of its last token, its kind, its continent."""
     atlas = load_atlas()
     facts = [facts[0] for facts in atlas.by_subject.values()]
@@ -291,7 +295,7 @@ def kinds(atlas_lm, tmp_path_factory):
     return features(atlas_lm, columns["subject"], sites, path=path, columns=columns, batch_size=128)
 
 
-def test_a_probe_reads_kind_and_continent_off_the_atlas_model(kinds):
+def test_a_probe_reads_kind_and_continent_off_the_atlas_model(kinds) -> None:
     countries = kinds.select([i for i, continent in enumerate(kinds["continent"]) if continent is not None])
     for rows, label in ((kinds, "kind"), (countries, "continent")):
         result = fit_probe(rows, "transformer.h.5", label)
@@ -305,7 +309,7 @@ def test_a_probe_reads_kind_and_continent_off_the_atlas_model(kinds):
     assert fit_probe(nonsense, "transformer.h.5", "kind").test_accuracy < 0.25
 
 
-def test_majority_accuracy_and_groups_are_counted_by_hand(kinds):
+def test_majority_accuracy_and_groups_are_counted_by_hand(kinds) -> None:
     first = fit_probe(kinds, "transformer.h.5", "kind", seed=3, test=0.4)
     again = fit_probe(kinds.with_format("torch"), "transformer.h.5", "kind", seed=3, test=0.4)
     assert (first.test_accuracy, first.majority_accuracy) == (again.test_accuracy, again.majority_accuracy)
@@ -316,7 +320,7 @@ def test_majority_accuracy_and_groups_are_counted_by_hand(kinds):
     assert (result.train_accuracy, result.test_accuracy, result.majority_accuracy) == (1.0, 0.0, 0.0)
 
 
-def test_fit_probe_says_what_is_wrong(kinds):
+def test_fit_probe_says_what_is_wrong(kinds) -> None:
     with pytest.raises(EditkitError, match="did you mean 'kind'"):
         fit_probe(kinds, "transformer.h.5", "kinds")
     with pytest.raises(EditkitError, match="not one vector a row"):

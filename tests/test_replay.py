@@ -41,7 +41,7 @@ def whole(lm, rows, site, first, change):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_from_every_block_it_is_the_whole_model(family):
+def test_from_every_block_it_is_the_whole_model(family: str) -> None:
     lm = tiny_lm(family)
     rows, first, last = ragged(lm)
     hooks = count_hooks(lm.model)
@@ -60,7 +60,7 @@ def test_from_every_block_it_is_the_whole_model(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_some_of_the_rows_give_the_same_as_all(family):
+def test_some_of_the_rows_give_the_same_as_all(family: str) -> None:
     lm = tiny_lm(family)
     rows, first, last = ragged(lm)
     ready = replay(lm, rows, first, last, 1)
@@ -73,7 +73,7 @@ def test_some_of_the_rows_give_the_same_as_all(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_the_whole_model(family):
+def test_gradients_are_those_of_the_whole_model(family: str) -> None:
     lm = tiny_lm(family)
     rows, first, last = ragged(lm)
     at = torch.tensor(last)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_whole_model(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_columns_give_the_logits_of_whole_rows(family):
+def test_columns_give_the_logits_of_whole_rows(family: str) -> None:
     """Targets of one token and of several behind one prompt, and another prompt."""
     lm = tiny_lm(family)
     rows = tokenise(lm, [TEXTS[0], TEXTS[0] + " and Paris again", TEXTS[3]])
@@ -107,7 +107,7 @@ def test_columns_give_the_logits_of_whole_rows(family):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_backends(attention):
+def test_attention_backends(attention) -> None:
     lm = tiny_lm("llama")
     lm.model.set_attn_implementation(attention)
     rows, first, last = ragged(lm)
@@ -122,7 +122,7 @@ def test_attention_backends(attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_as_near_as_it_can_be(dtype):
+def test_half_precision_is_as_near_as_it_can_be(dtype: torch.dtype) -> None:
     lm = tiny_lm("qwen3", dtype=dtype)
     rows, first, last = ragged(lm)
     ready = replay(lm, rows, first, last, 1)
@@ -133,7 +133,7 @@ def test_half_precision_is_as_near_as_it_can_be(dtype):
     assert apart < 16 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
-def test_a_head_in_pieces_gives_what_it_gives_whole(monkeypatch):
+def test_a_head_in_pieces_gives_what_it_gives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("editkit.models.replay.PIECE", 100)  # the last piece is a shorter one
     lm = tiny_lm("gpt2")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
@@ -147,7 +147,7 @@ def test_a_head_in_pieces_gives_what_it_gives_whole(monkeypatch):
     assert (given.grad.double() - up.double() @ weight).abs().max() < 1e-4
 
 
-def test_a_head_that_learns_or_is_watched_is_called():
+def test_a_head_that_learns_or_is_watched_is_called() -> None:
     lm = tiny_lm("gpt2")
     x = torch.randn(5, 32)
     logits_of(lm, x).sum().backward()
@@ -157,7 +157,7 @@ def test_a_head_that_learns_or_is_watched_is_called():
     assert torch.equal(logits, trace.output)
 
 
-def test_a_text_before_the_change_is_run_once():
+def test_a_text_before_the_change_is_run_once() -> None:
     lm = tiny_lm("gpt2")
     rows = tokenise(lm, [TEXTS[0]] * 3)
     seen = []
@@ -167,12 +167,12 @@ def test_a_text_before_the_change_is_run_once():
     assert seen[:2] == [(2, 5), (3, 3)]  # two distinct prefixes, then the columns of every row
 
 
-def test_a_model_that_does_something_between_its_parts_is_refused():
+def test_a_model_that_does_something_between_its_parts_is_refused() -> None:
     lm = tiny_lm("gpt2")
     rows, first, last = ragged(lm)
     before = everything(lm.model)
 
-    def doubled(module, args, output):
+    def doubled(module, args, output) -> None:
         output.last_hidden_state = 2 * output.last_hidden_state
 
     handle = lm.model.transformer.register_forward_hook(doubled)

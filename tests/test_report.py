@@ -36,7 +36,7 @@ class Parsed(HTMLParser):
         self.close()
         self.problems += self._open
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag, attributes) -> None:
         self.tags.append((tag, dict(attributes)))
         if tag == "tr":
             self.rows.append([])
@@ -45,16 +45,16 @@ class Parsed(HTMLParser):
         if tag not in VOID:
             self._open.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
+    def handle_startendtag(self, tag, attributes) -> None:
         self.tags.append((tag, dict(attributes)))
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag) -> None:
         if tag in VOID:
             return
         if not self._open or self._open.pop() != tag:
             self.problems.append(f"/{tag}")
 
-    def handle_data(self, data):
+    def handle_data(self, data) -> None:
         if self._open and self._open[-1] != "style":
             self.words.append(data)
             if "td" in self._open or "th" in self._open:
@@ -92,7 +92,7 @@ def edit_folder(folder: Path, prompt="{} is in the city of", subject="The Tower"
     return folder
 
 
-def test_every_metric_of_the_record_stands_in_the_page(tmp_path):
+def test_every_metric_of_the_record_stands_in_the_page(tmp_path: Path) -> None:
     found = benchmark(tmp_path / "run")
     shown = page(tmp_path / "run")
     assert not shown.problems
@@ -107,7 +107,7 @@ def test_every_metric_of_the_record_stands_in_the_page(tmp_path):
     assert shown.row("GE", 5)[2:4] == [f"{found['metrics']['counterfact.GE_after']['mean']:.3f}", "30"]  # no interval
 
 
-def test_a_relation_s_average_is_that_of_its_cases(tmp_path):
+def test_a_relation_s_average_is_that_of_its_cases(tmp_path: Path) -> None:
     benchmark(tmp_path / "run")
     table = pandas.read_parquet(tmp_path / "run" / "edits.parquet").groupby("relation")["counterfact.PS_after"]
     shown = page(tmp_path / "run")
@@ -117,7 +117,7 @@ def test_a_relation_s_average_is_that_of_its_cases(tmp_path):
         assert row[3].split()[0] == f"{table.mean()[relation]:.3f}"
 
 
-def test_worst_cases_are_those_of_lowest_score_with_their_texts(tmp_path):
+def test_worst_cases_are_those_of_lowest_score_with_their_texts(tmp_path: Path) -> None:
     benchmark(tmp_path / "run", good=0.7)
     edits = pandas.read_parquet(tmp_path / "run" / "edits.parquet")
     score = edits[[f"counterfact.{n}_after" for n in ("ES", "PS", "NS")]].mean(axis=1)
@@ -129,7 +129,7 @@ def test_worst_cases_are_those_of_lowest_score_with_their_texts(tmp_path):
     assert "New. And so on" in shown.text and "Old. And so on" in shown.text
 
 
-def test_one_edit(tmp_path):
+def test_one_edit(tmp_path: Path) -> None:
     shown = page(edit_folder(tmp_path / "run"))
     assert "The Tower is in the city of … Paris → Rome" in shown.text
     assert shown.row("rewrite", 5)[1:] == [
@@ -139,12 +139,12 @@ def test_one_edit(tmp_path):
     assert "0.1798" in shown.text and "Every compared bit is what it was before." in shown.text
 
 
-def test_a_run_that_was_not_restored_says_so(tmp_path):
+def test_a_run_that_was_not_restored_says_so(tmp_path: Path) -> None:
     unequal = {"exact": False, "unequal": ["h.4.weight"]}
     assert "NOT EQUAL to what it was before." in page(edit_folder(tmp_path / "run", reversal=unequal)).text
 
 
-def test_lifelong_points_and_collapse(tmp_path):
+def test_lifelong_points_and_collapse(tmp_path: Path) -> None:
     found = lifelong(tmp_path / "run", lasts=200)
     first = next(point["edits"] for point in found["series"] if point["collapsed"])
     shown = page(tmp_path / "run")
@@ -157,7 +157,7 @@ def test_lifelong_points_and_collapse(tmp_path):
     assert any("singular value over number of the singular value" in label and "update ΔW" in label for label in labels)
 
 
-def test_the_page_is_alone_and_runs_nothing(tmp_path):
+def test_the_page_is_alone_and_runs_nothing(tmp_path: Path) -> None:
     benchmark(tmp_path / "a")
     lifelong(tmp_path / "b")
     for folder in (tmp_path / "a", tmp_path / "b", tmp_path):
@@ -174,7 +174,7 @@ def test_the_page_is_alone_and_runs_nothing(tmp_path):
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&</text></svg>{{ 7*7 }}"
 
 
-def test_texts_are_shown_and_never_obeyed(tmp_path):
+def test_texts_are_shown_and_never_obeyed(tmp_path: Path) -> None:
     folder = edit_folder(tmp_path / "<b>run", f"{{}} {HOSTILE}", HOSTILE, HOSTILE)
     plain = page(edit_folder(tmp_path / "plain"))
     shown = page(folder)
@@ -186,7 +186,7 @@ def test_texts_are_shown_and_never_obeyed(tmp_path):
     assert "<b>run" in both.text and not {"b", "script"} & {t for t, _ in both.tags}
 
 
-def test_odd_texts(tmp_path):
+def test_odd_texts(tmp_path: Path) -> None:
     """Wide letters, right-to-left marks, what no file can hold, and a very long word."""
     long = "x" * 5000
     folder = edit_folder(tmp_path / "run", "{} はどこ \u202e \x00\x1b[31m " + long, "東京タワー \ud800", "ローマ")
@@ -199,7 +199,7 @@ def test_odd_texts(tmp_path):
 @pytest.mark.parametrize(
     "missing", ["metrics", "edit", "timings", "texts", "environment", "data", "reversal", "config"]
 )
-def test_a_part_may_be_missing(tmp_path, missing):
+def test_a_part_may_be_missing(tmp_path: Path, missing) -> None:
     folder = edit_folder(tmp_path / "run", **{missing: None})
     assert not page(folder).problems
     found = benchmark(tmp_path / "other")
@@ -209,7 +209,7 @@ def test_a_part_may_be_missing(tmp_path, missing):
     assert not page(tmp_path).problems
 
 
-def test_tables_may_be_missing_or_empty(tmp_path):
+def test_tables_may_be_missing_or_empty(tmp_path: Path) -> None:
     found = benchmark(tmp_path / "run")
     (tmp_path / "run" / "cases.parquet").unlink()
     assert "The table of probes does not hold this case." in page(tmp_path / "run").text
@@ -218,7 +218,7 @@ def test_tables_may_be_missing_or_empty(tmp_path):
     assert "Worst cases" not in shown.text and f"{found['metrics']['counterfact.ES_after']['mean']:.3f}" in shown.text
 
 
-def test_nan_is_no_number(tmp_path):
+def test_nan_is_no_number(tmp_path: Path) -> None:
     found = benchmark(tmp_path / "run")
     found["metrics"]["counterfact.ES_after"] |= {"mean": float("nan")}
     (tmp_path / "run" / "record.json").write_text(json.dumps(found))
@@ -226,7 +226,7 @@ def test_nan_is_no_number(tmp_path):
     assert shown.row("ES", 5)[2] == "–" and "nan" not in shown.text.lower().split()
 
 
-def test_runs_side_by_side(tmp_path):
+def test_runs_side_by_side(tmp_path: Path) -> None:
     first = benchmark(tmp_path / "10", "rome")
     second = benchmark(tmp_path / "9", "memit", good=0.5)
     shown = page(tmp_path)
@@ -240,7 +240,7 @@ def test_runs_side_by_side(tmp_path):
     assert compare._differing(runs) == ["method.name"]  # layer is rome's own
 
 
-def test_names_of_like_runs_hold_their_folder(tmp_path):
+def test_names_of_like_runs_hold_their_folder(tmp_path: Path) -> None:
     for name in ("a", "b"):
         benchmark(tmp_path / name, "rome", seed=name == "b")
     runs, _ = find([tmp_path])
@@ -248,13 +248,13 @@ def test_names_of_like_runs_hold_their_folder(tmp_path):
     assert compare._differing(runs) == ["seed"]
 
 
-def test_bold_is_what_the_best_cannot_be_told_from():
+def test_bold_is_what_the_best_cannot_be_told_from() -> None:
     found = [Average(0.9, 10, 0.8, 0.95), Average(0.8, 10, 0.7, 0.9), Average(0.5, 10, 0.4, 0.6), None]
     assert compare._best(found, 1) == {0, 1} and compare._best(found, -1) == {2}
     assert compare._best(found, 0) == set() == compare._best([Average(0.9, 10), Average(0.5, 10)], 1)
 
 
-def test_unfinished_runs_are_listed_with_their_error(tmp_path):
+def test_unfinished_runs_are_listed_with_their_error(tmp_path: Path) -> None:
     benchmark(tmp_path / "0")
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "failed.txt").write_text("Layer 77 was asked for\n")
@@ -270,7 +270,7 @@ def published_run(folder: Path, **changes) -> Run:
     return Run.at(folder)
 
 
-def test_published_numbers_stand_beside_a_run_of_the_same_setting(tmp_path):
+def test_published_numbers_stand_beside_a_run_of_the_same_setting(tmp_path: Path) -> None:
     run = published_run(tmp_path / "run")
     rows = {row.method: row for row in published.matching(run)}
     assert set(rows) == {"", "rome"}
@@ -287,7 +287,7 @@ def test_published_numbers_stand_beside_a_run_of_the_same_setting(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"model": "gpt2"}, {"data_name": "zsre"}, {"data_name": "counterfact_flat"}, {"method": "r_rome"}]
 )
-def test_published_numbers_do_not_stand_beside_another_setting(tmp_path, change):
+def test_published_numbers_do_not_stand_beside_another_setting(tmp_path: Path, change) -> None:
     found = {"method": "rome", "model": "gpt2-xl", "data_name": "counterfact"} | change
     benchmark(tmp_path / "run", **found)
     assert [row for row in published.matching(Run.at(tmp_path / "run")) if row.method or "model" in change] == (
@@ -295,7 +295,7 @@ def test_published_numbers_do_not_stand_beside_another_setting(tmp_path, change)
     )
 
 
-def test_sequences_are_compared_with_sequences(tmp_path):
+def test_sequences_are_compared_with_sequences(tmp_path: Path) -> None:
     lifelong(tmp_path / "run", "alphaedit", model="gpt2-xl", data_name="counterfact")
     run = Run.at(tmp_path / "run")
     (row,) = published.matching(run)
@@ -318,13 +318,13 @@ def test_sequences_are_compared_with_sequences(tmp_path):
         (["-m", "seed=range(3)"], "python -m editkit.run -m 'seed=range(3)'", False),
     ],
 )
-def test_the_command_runs_it_again(tmp_path, words_, expected, alone):
+def test_the_command_runs_it_again(tmp_path: Path, words_, expected, alone) -> None:
     found = record("edit", "rome")
     found["environment"]["command"] = ["/somewhere/editkit/run.py", *words_]
     assert reproduce.command(Run(tmp_path, found)) == (expected, alone)
 
 
-def test_metrics_of_both_shapes():
+def test_metrics_of_both_shapes() -> None:
     flat = metrics_of({"ES_before": 0.0, "ES_after": 1.0, "ES_n": 3}, "counterfact")
     assert flat["counterfact.ES"].after == Average(1.0, 3) and flat["counterfact.ES"].before == Average(0.0, 3)
     nested = metrics_of({"zsre.efficacy_after": {"mean": 0.5, "n": 2, "low": 0.1, "high": None}, "kl": 0.25})
@@ -332,13 +332,13 @@ def test_metrics_of_both_shapes():
     assert nested["kl"].after == Average(0.25)
 
 
-def test_an_average_s_interval_holds_the_mean_and_is_the_same_twice():
+def test_an_average_s_interval_holds_the_mean_and_is_the_same_twice() -> None:
     found = aggregate.average([0.0, 1.0, 1.0, None, float("nan"), 1.0])
     assert (found.mean, found.n) == (0.75, 4) and 0 <= found.low <= 0.75 <= found.high <= 1
     assert found == aggregate.average([0.0, 1.0, 1.0, 1.0]) and aggregate.average([None]) is None
 
 
-def test_kinds_of_probe_are_those_of_the_cases():
+def test_kinds_of_probe_are_those_of_the_cases() -> None:
     kinds = {v for k, v in vars(cases).items() if k.isupper() and isinstance(v, str)} - {cases.HOP}  # a group
     assert kinds | {DISTRACTED, GENERATION} == set(glossary.KINDS)
 
@@ -348,7 +348,7 @@ def command(*arguments, cwd):
                           text=True, timeout=60)  # fmt: skip
 
 
-def test_the_command_prints_the_page_last_and_needs_no_torch(tmp_path):
+def test_the_command_prints_the_page_last_and_needs_no_torch(tmp_path: Path) -> None:
     benchmark(tmp_path / "run")
     code = "import sys; sys.modules.update(torch=None, pandas=None, transformers=None, matplotlib=None)\n"
     code += "from editkit.report.__main__ import main; sys.exit(main(['run']))"
@@ -358,7 +358,7 @@ def test_the_command_prints_the_page_last_and_needs_no_torch(tmp_path):
     assert done.stdout == "elsewhere/page.html\n" and (tmp_path / "elsewhere/page.html").is_file()
 
 
-def test_several_folders_make_one_page_beside_them(tmp_path):
+def test_several_folders_make_one_page_beside_them(tmp_path: Path) -> None:
     benchmark(tmp_path / "x" / "a")
     benchmark(tmp_path / "x" / "b" / "0", "memit")
     path = report.write(tmp_path / "x" / "a", tmp_path / "x" / "b")
@@ -388,7 +388,7 @@ def broken(folder: Path, name: str, data: bytes) -> None:
         ("edits.parquet", b""),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, name, data):
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, data) -> None:
     broken(tmp_path / "run", name, data)
     with pytest.raises(RecordError, match=re.escape(str(tmp_path / "run" / name))):
         report.write(tmp_path / "run")
@@ -406,7 +406,7 @@ def test_a_damaged_file_is_named(tmp_path, name, data):
         ([], 2, "FOLDER"),
     ],
 )
-def test_a_wrong_request_is_one_line(tmp_path, arguments, code, message):
+def test_a_wrong_request_is_one_line(tmp_path: Path, arguments, code, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").touch()
@@ -417,7 +417,7 @@ def test_a_wrong_request_is_one_line(tmp_path, arguments, code, message):
     assert done.stdout == ""
 
 
-def test_the_errors_are_the_family_s(tmp_path):
+def test_the_errors_are_the_family_s(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         report.write(tmp_path / "nowhere")
     benchmark(tmp_path / "run", cases=2)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def cells(text):
     return found
 
 
-def test_every_cell_of_a_prompt_s_maps_says_its_probability(tmp_path):
+def test_every_cell_of_a_prompt_s_maps_says_its_probability(tmp_path: Path) -> None:
     one = traced()
     text = report.write(written(tmp_path / "run", one, "trace", kind="one")).read_text(encoding="utf-8")
     found = cells(text)
@@ -83,7 +84,7 @@ def test_every_cell_of_a_prompt_s_maps_says_its_probability(tmp_path):
     assert len(rows) == 15 and rows[0][4].strip() == number(one.probability["mlp"][0, 0].item())
 
 
-def test_rows_are_reached_by_the_keyboard_and_say_their_most(tmp_path):
+def test_rows_are_reached_by_the_keyboard_and_say_their_most(tmp_path: Path) -> None:
     one = traced(("state",))
     shown = page(written(tmp_path / "run", one, "trace", kind="one"))
     stops = [a["aria-label"] for tag, a in shown.tags if tag == "g" and a.get("tabindex") == "0"]
@@ -95,7 +96,7 @@ def test_rows_are_reached_by_the_keyboard_and_say_their_most(tmp_path):
     assert [a["role"] for tag, a in shown.tags if tag == "svg"] == ["group"]
 
 
-def test_an_average_s_page_has_its_proposal_means_and_bounds(tmp_path):
+def test_an_average_s_page_has_its_proposal_means_and_bounds(tmp_path: Path) -> None:
     average = averaged()
     proposal = propose_layers(average)
     told = asdict(proposal) | {"text": str(proposal)}
@@ -119,13 +120,13 @@ def test_an_average_s_page_has_its_proposal_means_and_bounds(tmp_path):
     assert sum(a.get("class", "").endswith("band") for tag, a in shown.tags if tag == "path") == 4
 
 
-def test_an_average_without_a_proposal(tmp_path):
+def test_an_average_without_a_proposal(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", averaged(), "average", kind="average", proposal=None)
     shown = page(folder)
     assert "Blocks to edit" not in shown.text and "Over blocks" in shown.text
 
 
-def test_the_page_needs_no_torch_and_stands_beside_others(tmp_path):
+def test_the_page_needs_no_torch_and_stands_beside_others(tmp_path: Path) -> None:
     written(tmp_path / "x" / "a", traced(), "trace", kind="one")
     written(tmp_path / "x" / "b", averaged(), "average", kind="average", proposal=None)
     code = "import sys; sys.modules.update(torch=None, pandas=None, transformers=None, matplotlib=None)\n"
@@ -136,7 +137,7 @@ def test_the_page_needs_no_torch_and_stands_beside_others(tmp_path):
 
 @pytest.mark.parametrize("name", ["trace.npz", "trace.json"])
 @pytest.mark.parametrize("damage", ["gone", "half", "foreign"])
-def test_damaged_arrays_are_named(tmp_path, name, damage):
+def test_damaged_arrays_are_named(tmp_path: Path, name: str, damage) -> None:
     folder = written(tmp_path / "run", traced(), "trace", kind="one")
     path = folder / name
     if damage == "gone":

@@ -8,6 +8,7 @@ import torch
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.methods.contexts import context_templates
+from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.settings import ContextSettings, MomentSettings
@@ -36,7 +37,7 @@ def oracle_of(lm, fact, settings, templates, matrix):
 
 @pytest.mark.parametrize("keys", ["mixed", "mean"])
 @pytest.mark.parametrize("name", ["atlas", "gpt2", "llama"])
-def test_equal_to_the_oracle(name, keys, request):
+def test_equal_to_the_oracle(name: str, keys, request: pytest.FixtureRequest) -> None:
     lm = lm_named(name, request)
     layer = 4 if name == "atlas" else 1
     # A tiny random model has v0 near nothing: its decay would dwarf the rest, and rounding the update.
@@ -58,14 +59,14 @@ def test_equal_to_the_oracle(name, keys, request):
     assert steps == pytest.approx(losses, rel=1e-3)
 
 
-def test_the_clamp_holds(atlas_lm):
+def test_the_clamp_holds(atlas_lm: LanguageModel) -> None:
     settings = RRomeSettings(clamp=0.3, contexts=FEW)
     report = r_rome(atlas_lm, FACT, settings, moments=MOMENTS, progress=False).provenance["reports"][0]
     assert report["clamp_hit"] and report["delta_norm"] <= 0.3 * report["v0_norm"] * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("method", [rome, r_rome])
-def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm, method):
+def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm: LanguageModel, method: str) -> None:
     before = everything(atlas_lm.model)
     flags = [p.requires_grad for p in atlas_lm.model.parameters()]
     edit = method(atlas_lm, FACT, moments=MOMENTS, progress=False)
@@ -86,7 +87,7 @@ def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm, method):
     ]
 
 
-def test_a_seed_decides_every_byte(atlas_lm):
+def test_a_seed_decides_every_byte(atlas_lm: LanguageModel) -> None:
     def edit(seed):
         settings = RRomeSettings(contexts=FEW, steps=5)
         return r_rome(atlas_lm, FACT, settings, seed=seed, moments=MOMENTS, progress=False).to_bytes()
@@ -94,7 +95,7 @@ def test_a_seed_decides_every_byte(atlas_lm):
     assert edit(0) == edit(0) != edit(1)
 
 
-def test_several_facts_in_one_edit(atlas_lm):
+def test_several_facts_in_one_edit(atlas_lm: LanguageModel) -> None:
     facts = [FACT, Fact("The capital of {} is", "France", "Madrid", "Paris")]
     before = everything(atlas_lm.model)
     edit = r_rome(atlas_lm, facts, RRomeSettings(contexts=FEW), moments=MOMENTS, progress=False)
@@ -108,7 +109,7 @@ def test_several_facts_in_one_edit(atlas_lm):
             assert best and fact.target_new.startswith(best)
 
 
-def test_contexts_are_seeded_and_clean(atlas_lm):
+def test_contexts_are_seeded_and_clean(atlas_lm: LanguageModel) -> None:
     first, again, other = (context_templates(atlas_lm, FEW, seed=s) for s in (0, 0, 1))
     assert first == again != other
     assert first[0] == "{}" and len(first) == 5 and all(t.count("{}") == 1 for t in first)
@@ -117,7 +118,7 @@ def test_contexts_are_seeded_and_clean(atlas_lm):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_defaults_follow_the_published_constants():
+def test_defaults_follow_the_published_constants() -> None:
     xl = constants_of("rome", "openai-community/gpt2-xl", 48)
     assert xl == {"layer": 17, "clamp": 4.0, "steps": 20, "lr": 0.5, "weight_decay": 0.5}
     assert constants_of("rome", "unknown", 3)["layer"] == 1 == constants_of("rome", "gpt2-xl", 3)["layer"]
@@ -125,7 +126,7 @@ def test_defaults_follow_the_published_constants():
     assert (settings.layer, settings.clamp) == (8, 2.0)
 
 
-def test_bad_input(atlas_lm):
+def test_bad_input(atlas_lm: LanguageModel) -> None:
     with pytest.raises(ModelError, match="Layer 40 was asked for; atlas has 8 blocks"):
         rome(atlas_lm, FACT, RomeSettings(layer=40), progress=False)
     with pytest.raises(EditkitError, match="No fact"):
@@ -134,7 +135,9 @@ def test_bad_input(atlas_lm):
         rome(atlas_lm, FACT.with_target("Paris"), progress=False)
 
 
-def test_an_interrupt_during_the_optimisation_leaves_the_model_as_it_was(atlas_lm, monkeypatch):
+def test_an_interrupt_during_the_optimisation_leaves_the_model_as_it_was(
+    atlas_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = everything(atlas_lm.model)
     calls = []
 

@@ -24,7 +24,7 @@ def run(*arguments, cwd, **options):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory: pytest.TempPathFactory):
     """One default run from an empty folder."""
     folder = tmp_path_factory.mktemp("run")
     done = run("edit=gpt2_fact", cwd=folder)
@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_the_output_is_readable_at_80_columns(finished):
+def test_the_output_is_readable_at_80_columns(finished: Path) -> None:
     _, out = finished
     assert max(map(len, out.splitlines()[:-1])) <= 80
     for expected in ("The Eiffel Tower", "Paris → Rome", "paraphrases", "neighborhood", "continuation", "rank 1"):
@@ -40,7 +40,7 @@ def test_the_output_is_readable_at_80_columns(finished):
     assert re.search(r"restored: 100 parameters and buffers, [\d,]+ bytes compared, all equal, bit\s+for bit", out)
 
 
-def test_the_run_folder_is_named_on_the_last_line_and_complete(finished):
+def test_the_run_folder_is_named_on_the_last_line_and_complete(finished: Path) -> None:
     folder, out = finished
     found = folder / out.splitlines()[-1]
     assert {p.name for p in found.iterdir()} == {
@@ -64,7 +64,7 @@ def test_the_run_folder_is_named_on_the_last_line_and_complete(finished):
     assert (cases.probability_new_after[cases.kind == "rewrite"] > 0.5).all()
 
 
-def test_the_saved_edit_applies_to_a_fresh_model(finished):
+def test_the_saved_edit_applies_to_a_fresh_model(finished: Path) -> None:
     folder, out = finished
     edit = Edit.load(folder / out.splitlines()[-1] / "edit.safetensors")
     lm = load("atlas", device="cpu")
@@ -73,7 +73,7 @@ def test_the_saved_edit_applies_to_a_fresh_model(finished):
     assert applied.reversal.exact
 
 
-def test_a_second_run_gives_the_same_edit_and_another_seed_does_not(finished, tmp_path):
+def test_a_second_run_gives_the_same_edit_and_another_seed_does_not(finished: Path, tmp_path: Path) -> None:
     def edit(seed):
         done = run(f"seed={seed}", f"hydra.run.dir={tmp_path}/{seed}{time.time_ns()}", *FAST, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -82,7 +82,7 @@ def test_a_second_run_gives_the_same_edit_and_another_seed_does_not(finished, tm
     assert edit(0) == edit(0) != edit(1)
 
 
-def test_any_other_fact(tmp_path):
+def test_any_other_fact(tmp_path: Path) -> None:
     done = run(
         "edit.subject=Big Ben", 'edit.prompt="{} is located in the country of"', "edit.target_new=Japan", *FAST,
         cwd=tmp_path,
@@ -91,7 +91,7 @@ def test_any_other_fact(tmp_path):
     assert "Big Ben is located in the country of … ? → Japan" in done.stdout
 
 
-def test_a_sweep_leaves_one_table(tmp_path):
+def test_a_sweep_leaves_one_table(tmp_path: Path) -> None:
     done = run("-m", "method.layer=3,4", "seed=0,1", *FAST, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     path = tmp_path / done.stdout.splitlines()[-1]
@@ -102,7 +102,7 @@ def test_a_sweep_leaves_one_table(tmp_path):
     assert page.name == "report.html" and "4 runs compared" in page.read_text(encoding="utf-8")
 
 
-def test_a_failing_job_does_not_stop_a_sweep(tmp_path):
+def test_a_failing_job_does_not_stop_a_sweep(tmp_path: Path) -> None:
     done = run("-m", "method.layer=77,4", *FAST, cwd=tmp_path)
     assert done.returncode == 1
     assert "job 0 failed: Layer 77 was asked for; atlas has 8 blocks" in done.stderr
@@ -125,7 +125,7 @@ def test_a_failing_job_does_not_stop_a_sweep(tmp_path):
         (["hydra.run.dir=/dev/null/run"], 1, "The run folder '/dev/null/run' cannot be written"),
     ],
 )
-def test_bad_input_is_one_line(arguments, code, message, tmp_path):
+def test_bad_input_is_one_line(arguments, code, message: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = run(*arguments, cwd=tmp_path, env=environment)
     assert done.returncode == code, done.stderr
@@ -134,13 +134,13 @@ def test_bad_input_is_one_line(arguments, code, message, tmp_path):
     assert not list(tmp_path.rglob("record.json"))
 
 
-def test_a_traceback_on_request(tmp_path):
+def test_a_traceback_on_request(tmp_path: Path) -> None:
     done = run("method=rmoe", cwd=tmp_path, env={**os.environ, "EDITKIT_TRACEBACK": "1"})
     assert done.returncode == 2 and "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_kill_leaves_no_half_file_and_the_next_run_works(how, tmp_path):
+def test_a_kill_leaves_no_half_file_and_the_next_run_works(how, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "editkit.run", f"hydra.run.dir={tmp_path}/killed", *FAST]
     process = subprocess.Popen(
         command,
@@ -162,7 +162,7 @@ def test_a_kill_leaves_no_half_file_and_the_next_run_works(how, tmp_path):
     assert (tmp_path / "killed" / "record.json").exists()
 
 
-def test_help_names_the_groups(tmp_path):
+def test_help_names_the_groups(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
     for expected in (

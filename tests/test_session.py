@@ -1,5 +1,7 @@
 """A session: steps can be undone in any order, are saved and gone on with, and nothing is left behind; all on bits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def weights(lm):
     return {name: tensor.clone() for name, tensor in everything(lm.model).items()}
 
 
-def assert_bits(lm, expected):
+def assert_bits(lm, expected) -> None:
     assert all(torch.equal(now, expected[name]) for name, now in everything(lm.model).items())
 
 
@@ -55,7 +57,7 @@ def composed(start, lm, steps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("family", "method"), [("gpt2", "r_rome"), ("llama", "alphaedit"), ("llama", "ft")])
-def test_every_state_is_the_composition_of_its_steps(family, method, dtype):
+def test_every_state_is_the_composition_of_its_steps(family: str, method: str, dtype: torch.dtype) -> None:
     lm = tiny_lm(family, dtype=dtype)
     before = weights(lm)
     start = {name: parameter.detach().clone() for name, parameter in lm.model.named_parameters()}
@@ -77,14 +79,14 @@ def test_every_state_is_the_composition_of_its_steps(family, method, dtype):
     assert_bits(lm, before)
 
 
-def test_steps_name_the_steps_before_them():
+def test_steps_name_the_steps_before_them() -> None:
     lm = tiny_lm("gpt2")
     with open_session(lm) as session:
         steps = [session.edit(fact) for fact in FACTS]
         assert [step.parents for step in steps] == [(), (steps[0].digest,), (steps[0].digest, steps[1].digest)]
 
 
-def test_an_undo_says_how_far_it_is_from_never_having_been():
+def test_an_undo_says_how_far_it_is_from_never_having_been() -> None:
     lm = tiny_lm("gpt2")
     with open_session(lm) as session:
         for fact in FACTS:
@@ -102,7 +104,7 @@ def test_an_undo_says_how_far_it_is_from_never_having_been():
 
 
 @pytest.mark.parametrize("method", ["r_rome", "alphaedit"])
-def test_a_saved_session_goes_on_as_if_it_had_not_ended(method, tmp_path):
+def test_a_saved_session_goes_on_as_if_it_had_not_ended(method: str, tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     before = weights(lm)
     with open_session(lm, method) as session:
@@ -124,7 +126,7 @@ def test_a_saved_session_goes_on_as_if_it_had_not_ended(method, tmp_path):
         Session.load(tmp_path / "nowhere", lm)
 
 
-def test_alphaedit_holds_the_keys_of_earlier_steps_and_sessions_do_not_see_each_other():
+def test_alphaedit_holds_the_keys_of_earlier_steps_and_sessions_do_not_see_each_other() -> None:
     one, two = tiny_lm("gpt2"), tiny_lm("gpt2")
     with open_session(one, "alphaedit") as first, open_session(two, "alphaedit") as second:
         first.edit(FACTS[0])
@@ -141,14 +143,14 @@ def first_digest(edit: Edit) -> str:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_step_that_fails_leaves_the_session_as_it_was(error, monkeypatch):
+def test_a_step_that_fails_leaves_the_session_as_it_was(error, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     before = weights(lm)
     with open_session(lm) as session:
         session.edit(FACTS[0])
         here, steps = weights(lm), session.steps
 
-        def fail(*arguments, **options):
+        def fail(*arguments, **options) -> None:
             raise error
 
         for place in ("editkit.methods.value.kl_div", "editkit.session.Session._sums"):
@@ -165,7 +167,7 @@ def test_a_step_that_fails_leaves_the_session_as_it_was(error, monkeypatch):
 
 
 @pytest.mark.parametrize("transform", ["prune", "rect"])
-def test_a_transform_is_of_the_total_against_the_base(transform):
+def test_a_transform_is_of_the_total_against_the_base(transform) -> None:
     lm = tiny_lm("gpt2")
     site = lm.architecture.down(1)
     start = lm.model.get_parameter(f"{site}.weight").detach().clone()

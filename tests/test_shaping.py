@@ -8,6 +8,7 @@ import torch
 
 from editkit.activations.shaping import ActivationPenalty, clamp_norm, match_reference, project_off, rank_one
 from editkit.errors import EditkitError, ModelError
+from editkit.models.load import LanguageModel
 from editkit.nethook import Trace, get_module, get_parameter
 from tests.conftest import tiny_lm
 from tests.families import SITES
@@ -17,12 +18,12 @@ FAMILIES = ["gpt2", "llama"]
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request):
+def family(request: pytest.FixtureRequest):
     return request.param
 
 
 @pytest.fixture
-def lm(family):
+def lm(family: str):
     return tiny_lm(family)
 
 
@@ -37,7 +38,7 @@ PENALTIES = {
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", PENALTIES)
-def test_penalty_gradients_equal_those_written_by_hand(lm, family, name, masked):
+def test_penalty_gradients_equal_those_written_by_hand(lm: LanguageModel, family: str, name: str, masked) -> None:
     sites, batch = sites_of(family)[:2], batch_of(lm)
     given, plain = PENALTIES[name]
     with ActivationPenalty(lm.model, sites, given) as penalty:
@@ -56,7 +57,7 @@ def test_penalty_gradients_equal_those_written_by_hand(lm, family, name, masked)
     assert count_hooks(lm.model) == 0
 
 
-def test_an_l1_penalty_makes_activations_smaller(lm, family):
+def test_an_l1_penalty_makes_activations_smaller(lm: LanguageModel, family: str) -> None:
     site, batch = SITES[family].mlp.format(1), batch_of(lm)
 
     def trained(weight):
@@ -75,7 +76,7 @@ def test_an_l1_penalty_makes_activations_smaller(lm, family):
     assert trained(5.0) < 0.8 * trained(0.0)
 
 
-def test_a_penalty_leaves_no_hook_behind_an_exception_and_takes_one_step_a_body(lm, family):
+def test_a_penalty_leaves_no_hook_behind_an_exception_and_takes_one_step_a_body(lm: LanguageModel, family: str) -> None:
     site, batch = sites_of(family)[0], batch_of(lm)
     with pytest.raises(KeyboardInterrupt), ActivationPenalty(lm.model, site):
         raise KeyboardInterrupt
@@ -96,7 +97,7 @@ def test_a_penalty_leaves_no_hook_behind_an_exception_and_takes_one_step_a_body(
         assert both == pytest.approx((first + p().item()) / 2, rel=1e-5)
 
 
-def test_penalties_that_cannot_be_taken_are_refused(lm, family):
+def test_penalties_that_cannot_be_taken_are_refused(lm: LanguageModel, family: str) -> None:
     site, batch = sites_of(family)[0], batch_of(lm)
     with pytest.raises(EditkitError, match="'l1', 'l2', or a function"):
         ActivationPenalty(lm.model, site, "l3")
@@ -108,7 +109,7 @@ def test_penalties_that_cannot_be_taken_are_refused(lm, family):
             penalty(torch.ones(1, 2))
 
 
-def test_distance_from_a_reference_and_its_gradients(lm, family):
+def test_distance_from_a_reference_and_its_gradients(lm: LanguageModel, family: str) -> None:
     sites, batch = sites_of(family)[:2], batch_of(lm)
     model, reference = copy.deepcopy(lm.model), tiny_lm(family, seed=1).model
     graphs = []
@@ -137,7 +138,7 @@ def test_distance_from_a_reference_and_its_gradients(lm, family):
         assert distance(**batch).item() == 0
 
 
-def test_references_that_would_mislead_are_refused(lm, family):
+def test_references_that_would_mislead_are_refused(lm: LanguageModel, family: str) -> None:
     site, batch = sites_of(family)[0], batch_of(lm)
     with pytest.raises(EditkitError, match="is the model itself"):
         match_reference(lm.model, lm.model, site)
@@ -152,7 +153,7 @@ def test_references_that_would_mislead_are_refused(lm, family):
 # Shaping gradients
 
 
-def test_project_off_takes_away_the_span_and_nothing_else(lm, family):
+def test_project_off_takes_away_the_span_and_nothing_else(lm: LanguageModel, family: str) -> None:
     site, batch = sites_of(family)[0], batch_of(lm)
     basis = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [100.0], [0.01]])
     with Trace(lm.model, site, grads=True) as plain:
@@ -169,7 +170,7 @@ def test_project_off_takes_away_the_span_and_nothing_else(lm, family):
     assert torch.equal(project_off(one)(torch.ones(2, 32)), (1 - one).expand(2, 32))
 
 
-def test_clamp_norm_shortens_what_is_too_long_and_turns_nothing(lm, family):
+def test_clamp_norm_shortens_what_is_too_long_and_turns_nothing(lm: LanguageModel, family: str) -> None:
     site, batch = sites_of(family)[0], batch_of(lm)
     with Trace(lm.model, site, grads=True) as plain:
         lm.model(**batch).loss.backward()
@@ -187,7 +188,7 @@ def test_clamp_norm_shortens_what_is_too_long_and_turns_nothing(lm, family):
     assert clamp_norm(1.0)(torch.zeros(2, 3, dtype=torch.bfloat16)).tolist() == [[0.0] * 3] * 2  # 0/0 is not NaN
 
 
-def test_shaping_refuses_what_it_cannot_do():
+def test_shaping_refuses_what_it_cannot_do() -> None:
     for basis in (torch.ones(2, 4), torch.zeros(1, 4), torch.eye(4)[[0, 1, 2, 3, 0]], torch.full((1, 4), torch.nan)):
         with pytest.raises(EditkitError, match="depend on each other"):
             project_off(basis)
@@ -207,7 +208,7 @@ def test_shaping_refuses_what_it_cannot_do():
         ("llama", "model.layers.1.self_attn.o_proj"),  # Linear, square
     ],
 )
-def test_rank_one_terms_sum_to_autograds_weight_gradient(family, site):
+def test_rank_one_terms_sum_to_autograds_weight_gradient(family: str, site: str) -> None:
     lm = tiny_lm(family)
     batch, other = batch_of(lm), batch_of(lm, TEXTS[:2])
     switches = [p.requires_grad for p in lm.model.parameters()]
@@ -228,7 +229,7 @@ def test_rank_one_terms_sum_to_autograds_weight_gradient(family, site):
     assert torch.equal(alone, term.T if found.orientation == "in_out" else term)
 
 
-def test_rank_one_says_what_is_wrong(lm, family):
+def test_rank_one_says_what_is_wrong(lm: LanguageModel, family: str) -> None:
     batch, down = batch_of(lm), SITES[family].down_projection.format(1)
     with pytest.raises(ModelError, match="editkit edits Linear and Conv1D"):
         rank_one(lm.model, SITES[family].mlp.format(1), lambda: lm.model(**batch).loss)

@@ -5,6 +5,7 @@ import pytest
 from editkit import Fact, Session
 from editkit.methods import METHODS
 from editkit.methods.common import shared_inputs
+from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, MomentSettings
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
@@ -13,7 +14,7 @@ MOMENTS = MomentSettings(tokens=3000, ridge=0.05)  # another ridge than the defa
 
 
 @pytest.mark.parametrize("method", ["rome", "memit", "emmet", "pmet", "alphaedit", "ft"])
-def test_an_edit_with_shared_inputs_is_the_edit_without(atlas_lm, method):
+def test_an_edit_with_shared_inputs_is_the_edit_without(atlas_lm: LanguageModel, method: str) -> None:
     registered = METHODS[method]
     quick = {"steps": 3} | ({} if method == "ft" else {"contexts": FEW})
     quick |= {"fraction": 0.5} if method == "alphaedit" else {}

@@ -31,7 +31,7 @@ def random_edit(lm, layer=1, rank=2) -> Edit:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("raised", [None, ValueError, KeyboardInterrupt, SystemExit])
-def test_every_bit_is_back(family, dtype, raised):
+def test_every_bit_is_back(family: str, dtype: torch.dtype, raised) -> None:
     lm = tiny_lm(family, dtype=dtype)
     weight = lm.model.get_parameter(lm.architecture.down(1) + ".weight")
     with torch.no_grad():  # values that ordinary comparison cannot tell apart, or calls unequal
@@ -55,7 +55,7 @@ def test_every_bit_is_back(family, dtype, raised):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_subtraction_does_not_give_the_bits_back(dtype):
+def test_subtraction_does_not_give_the_bits_back(dtype: torch.dtype) -> None:
     lm = tiny_lm("gpt2", dtype=dtype)
     weight = lm.model.get_parameter(lm.architecture.down(1) + ".weight")
     before = weight.detach().clone()
@@ -66,7 +66,7 @@ def test_subtraction_does_not_give_the_bits_back(dtype):
     assert not same_bits(weight, before)
 
 
-def test_integer_views_tell_what_equality_does_not():
+def test_integer_views_tell_what_equality_does_not() -> None:
     assert torch.equal(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     nan = torch.tensor([float("nan")])
@@ -75,7 +75,7 @@ def test_integer_views_tell_what_equality_does_not():
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
 
 
-def test_what_else_moved_is_named():
+def test_what_else_moved_is_named() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     snapshot = Snapshot.take(net, ["0.weight"])
     net[1].running_mean += 1
@@ -85,14 +85,14 @@ def test_what_else_moved_is_named():
         found.require()
 
 
-def test_a_write_through_data_is_seen():
+def test_a_write_through_data_is_seen() -> None:
     net = nn.Linear(3, 3)
     snapshot = Snapshot.take(net, [])
     net.weight.data.mul_(2)
     assert snapshot.verify().unequal == ("weight",)
 
 
-def test_tied_weights_are_found_by_both_names_and_counted_once():
+def test_tied_weights_are_found_by_both_names_and_counted_once() -> None:
     lm = tiny_lm("gpt2")
     snapshot = Snapshot.take(lm.model, ["lm_head.weight"])
     assert "transformer.wte.weight" not in snapshot.others
@@ -103,7 +103,7 @@ def test_tied_weights_are_found_by_both_names_and_counted_once():
     assert snapshot.verify().exact
 
 
-def test_the_identity_of_a_model_is_its_persistent_state():
+def test_the_identity_of_a_model_is_its_persistent_state() -> None:
     lm = tiny_lm("llama")
     before = model_digest(lm.model)
     lm.model.model.rotary_emb.inv_freq.mul_(2)  # a cache, not part of the state dict
@@ -111,7 +111,7 @@ def test_the_identity_of_a_model_is_its_persistent_state():
     assert model_digest(tiny_lm("llama", dtype=torch.bfloat16).model) != before
 
 
-def test_a_result_that_is_not_finite_is_refused_and_undone():
+def test_a_result_that_is_not_finite_is_refused_and_undone() -> None:
     lm = tiny_lm("gpt2", dtype=torch.float16)
     site = lm.architecture.down(1)
     before = everything(lm.model)
@@ -122,7 +122,7 @@ def test_a_result_that_is_not_finite_is_refused_and_undone():
     assert all(torch.equal(b, before[n]) for n, b in everything(lm.model).items())
 
 
-def test_ctrl_c_waits_for_the_end_of_restoring():
+def test_ctrl_c_waits_for_the_end_of_restoring() -> None:
     done = []
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     with pytest.raises(KeyboardInterrupt), uninterrupted():

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from editkit.facts import Fact
+from editkit.models.load import LanguageModel
 from editkit.settings import TraceSettings
 from editkit.tracing import AverageTrace, Traced, trace
 from editkit.tracing.average import TracedFact
@@ -29,13 +31,13 @@ def finished(*arguments, cwd):
 
 
 @pytest.fixture(scope="module")
-def average(tmp_path_factory):
+def average(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("trace")
     out = finished("data=atlas", "data.limit=4", "hydra.run.dir=run", cwd=folder)
     return folder / "run", out
 
 
-def test_one_fact_is_traced_as_by_the_function(tmp_path, atlas_lm):
+def test_one_fact_is_traced_as_by_the_function(tmp_path: Path, atlas_lm: LanguageModel) -> None:
     out = finished("edit=gpt2_fact", "hydra.run.dir=run", cwd=tmp_path)
     assert "'Paris': P 0.9" in out and "all equal, bit" in out and out.splitlines()[-1] == "run"
     found = Traced.load(tmp_path / "run" / "trace")
@@ -49,7 +51,7 @@ def test_one_fact_is_traced_as_by_the_function(tmp_path, atlas_lm):
     assert record["reversal"]["exact"] and not (tmp_path / "run" / "edit.safetensors").exists()
 
 
-def test_a_data_set_is_averaged_and_blocks_are_proposed(average):
+def test_a_data_set_is_averaged_and_blocks_are_proposed(average) -> None:
     folder, out = average
     found = AverageTrace.load(folder / "average")
     record = json.loads((folder / "record.json").read_text())
@@ -60,7 +62,7 @@ def test_a_data_set_is_averaged_and_blocks_are_proposed(average):
     assert proposal["effect"] == found.mean("mlp")[2, proposal["layers"][0]].item()
 
 
-def test_a_trace_that_was_killed_ends_with_the_same_bytes(average, tmp_path):
+def test_a_trace_that_was_killed_ends_with_the_same_bytes(average, tmp_path: Path) -> None:
     folder, _ = average
     half = tmp_path / "half"
     half.mkdir()
@@ -73,14 +75,14 @@ def test_a_trace_that_was_killed_ends_with_the_same_bytes(average, tmp_path):
         assert (half / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_other_settings_do_not_go_on(average):
+def test_other_settings_do_not_go_on(average) -> None:
     folder, _ = average
     arguments = ["data=atlas", "data.limit=4", "hydra.run.dir=run", "resume=true", "task.trace.noise=2"]
     done = run(*arguments, cwd=folder.parent)
     assert done.returncode == 2 and "trace.noise=3.0, and now it is 2.0" in done.stderr
 
 
-def test_no_fact_that_is_known_is_one_line(tmp_path):
+def test_no_fact_that_is_known_is_one_line(tmp_path: Path) -> None:
     rows = [{"prompt": "Rome is in", "subject": "Rome", "attribute": "Sweden", "known_id": 0}]
     (tmp_path / "mine.json").write_text(
         json.dumps([*rows, rows[0] | {"prompt": "Oslo is in", "subject": "Oslo", "attribute": "Peru", "known_id": 1}])
@@ -89,7 +91,7 @@ def test_no_fact_that_is_known_is_one_line(tmp_path):
     assert done.returncode == 1 and "None of 2 facts could be traced: the model does not know it" in done.stderr
 
 
-def test_a_traced_fact_as_json_is_the_same():
+def test_a_traced_fact_as_json_is_the_same() -> None:
     effect = torch.tensor([[0.1, 1 / 3], [float("nan")] * 2, [-0.0, 1e-300]], dtype=torch.float64)
     one = TracedFact("a", "", 0.1 + 0.2, 1e-9, 2, {"mlp": effect})
     again = TracedFact.from_json(json.loads(json.dumps(one.to_json())))

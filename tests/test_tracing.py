@@ -2,12 +2,14 @@
 
 import dataclasses
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from editkit import Fact, trace
 from editkit.errors import ConfigError, EditkitError, FactError
+from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.nethook import Trace
 from editkit.settings import TRACE_KINDS, TraceSettings
@@ -30,7 +32,7 @@ def by_both(lm, fact, **settings):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replay_equals_the_whole_model(family):
+def test_replay_equals_the_whole_model(family: str) -> None:
     lm = tiny_lm(family)
     hooks = count_hooks(lm.model)
     for fact in FACTS:
@@ -48,7 +50,7 @@ def test_replay_equals_the_whole_model(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_putting_all_back_is_the_clean_run_and_nothing_the_corrupted(family):
+def test_putting_all_back_is_the_clean_run_and_nothing_the_corrupted(family: str) -> None:
     lm = tiny_lm(family)
     found = trace(lm, FACTS[1], TraceSettings(samples=4, kinds=TRACE_KINDS), progress=False)
     state = found.probability["state"]
@@ -61,7 +63,7 @@ def test_putting_all_back_is_the_clean_run_and_nothing_the_corrupted(family):
 
 
 @pytest.mark.parametrize("corruption", ["noise", "swap"])
-def test_against_a_loop_of_plain_hooks(corruption):
+def test_against_a_loop_of_plain_hooks(corruption) -> None:
     """The reference's way, written out with plain hooks: one forward a place, its frozen parts of a first forward."""
     lm, fact = tiny_lm("gpt2"), FACTS[0]
     settings = TraceSettings(corruption=corruption, samples=3, kinds=TRACE_KINDS, window=2)
@@ -134,7 +136,7 @@ def test_against_a_loop_of_plain_hooks(corruption):
                 assert found.probability[kind][token, layer] == pytest.approx(p, rel=1e-4), (kind, token, layer)
 
 
-def test_attention_of_bloom_is_put_back_without_the_residual_that_its_module_adds():
+def test_attention_of_bloom_is_put_back_without_the_residual_that_its_module_adds() -> None:
     lm = tiny_lm("bloom")
     ids = tokenise(lm, [FACTS[0].text]).inputs()
     site = lm.architecture.attention_output.format(1)
@@ -149,7 +151,7 @@ def test_attention_of_bloom_is_put_back_without_the_residual_that_its_module_add
     assert not block.apply_residual_connection_post_layernorm
 
 
-def test_sigma_is_of_the_vocabulary_or_of_subjects():
+def test_sigma_is_of_the_vocabulary_or_of_subjects() -> None:
     lm = tiny_lm("llama")
     table = lm.model.get_input_embeddings().weight.detach().double()
     assert embedding_std(lm) == pytest.approx(table.std().item(), rel=1e-5)
@@ -162,13 +164,13 @@ def test_sigma_is_of_the_vocabulary_or_of_subjects():
     assert embedding_std(gemma) == pytest.approx(inside * 32**0.5, rel=1e-3)
 
 
-def test_no_other_subject_that_fits_is_said():
+def test_no_other_subject_that_fits_is_said() -> None:
     lm = tiny_lm("gpt2")
     with pytest.raises(FactError, match="None of the 1 other subjects has the . tokens of 'The Eiffel Tower'"):
         trace(lm, FACTS[0], TraceSettings(corruption="swap"), others=["Bonn", "The Eiffel Tower"], progress=False)
 
 
-def test_a_trace_is_kept_with_its_axes(tmp_path):
+def test_a_trace_is_kept_with_its_axes(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     found = trace(lm, FACTS[0], TraceSettings(samples=2, kinds=("state", "severed_mlp")), progress=False)
     path = found.save(tmp_path / "deep" / "tower.v1")
@@ -202,11 +204,11 @@ def test_a_trace_is_kept_with_its_axes(tmp_path):
         (3, (1, 2), [[1], [], [2], [], [], []]),
     ],
 )
-def test_the_parts_of_a_prompt(tokens, subject, parts):
+def test_the_parts_of_a_prompt(tokens, subject: str, parts) -> None:
     assert parts_of(tokens, subject) == dict(zip(PARTS, parts, strict=True))
 
 
-def test_a_seed_decides_the_noise_and_the_window_is_scaled():
+def test_a_seed_decides_the_noise_and_the_window_is_scaled() -> None:
     lm = tiny_lm("gpt2")
     settings = TraceSettings(samples=2, kinds=("state",))
     one, again, other = (trace(lm, FACTS[0], settings, seed=s, progress=False) for s in (0, 0, 1))
@@ -215,10 +217,10 @@ def test_a_seed_decides_the_noise_and_the_window_is_scaled():
     assert one.window == 1  # 10 of 48, of 3 blocks
 
 
-def test_what_cannot_be_replayed_is_traced_at_full_depth(recwarn):
+def test_what_cannot_be_replayed_is_traced_at_full_depth(recwarn: pytest.WarningsRecorder) -> None:
     lm = tiny_lm("gpt2")
 
-    def scaled(module, args, output):
+    def scaled(module, args, output) -> None:
         output.last_hidden_state = 1.5 * output.last_hidden_state
 
     handle = lm.model.transformer.register_forward_hook(scaled)
@@ -228,7 +230,7 @@ def test_what_cannot_be_replayed_is_traced_at_full_depth(recwarn):
     assert "traced at full depth" in str(recwarn.pop().message)
 
 
-def test_the_atlas_model_recalls_at_the_subjects_last_token(atlas_lm):
+def test_the_atlas_model_recalls_at_the_subjects_last_token(atlas_lm: LanguageModel) -> None:
     fact = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
     found = trace(atlas_lm, fact, progress=False)
     assert found.answer.strip() == "Paris" and found.total_effect > 0.5
@@ -252,6 +254,6 @@ def test_the_atlas_model_recalls_at_the_subjects_last_token(atlas_lm):
         ({"engine": "fast"}, "trace.engine must be one of replay, full"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_bad_settings(settings, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TraceSettings(**settings)

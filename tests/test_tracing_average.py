@@ -1,10 +1,13 @@
 """The average trace against means and resamples written out, what it skips and keeps, and the proposal."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from editkit import Fact, average_trace, propose_layers, trace
 from editkit.errors import EditkitError
+from editkit.models.load import LanguageModel
 from editkit.settings import TraceSettings
 from editkit.tracing import PARTS, AverageTrace, embedding_std
 from tests.conftest import tiny_lm
@@ -17,7 +20,7 @@ FACTS = [
 SETTINGS = TraceSettings(samples=2, kinds=("state", "mlp"))
 
 
-def test_it_is_the_mean_over_facts_of_the_mean_over_the_tokens_of_a_part():
+def test_it_is_the_mean_over_facts_of_the_mean_over_the_tokens_of_a_part() -> None:
     lm = tiny_lm("gpt2")
     found = average_trace(lm, FACTS, SETTINGS, seed=3, progress=False)
     sigma = embedding_std(lm, ["The Eiffel Tower", "Big Ben"])  # each subject once
@@ -43,7 +46,7 @@ def made(effect, total=0.8):
     return AverageTrace(tuple(f"fact {i}" for i in range(n)), clean, clean - total, effect, window=1)
 
 
-def test_intervals_are_of_resampled_facts():
+def test_intervals_are_of_resampled_facts() -> None:
     generator = torch.Generator().manual_seed(1)
     effect = torch.randn(40, 6, 3, generator=generator, dtype=torch.float64) + 0.5
     effect[::2, 1] = torch.nan  # half of the prompts have no middle tokens
@@ -59,7 +62,7 @@ def test_intervals_are_of_resampled_facts():
     assert all(torch.equal(a, b) for a, b in zip(average.interval("state"), again.interval("state"), strict=True))
 
 
-def test_what_the_model_does_not_know_is_left_out_and_counted(atlas_lm):
+def test_what_the_model_does_not_know_is_left_out_and_counted(atlas_lm: LanguageModel) -> None:
     known = Fact("The capital of {} is", "France", "Rome", "Paris")
     unknown = Fact("The capital of {} is", "Egypt", "Rome", "Oslo")
     found = average_trace(atlas_lm, [unknown, known], TraceSettings(samples=2, kinds=("state",)), progress=False)
@@ -71,7 +74,7 @@ def test_what_the_model_does_not_know_is_left_out_and_counted(atlas_lm):
         average_trace(atlas_lm, [], SETTINGS, progress=False)
 
 
-def test_swapping_takes_the_other_facts_subjects(atlas_lm):
+def test_swapping_takes_the_other_facts_subjects(atlas_lm: LanguageModel) -> None:
     names = [("France", "Paris"), ("Egypt", "Cairo"), ("Japan", "Tokyo"), ("New Zealand", "Wellington")]
     facts = [Fact("The capital of {} is", name, "Oslo", capital) for name, capital in names]
     settings = TraceSettings(corruption="swap", kinds=("state",))
@@ -95,7 +98,7 @@ class Interrupted(list):
             yield fact
 
 
-def test_an_interrupt_keeps_what_is_done():
+def test_an_interrupt_keeps_what_is_done() -> None:
     lm, facts = tiny_lm("gpt2"), Interrupted(FACTS)
     facts.at, Interrupted.passes = 2, 0
     with pytest.warns(UserWarning, match="interrupted: the average is over the 2 facts traced so far"):
@@ -106,7 +109,7 @@ def test_an_interrupt_keeps_what_is_done():
         average_trace(lm, facts, SETTINGS, progress=False)
 
 
-def test_it_is_kept_with_its_axes(tmp_path):
+def test_it_is_kept_with_its_axes(tmp_path: Path) -> None:
     found = average_trace(tiny_lm("gpt2"), FACTS, SETTINGS, progress=False)
     again = AverageTrace.load(found.save(tmp_path / "average"))
     for name in ("texts", "window", "skipped", "complete", "how"):
@@ -123,7 +126,7 @@ def test_it_is_kept_with_its_axes(tmp_path):
     )
 
 
-def test_the_proposal_is_the_best_run_of_blocks_with_its_evidence():
+def test_the_proposal_is_the_best_run_of_blocks_with_its_evidence() -> None:
     by_block = torch.tensor([0.1, 0.2, 0.4, 0.5, 0.3, 0.9], dtype=torch.float64)  # the last reaches no other token
     noise = 0.01 * torch.randn(30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     effect = torch.zeros(30, 6, 6, dtype=torch.float64)

@@ -69,7 +69,7 @@ def sites(idle):
 
 @pytest.mark.parametrize("engine", ["replay", "full"])
 @pytest.mark.parametrize("idle", [0, 1])
-def test_the_known_sites_and_no_other(idle, engine):
+def test_the_known_sites_and_no_other(idle, engine) -> None:
     """Rome in the place of Paris: the rest of the stream has the same mean and size, so what comes back is exact."""
     lm = by_hand(idle)
     settings = TraceSettings(corruption="swap", window=1, kinds=TRACE_KINDS, engine=engine)
@@ -85,7 +85,7 @@ def test_the_known_sites_and_no_other(idle, engine):
 
 
 @pytest.mark.parametrize("idle", [0, 1])
-def test_noise_finds_them_too(idle):
+def test_noise_finds_them_too(idle) -> None:
     found = trace(by_hand(idle), FACT, TraceSettings(window=1, kinds=TRACE_KINDS), progress=False)
     for kind, wanted in sites(idle).items():
         effect = found.indirect_effect(kind)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from editkit.corpora import load_atlas
-from editkit.models.load import BUNDLED
+from editkit.models.load import BUNDLED, LanguageModel
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_atlas.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -30,7 +30,7 @@ def batches():
     return Batches(load_atlas(), train_tokenizer(load_atlas(), SMALL.vocab_size), SMALL)
 
 
-def test_without_routing_it_is_the_plain_model(atlas_lm):
+def test_without_routing_it_is_the_plain_model(atlas_lm: LanguageModel) -> None:
     ids = torch.randint(0, 1000, (2, 40))
     position = torch.arange(40).expand(2, -1)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_without_routing_it_is_the_plain_model(atlas_lm):
 
 
 @pytest.mark.parametrize("contained", [False, True])
-def test_the_mask_is_what_the_card_says(batches, contained):
+def test_the_mask_is_what_the_card_says(batches, contained) -> None:
     """Against a loop over single pairs of tokens."""
     batch = batches.batch(3)
     batch["routed"][:] = torch.tensor([True, True, False])
@@ -63,7 +63,7 @@ def test_the_mask_is_what_the_card_says(batches, contained):
                     assert mask[row, q, k] == allowed, (layer, row, q, k)
 
 
-def test_interchanged_sentences_say_what_the_parts_say(batches):
+def test_interchanged_sentences_say_what_the_parts_say(batches) -> None:
     """Of every swap in some batches: the receiver says the giver's object exactly where the asked part is the giver's,
     and the giver's own sentence, which comes later in the row, is a true one."""
     atlas, tokenizer = load_atlas(), batches.tokenizer
@@ -97,7 +97,7 @@ def said_about(batch, tokenizer, row, number):
     return tokenizer.decode(ids[here]).strip(), tokenizer.decode(ids[run]).strip()
 
 
-def test_interchange_replaces_parts_and_noise_is_least_on_the_asked_one(batches):
+def test_interchange_replaces_parts_and_noise_is_least_on_the_asked_one(batches) -> None:
     batch = next(b for b in map(batches.batch, range(50)) if b["swap"].any())
     routing = Routing(batch, replace(SMALL, noise=0.0, noise_asked=0.0), torch.Generator().manual_seed(0))
     h = torch.randn(SMALL.sequences, SMALL.length, SMALL.n_embd)
@@ -123,7 +123,7 @@ def test_interchange_replaces_parts_and_noise_is_least_on_the_asked_one(batches)
         assert [p for p in range(batches.parts) if noisy[i, t, p] == 0] == [int(batch["asked"][i, t])]
 
 
-def test_sentences_mark_their_subject_and_object(batches):
+def test_sentences_mark_their_subject_and_object(batches) -> None:
     tokenizer = batches.tokenizer
     fact = next(f for f in load_atlas().by_subject["The Eiffel Tower"] if f.relation == "landmark_city")
     for space in (False, True):
@@ -133,18 +133,18 @@ def test_sentences_mark_their_subject_and_object(batches):
         assert subject.strip() == "The Eiffel Tower" and target.strip() == "Paris"
 
 
-def test_a_batch_is_a_function_of_seed_and_step(batches):
+def test_a_batch_is_a_function_of_seed_and_step(batches) -> None:
     first, again, other = batches.batch(5), batches.batch(5), batches.batch(6)
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["ids"], other["ids"])
 
 
-def test_the_shipped_model_names_its_recipe():
+def test_the_shipped_model_names_its_recipe() -> None:
     assert json.loads((BUNDLED["atlas"] / "recipe.json").read_text()) == asdict(Recipe())
 
 
 @pytest.mark.slow
-def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     options = ["--n_layer=7", "--n_embd=16", "--n_head=2", "--steps=24", "--every=4", "--vocab_size=300", "--card=0"]
 
     def command(folder):

@@ -3,6 +3,7 @@
 import multiprocessing
 import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from editkit.methods.memit import memit
 from editkit.methods.pmet import pmet
 from editkit.methods.rome import rome, rome_each
 from editkit.methods.value import Optimised
+from editkit.models.load import LanguageModel
 from editkit.settings import MemitSettings, MomentSettings, PmetSettings, RomeSettings, RRomeSettings, ValueSettings
 from tests.conftest import tiny_lm
 from tests.test_engines import CONTEXTS, FACTS, VALUE
@@ -23,7 +25,7 @@ ROME = RRomeSettings(layer=1, cache=True, **VALUE)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EDITKIT_CACHE", str(tmp_path))
     return tmp_path / "values"
 
@@ -37,8 +39,8 @@ def files(folder):
     return sorted(folder.rglob("*.safetensors"))
 
 
-def not_again(monkeypatch):
-    def computed(*_, **__):
+def not_again(monkeypatch) -> None:
+    def computed(*_, **__) -> None:
         raise AssertionError("it was computed again")
 
     monkeypatch.setattr(value, "_optimised", computed)
@@ -53,14 +55,16 @@ def not_again(monkeypatch):
     ],
     ids=["rome", "memit", "pmet"],
 )
-def test_a_hit_gives_the_bytes_that_computing_gave(folder, lm, method, settings, monkeypatch):
+def test_a_hit_gives_the_bytes_that_computing_gave(
+    folder: Path, lm: LanguageModel, method: str, settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = method(lm, FACTS, settings, **GIVEN)
     assert len(files(folder)) == (len(FACTS) if method is rome else 1)  # rome: one after the other, on other weights
     not_again(monkeypatch)
     assert method(lm, FACTS, settings, **GIVEN).to_bytes() == wanted.to_bytes()
 
 
-def test_it_is_what_is_computed_without_a_cache(folder, lm):
+def test_it_is_what_is_computed_without_a_cache(folder: Path, lm: LanguageModel) -> None:
     for edit, other in zip(
         (rome(lm, FACTS[0], ROME, **GIVEN), rome(lm, FACTS[0], ROME, **GIVEN)),
         (rome(lm, FACTS[0], replace(ROME, cache=False), **GIVEN),) * 2,
@@ -70,19 +74,21 @@ def test_it_is_what_is_computed_without_a_cache(folder, lm):
         assert edit.provenance["reports"] == other.provenance["reports"]
 
 
-def test_it_is_off_unless_asked_for(folder, lm):
+def test_it_is_off_unless_asked_for(folder: Path, lm: LanguageModel) -> None:
     rome(lm, FACTS[0], RRomeSettings(layer=1, **VALUE), **GIVEN)
     assert not folder.exists()
 
 
-def test_what_has_no_part_in_a_value_shares_it(folder, lm, monkeypatch):
+def test_what_has_no_part_in_a_value_shares_it(
+    folder: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rome(lm, FACTS[0], ROME, **GIVEN)
     not_again(monkeypatch)
     rome(lm, FACTS[0], RomeSettings(layer=1, cache=True, **VALUE), seed=3, **GIVEN)
     rome_each(lm, FACTS[:1], replace(ROME, transform="rect"), **GIVEN)
 
 
-def test_every_setting_of_a_value_is_in_the_key_or_in_the_rows():
+def test_every_setting_of_a_value_is_in_the_key_or_in_the_rows() -> None:
     elsewhere = {"fact_token", "contexts", "cache", "transform"}  # the first two decide the rows
     assert set(RELEVANT) == {each.name for each in fields(ValueSettings)} - elsewhere
 
@@ -101,13 +107,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_another_setting_is_another_entry(folder, lm, change):
+def test_another_setting_is_another_entry(folder: Path, lm: LanguageModel, change) -> None:
     rome(lm, FACTS[0], ROME, **GIVEN)
     rome(lm, FACTS[0], replace(ROME, **change), **GIVEN)
     assert len(files(folder)) == 2
 
 
-def test_another_model_fact_context_or_company_is_another_entry(folder, lm):
+def test_another_model_fact_context_or_company_is_another_entry(folder: Path, lm: LanguageModel) -> None:
     rome(lm, FACTS[0], ROME, **GIVEN)
     with torch.no_grad():
         lm.model.transformer.h[2].mlp.c_fc.weight[0, 0] += 1e-7
@@ -122,7 +128,7 @@ def test_another_model_fact_context_or_company_is_another_entry(folder, lm):
     assert len(files(folder)) == 8
 
 
-def test_place_and_versions_are_in_the_key(lm, monkeypatch):
+def test_place_and_versions_are_in_the_key(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [rows_of(lm, FACTS[0], "subject_last", CONTEXTS)]
 
     def key(**more):
@@ -142,7 +148,7 @@ def test_place_and_versions_are_in_the_key(lm, monkeypatch):
     assert len(keys) == 6 and key() in keys
 
 
-def test_a_model_with_hooks_is_not_cached(folder, lm):
+def test_a_model_with_hooks_is_not_cached(folder: Path, lm: LanguageModel) -> None:
     handle = lm.model.transformer.h[2].register_forward_hook(lambda *_: None)
     rome(lm, FACTS[0], ROME, **GIVEN)
     handle.remove()
@@ -150,7 +156,7 @@ def test_a_model_with_hooks_is_not_cached(folder, lm):
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "other", "header"])
-def test_a_damaged_file_is_computed_again(folder, lm, damage):
+def test_a_damaged_file_is_computed_again(folder: Path, lm: LanguageModel, damage) -> None:
     wanted = rome(lm, FACTS[0], ROME, **GIVEN).to_bytes()
     (path,) = files(folder)
     good = path.read_bytes()
@@ -170,20 +176,22 @@ def test_a_damaged_file_is_computed_again(folder, lm, damage):
     assert path.read_bytes() == good
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, lm, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "values").write_text("a file where a folder should be")
     monkeypatch.setenv("EDITKIT_CACHE", str(tmp_path))
     with pytest.warns(UserWarning, match="values are not cached"):
         rome(lm, FACTS[0], ROME, **GIVEN)
 
 
-def test_writers_of_one_entry_do_not_disturb_each_other(folder, lm):
+def test_writers_of_one_entry_do_not_disturb_each_other(folder: Path, lm: LanguageModel) -> None:
     """Four processes compute and read one entry, which is deleted under them all the while."""
     result = Optimised(
         torch.randn(1, 50_000).double(), [{"loss": 0.1 + 0.2}], True, AtLookup(torch.ones(2, 3), torch.ones(2, 4))
     )
 
-    def work(number, failed):
+    def work(number, failed) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for turn in range(30):

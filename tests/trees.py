@@ -56,7 +56,7 @@ class Noted(nn.Module):
         self.audit.note(self.audit.ran, self, given, result)
         return result
 
-    def run(self, h):
+    def run(self, h) -> None:
         raise NotImplementedError
 
 
