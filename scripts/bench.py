@@ -42,10 +42,10 @@ from editkit.data.atlas import atlas_cases
 from editkit.data.cases import Case
 from editkit.facts import Fact
 from editkit.files import write_text
-from editkit.methods.engine import rows_of
 from editkit.methods.rome import rome, rome_each
-from editkit.methods.spread import values_of
-from editkit.methods.value import optimise
+from editkit.methods.shared.engine import rows_of
+from editkit.methods.shared.spread import values_of
+from editkit.methods.shared.value import optimise
 from editkit.metrics.counterfact import score_probes
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, DTYPES, LanguageModel, load
