@@ -43,9 +43,8 @@ from editkit.data.cases import Case
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods.rome import rome, rome_each
-from editkit.methods.shared.engine import rows_of
-from editkit.methods.shared.spread import values_of
-from editkit.methods.shared.value import optimise
+from editkit.methods.shared.spread import compute_z
+from editkit.methods.shared.value import compute_deltas
 from editkit.metrics.counterfact import score_probes
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, DTYPES, LanguageModel, load
@@ -243,11 +242,11 @@ def main() -> None:
 
     def loop(settings: RRomeSettings) -> Callable[[], Any]:
         norms = torch.ones(1, 1)
-        return lambda: optimise(lm, layer, [site], rows[:1], norms, settings, name="", progress=False)
+        return lambda: compute_deltas(lm, layer, [site], rows[:1], norms, settings, name="", progress=False)
 
     def values(settings: MemitSettings, some: Sequence[Fact]) -> Callable[[], Any]:
         target_site = lm.architecture.target_site(layer)
-        return lambda: values_of(lm, some, layer, [site], target_site, settings, few, False)
+        return lambda: compute_z(lm, some, layer, [site], target_site, settings, few, False)
 
     memit = MemitSettings(layers=[layer], **STEPS)
     first, n = facts[0], options.facts

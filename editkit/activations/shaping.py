@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from editkit.errors import EditkitError
 from editkit.models.architecture import orientation
+from editkit.models.precision import wide
 from editkit.nethook import Trace, get_module, requires_grad
 
 
 def _wide(h: Tensor) -> Tensor:
     """At least float32: sums over many half-precision elements lose what they add."""
-    return h.to(torch.promote_types(h.dtype, torch.float32))
+    return h.to(wide(h.dtype))
 
 
 # Losses on activations
@@ -147,9 +148,9 @@ def project_off(basis: Tensor) -> Callable[[Tensor], Tensor]:
     def edit(g: Tensor) -> Tensor:
         if g.shape[-1] != len(q):
             raise EditkitError(f"The basis has rows of {len(q)} numbers; the gradient is {list(g.shape)}.")
-        wide = _wide(g)
-        span = q.to(wide)
-        return (wide - wide @ span @ span.T).to(g.dtype)
+        gradient = _wide(g)
+        span = q.to(gradient)
+        return (gradient - gradient @ span @ span.T).to(g.dtype)
 
     return edit
 
@@ -160,9 +161,9 @@ def clamp_norm(limit: float) -> Callable[[Tensor], Tensor]:
         raise EditkitError(f"clamp_norm({limit}): the limit must be above 0 and finite.")
 
     def edit(g: Tensor) -> Tensor:
-        wide = _wide(g)
-        norm = wide.norm(dim=-1, keepdim=True)
-        return torch.where(norm > limit, wide * (limit / norm), wide).to(g.dtype)
+        gradient = _wide(g)
+        norm = gradient.norm(dim=-1, keepdim=True)
+        return torch.where(norm > limit, gradient * (limit / norm), gradient).to(g.dtype)
 
     return edit
 

@@ -26,6 +26,7 @@ from editkit.errors import EditFileError, EditkitError
 from editkit.files import write_bytes
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.precision import wide
 from editkit.models.snapshot import Reversal, Snapshot, digest
 from editkit.nethook import get_module, get_parameter
 
@@ -185,8 +186,8 @@ class Edit:
             with torch.no_grad():
                 for delta in self.deltas:
                     weight = get_parameter(lm.model, delta.parameter)
-                    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-                    changed = (weight.to(wide) + delta.matrix().to(weight.device, wide)).to(weight.dtype)
+                    dtype = wide(weight.dtype)
+                    changed = (weight.to(dtype) + delta.matrix().to(weight.device, dtype)).to(weight.dtype)
                     if not changed.isfinite().all():
                         raise EditkitError(
                             f"The edited {delta.parameter} is not finite in {weight.dtype}; the model was left as it "

@@ -1,4 +1,4 @@
-"""Values on disk: what one call of `optimise` found, read again by a call that would do the very same.
+"""Values on disk: what one call of `compute_deltas` found, read again by a call that would do the very same.
 
     CACHE/values/MODEL/KEY.safetensors    δ, keys, v0, loss curves; MODEL is the model's digest, KEY that of the rest
 
@@ -45,7 +45,7 @@ def key_of(
     settings: ValueSettings,
     **more: Any,
 ) -> str:
-    """The digest of everything but the weights that decides what `optimise` finds."""
+    """The digest of everything but the weights that decides what `compute_deltas` finds."""
     sha = hashlib.sha256()
     said = {
         "layer": layer,

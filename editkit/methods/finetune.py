@@ -27,6 +27,7 @@ from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, get_parameter, requires_grad
 from editkit.settings import FtLSettings, FtSettings
@@ -85,15 +86,15 @@ def tuned(weight: torch.nn.Parameter, lr: float, epsilon: float | None = None) -
 
     The hook is removed on every exit; the weight is not put back (a Snapshot does that).
     """
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    start = weight.detach().to(wide, copy=True)
+    dtype = wide(weight.dtype)
+    start = weight.detach().to(dtype, copy=True)
     delta = torch.zeros_like(start)
     optimizer = torch.optim.Adam([delta], lr=lr)
 
     @torch.no_grad()
     def step(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        delta.grad, parameter.grad = parameter.grad.to(wide), None
+        delta.grad, parameter.grad = parameter.grad.to(dtype), None
         optimizer.step()
         if epsilon is not None:
             delta.clamp_(-epsilon, epsilon)

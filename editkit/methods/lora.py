@@ -23,6 +23,7 @@ from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, replace_module, requires_grad
 from editkit.settings import LoraSettings
@@ -114,9 +115,9 @@ def _start(layer: nn.Module, plain: nn.Module, generator: torch.Generator) -> tu
     b: nn.Parameter = layer.lora_B[ADAPTER].weight  # type: ignore[index,union-attr]
     weight = plain.weight
     assert isinstance(weight, Tensor)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    first = (2 * torch.rand(a.shape, generator=generator, dtype=wide) - 1) / a.shape[1] ** 0.5
-    a.data, b.data = first.to(weight.device), torch.zeros(b.shape, dtype=wide, device=weight.device)
+    dtype = wide(weight.dtype)
+    first = (2 * torch.rand(a.shape, generator=generator, dtype=dtype) - 1) / a.shape[1] ** 0.5
+    a.data, b.data = first.to(weight.device), torch.zeros(b.shape, dtype=dtype, device=weight.device)
     return a, b
 
 

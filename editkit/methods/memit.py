@@ -23,7 +23,7 @@ from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.shared.contexts import given_or_drawn
 from editkit.methods.shared.prelude import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.shared.spread import layers_of, spread, values_of
+from editkit.methods.shared.spread import compute_z, layers_of, spread
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import EmmetSettings, MemitSettings
@@ -77,7 +77,7 @@ def _write(
     templates = given_or_drawn(lm, contexts, settings.contexts, seed)
     target_site = lm.architecture.target_site(layers[-1])
     sites = [lm.architecture.down(layers[-1])]
-    z, reports = values_of(
+    z, reports = compute_z(
         lm, facts, layers[-1], sites, target_site, settings, templates, progress, weights=base.digest
     )
     weight = settings.mom2_update_weight

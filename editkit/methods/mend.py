@@ -35,6 +35,7 @@ from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.precision import wide
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
 from editkit.settings import MendSettings
 
@@ -151,9 +152,9 @@ def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[
     pairs = {}
     for site in sites:
         k, g = trace[site].input.detach().flatten(0, -2), trace[site].grad.flatten(0, -2)
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        dtype = wide(k.dtype)
         used = (g != 0).any(-1)  # not padding, nor what comes after the last token that predicts
-        pairs[site] = k[used].to(wide), g[used].to(wide)
+        pairs[site] = k[used].to(dtype), g[used].to(dtype)
     return pairs, losses.detach()
 
 

@@ -17,7 +17,7 @@ from editkit.facts import Fact
 from editkit.methods.memit import least_squares
 from editkit.methods.shared.contexts import given_or_drawn
 from editkit.methods.shared.prelude import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.shared.spread import layers_of, spread, values_of
+from editkit.methods.shared.spread import compute_z, layers_of, spread
 from editkit.models.load import LanguageModel
 from editkit.settings import PmetSettings
 
@@ -44,7 +44,7 @@ def pmet(
 
     down = lm.architecture.down(layers[-1])
     sites = [lm.architecture.attention.format(layers[-1]), down]
-    z, reports = values_of(
+    z, reports = compute_z(
         lm,
         facts,
         layers[-1],

@@ -24,7 +24,7 @@ from editkit.facts import Fact
 from editkit.methods.shared.contexts import given_or_drawn
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.shared.value import Optimised, named, optimise
+from editkit.methods.shared.value import Optimised, compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import RomeSettings, RRomeSettings
@@ -143,7 +143,9 @@ def _updates(
     site = lm.architecture.down(layer)
     jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
     weights = lm.digest if changed and settings.cache else given.base.digest
-    found = optimise(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress, weights=weights)
+    found = compute_deltas(
+        lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress, weights=weights
+    )
     return [_update(fact, each, settings, given.factored) for fact, each in zip(facts, found, strict=True)]
 
 

@@ -41,6 +41,7 @@ from editkit.data.cases import (
 from editkit.metrics.generation import DISTRACTED
 from editkit.metrics.row_stats import Row, mean, of_kind
 from editkit.models.load import LanguageModel
+from editkit.models.precision import widened
 from editkit.models.replay import CannotReplay, columns, logits_of
 from editkit.models.tokens import Scored, encode_with_targets, spaced
 
@@ -106,11 +107,12 @@ def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[s
 def _picked(lm: LanguageModel, scored: Scored, row: Tensor, at: Tensor) -> Tensor:
     """[picked, vocabulary] in float32: the logits of those tokens and no other."""
     first, last = [found[0] for found in scored.positions], [found[-1] - 1 for found in scored.positions]
-    try:
-        clean = columns(lm, scored.rows, first, last)
-    except CannotReplay:
-        return lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float()
-    return logits_of(lm, clean.final[clean.at(row, at)]).float()
+    with widened(lm):
+        try:
+            clean = columns(lm, scored.rows, first, last)
+        except CannotReplay:
+            return lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float()
+        return logits_of(lm, clean.final[clean.at(row, at)]).float()
 
 
 def score_probes(lm: LanguageModel, probes: Sequence[Probe]) -> list[ProbeScore]:

@@ -31,6 +31,7 @@ from editkit.data.cases import (
 from editkit.metrics.row_stats import Row, mean, of_kind
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
+from editkit.models.precision import widened
 from editkit.models.tokens import tokenise
 
 DISTRACTED = "distracted"  # the kind of neighborhood rows with the new fact in front
@@ -41,7 +42,7 @@ UNPARTED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "T
 def top_next(lm: LanguageModel, prompt: str, k: int = 5) -> list[tuple[str, float]]:
     """The k most likely next tokens after `prompt`, as (text, probability)."""
     rows = tokenise(lm, [prompt])
-    with torch.inference_mode():
+    with torch.inference_mode(), widened(lm):
         logits = lm.model(**rows.inputs(), use_cache=False).logits[0, rows.last(0)].float()
     values, tokens = logits.softmax(-1).topk(k)
     return [(lm.tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]

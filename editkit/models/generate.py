@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from editkit.errors import FactError
 from editkit.models.load import LanguageModel
+from editkit.models.precision import widened
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def generate_batch(
         options = {"do_sample": True, "top_k": top_k, "temperature": 1.0, "top_p": 1.0}
     if past_end:
         options["eos_token_id"] = lm.model.config.get_text_config().vocab_size  # no token ends it
-    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), _plainly(lm.model):
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), _plainly(lm.model), widened(lm):
         torch.manual_seed(seed)
         out = lm.model.generate(ids, attention_mask=mask, max_new_tokens=most, pad_token_id=pad_id, **options)
     new = [row[width : width + count] for row, count in zip(out, counts, strict=True)]
@@ -85,7 +86,7 @@ def generate(
     start = lm.tokenizer.eos_token_id if start is None else start
     texts = []
     devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode(), _plainly(lm.model):
+    with torch.random.fork_rng(devices), torch.inference_mode(), _plainly(lm.model), widened(lm):
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = lm.tokenizer(prompt)["input_ids"] or [start]

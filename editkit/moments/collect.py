@@ -1,6 +1,7 @@
 """One pass over running text: the sums Σ k kᵀ at all asked down-projections, with the place in the text.
 
-The forward pass stops after the last of them. Products and sums are float64 whatever the model's dtype. Only
+The forward pass stops after the last of them. On a CPU a half model runs in float32 (models/precision.py). Products
+and sums are float64 whatever the model's dtype. Only
 the lower triangle is summed, in panels of columns: C is symmetric, and the work falls to little over half.
 """
 
@@ -23,6 +24,7 @@ from editkit.corpora import running_text
 from editkit.errors import EditkitError, OutputError
 from editkit.files import whole
 from editkit.models.load import LanguageModel
+from editkit.models.precision import widened
 from editkit.models.snapshot import uninterrupted
 from editkit.moments.moment import SecondMoment, read_tensors
 from editkit.nethook import Trace
@@ -161,7 +163,7 @@ def collect(
         delay=1,
         leave=False,
     )
-    with bar, torch.inference_mode():
+    with bar, torch.inference_mode(), widened(lm):
         try:
             while sums.count < settings.tokens and (batch := list(islice(blocks, rows))):
                 ids = torch.stack(batch).to(lm.device)

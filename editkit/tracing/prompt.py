@@ -12,6 +12,7 @@ from tqdm import tqdm
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
+from editkit.models.precision import widened
 from editkit.models.tokens import tokenise
 from editkit.settings import TraceSettings
 from editkit.tracing.corruption import embedding_std, noised, swapped
@@ -137,7 +138,7 @@ def trace(
     last = lookup_position(rows, 0, fact.prompt, fact.subject)
     window = settings.window_of(lm.layers)
     taken: tuple[str, ...] = ()
-    with torch.no_grad():
+    with torch.no_grad(), widened(lm):
         if settings.corruption == "swap":
             taken, subject = swapped(lm, fact, (first, last), others, settings, seed)
         else:

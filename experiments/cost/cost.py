@@ -27,7 +27,7 @@ from machine import processor
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods.shared.engine import rows_of
-from editkit.methods.shared.value import optimise
+from editkit.methods.shared.value import compute_deltas
 from editkit.models.load import LanguageModel
 from editkit.settings import RRomeSettings
 
@@ -60,7 +60,7 @@ def seconds(lm: LanguageModel, at: dict[str, Any], engine: str) -> float:
     settings = RRomeSettings(layer=at["layer"], engine=engine, **(STEPS | {"steps": 5}))
     site, rows = lm.architecture.down(at["layer"]), at["rows"]
     began = time.perf_counter()
-    optimise(lm, at["layer"], [site], rows, torch.ones(len(rows), 1), settings, name="", progress=False)
+    compute_deltas(lm, at["layer"], [site], rows, torch.ones(len(rows), 1), settings, name="", progress=False)
     return time.perf_counter() - began
 
 

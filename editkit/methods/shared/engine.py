@@ -15,6 +15,7 @@ from torch import Tensor
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
+from editkit.models.precision import wide
 from editkit.models.replay import Replay, logits_of, replay
 from editkit.models.tokens import Rows, Scored, encode_with_targets, spaced, unflatten
 from editkit.nethook import Trace
@@ -213,9 +214,9 @@ class Replayed:
 def bytes_of(lm: LanguageModel, facts: Sequence[FactRows], layer: int) -> int:
     """About what a replayed batch takes: what backward keeps of each block, earlier keys and values, and logits."""
     config = lm.model.config.get_text_config()
-    wide, d = torch.promote_types(lm.dtype, torch.float32).itemsize, config.hidden_size
+    itemsize, d = wide(lm.dtype).itemsize, config.hidden_size
     rows = sum(len(each.lookup) for each in facts)
     columns, prefix = max(each.columns for each in facts), max(max(each.lookup) for each in facts)
     logits = sum(sum(map(len, each.scored.positions)) + 1 for each in facts)
     kept = rows * ((lm.layers - layer) * (48 * columns + 4 * prefix) + 4 * lm.layers * prefix) * d
-    return kept * lm.dtype.itemsize + logits * config.vocab_size * wide * 5
+    return kept * lm.dtype.itemsize + logits * config.vocab_size * itemsize * 5

@@ -23,7 +23,7 @@ from editkit.edits.edit import Base, Delta, Edit, low_rank_delta
 from editkit.errors import ModelError
 from editkit.facts import Fact
 from editkit.methods.shared.engine import rows_of
-from editkit.methods.shared.value import at_lookup, named, optimise
+from editkit.methods.shared.value import at_lookup, compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.settings import SpreadSettings
 
@@ -43,7 +43,7 @@ def layers_of(lm: LanguageModel, settings: SpreadSettings) -> list[int]:
     return layers
 
 
-def values_of(
+def compute_z(
     lm: LanguageModel,
     facts: Sequence[Fact],
     layer: int,
@@ -61,7 +61,7 @@ def values_of(
     )  # each [n, d_model]
     norms = torch.stack([values.norm(dim=-1) for values in (*own, start)], 1)  # [n, sites]
     jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
-    found = optimise(lm, layer, sites, jobs, norms, settings, name=named(facts), progress=progress, **options)
+    found = compute_deltas(lm, layer, sites, jobs, norms, settings, name=named(facts), progress=progress, **options)
     reports = [
         {
             "steps": each.steps,

@@ -25,6 +25,7 @@ from editkit.methods.cache import cached, key_of
 from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
+from editkit.models.precision import wide, widened
 from editkit.models.replay import CannotReplay
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, requires_grad
@@ -38,23 +39,29 @@ READ_EVERY = {"cpu": 1, "cuda": 5}  # steps between two looks at the losses: eac
 
 @torch.no_grad()
 def at_lookup(lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Sequence[str], token: str) -> AtLookup:
-    """Input and output of `site` at the lookup token of each fact in each template.
+    """Input and output of `site` at the lookup token of each fact in each template, [facts, templates, d] each.
 
-    The pass ends at the site and at the lookup token: nothing behind either can reach it.
+    - `site`: a module's name.
+    - `templates`: contexts with one `{}` for the prompt.
+    - `token`: which token is looked up (lookup.py).
+
+    The pass ends at the site and at the lookup token, since nothing later can change what is read there. A half model
+    on the CPU runs in float32.
     """
     asked = [(fact, context.replace("{}", fact.prompt)) for fact in facts for context in templates]
     found: dict[int, tuple[Tensor, Tensor]] = {}
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][1]) + len(asked[i][0].subject))
-    for begin in range(0, len(order), 64):
-        part = order[begin : begin + 64]
-        rows = tokenise(lm, [asked[i][0].filled(asked[i][1]) for i in part])
-        at = [lookup_position(rows, row, asked[i][1], asked[i][0].subject, token) for row, i in enumerate(part)]
-        inputs = {name: value[:, : max(at) + 1] for name, value in rows.inputs().items()}
-        with Trace(lm.model, site, inputs=True, outputs=True, stop=True) as trace:
-            lm.model(**inputs, use_cache=False)
-        index = torch.arange(len(part)), torch.tensor(at)
-        both = [unflatten(each, len(part))[index].double().cpu() for each in (trace.input, trace.output)]
-        found |= {i: (both[0][row], both[1][row]) for row, i in enumerate(part)}
+    with widened(lm):
+        for begin in range(0, len(order), 64):
+            part = order[begin : begin + 64]
+            rows = tokenise(lm, [asked[i][0].filled(asked[i][1]) for i in part])
+            at = [lookup_position(rows, row, asked[i][1], asked[i][0].subject, token) for row, i in enumerate(part)]
+            inputs = {name: value[:, : max(at) + 1] for name, value in rows.inputs().items()}
+            with Trace(lm.model, site, inputs=True, outputs=True, stop=True) as trace:
+                lm.model(**inputs, use_cache=False)
+            index = torch.arange(len(part)), torch.tensor(at)
+            both = [unflatten(each, len(part))[index].double().cpu() for each in (trace.input, trace.output)]
+            found |= {i: (both[0][row], both[1][row]) for row, i in enumerate(part)}
     shape = (len(facts), len(templates), -1)
     return AtLookup(*(torch.stack([found[i][side] for i in range(len(asked))]).view(shape) for side in (0, 1)))
 
@@ -66,16 +73,16 @@ def named(facts: Sequence[Fact]) -> str:
 
 @dataclass
 class Optimised:
-    """What the optimisation found for one fact."""
+    """The result of the optimisation for one fact."""
 
     delta: Tensor  # [sites, d_model] float64 on the CPU
     steps: list[dict[str, float]] = field(default_factory=list)  # loss terms before each step
     clamp_hit: bool = False
-    # Where no norms were given: at the site while there was no δ, [2, d], the bare prompt's and the contexts' mean.
+    # Where no norms were given: at the site without δ, [2, d], the bare prompt's and the contexts' mean.
     clean: AtLookup | None = None
 
 
-def optimise(
+def compute_deltas(
     lm: LanguageModel,
     layer: int,
     sites: Sequence[str],
@@ -89,17 +96,25 @@ def optimise(
     stop_kl: float | None = None,
     weights: str | None = None,
 ) -> list[Optimised]:
-    """For each of `jobs` a δ for each of `sites` (modules of block `layer`) by Adam. `settings` are resolved.
+    """For each fact a δ [sites, d_model], by Adam. A half model on the CPU runs in float32 (models/precision.py).
 
-    `norms` [facts, sites] are the ‖v0‖; None, with one site, takes its output for the bare prompt, and keeps what
-    passed there. The NLL counts `nll_weight` once the target is the likeliest answer in every row; with `stop_kl` a
-    fact ends then, besides by its loss, when its KL is no more than that. As many facts go together as memory takes; a
-    batch that runs out of it is halved. `weights`, the digest of the model as it is now, is needed for
-    `settings.cache` (cache.py).
+    - `layer`, `sites`: the edited block, and its modules to whose outputs a δ is added.
+    - `jobs`: the rows of each fact.
+    - `norms` [facts, sites]: ‖v0‖. If None (one site only), use ‖v0‖ of the bare prompt, and return keys and values
+      of the clean pass as `clean`.
+    - `settings`: resolved.
+    - `name`, `progress`: the label of the progress bar, and whether to show it.
+    - `nll_weight`: weight of the NLL once the target is the likeliest answer in every row.
+    - `stop_kl`: if given, a fact also stops when the target is the likeliest answer and KL ≤ stop_kl.
+    - `weights`: digest of the model as it is now, needed for `settings.cache` (cache.py).
+
+    As many facts are optimised together as memory takes; a batch that runs out of memory is halved.
     """
+    loss = _Loss(settings, nll_weight, stop_kl)
 
     def compute() -> list[Optimised]:
-        return _optimised(lm, layer, sites, jobs, norms, settings, name, progress, nll_weight, stop_kl)
+        with widened(lm), requires_grad(lm.model, only=[]):
+            return _in_batches(lm, layer, sites, jobs, norms, loss, name, progress)
 
     if not settings.cache or weights is None:
         return compute()
@@ -107,46 +122,35 @@ def optimise(
     return cached(lm, weights, key, compute, Optimised)
 
 
-def _optimised(
+def _in_batches(
     lm: LanguageModel,
     layer: int,
     sites: Sequence[str],
     jobs: Sequence[FactRows],
     norms: Tensor | None,
-    settings: ValueSettings,
+    loss: "_Loss",
     name: str,
     progress: bool,
-    nll_weight: float,
-    stop_kl: float | None,
 ) -> list[Optimised]:
-    found: dict[int, Optimised] = {}
-    engine: type[FullDepth] | type[Replayed] = FullDepth if settings.engine == "full" else Replayed
+    """`compute_deltas`, batch after batch: facts of like length together, the shortest first."""
+    results: dict[int, Optimised] = {}
+    engine: type[FullDepth] | type[Replayed] = FullDepth if loss.settings.engine == "full" else Replayed
     waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].columns, max(jobs[i].lookup)))
     most = len(jobs)
-    assert settings.steps
-    single = len(jobs) == 1
-    total = settings.steps if single else len(jobs)
-    bar = tqdm(total=total, desc=f"value for {name}", disable=not progress, leave=False)
-
-    def show(loss: float, steps: int, ended: int) -> None:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update(steps if single else ended)
-
-    with requires_grad(lm.model, only=[]), bar:
+    with _Bar(name, len(jobs), loss.steps, progress) as bar:
         while waiting:
-            part = waiting[: 1 if engine is FullDepth else min(most, _fitting(lm, layer, [jobs[i] for i in waiting]))]
+            # 1) The facts of this batch.
+            fitting = 1 if engine is FullDepth else min(most, _fitting(lm, layer, [jobs[i] for i in waiting]))
+            part = waiting[:fitting]
             try:
+                # 2) One clean pass.
                 with torch.no_grad():
                     ready = engine(lm, layer, sites, Batch([jobs[i] for i in part]))
-                if norms is None:
-                    clean: list[AtLookup | None] = list(ready.clean())
-                    sizes = torch.stack([at.output[:1].norm(dim=-1) for at in clean if at is not None])
-                else:
-                    clean, sizes = [None] * len(part), norms[part]
-                results = _together(lm, ready, sizes, settings, nll_weight, stop_kl, show)
-                for result, at in zip(results, clean, strict=True):
-                    if at is not None:
-                        result.clean = AtLookup(*(torch.stack((side[0], side.mean(0))) for side in at))
+                clean = ready.clean() if norms is None else None
+                v0_norms = norms[part] if norms is not None else torch.stack([_bare_norm(at) for at in clean or ()])
+                # 3) The loop of Adam.
+                done = _together(lm, ready, v0_norms, loss, bar.show)
+            # 4) Where that fails: again at full depth, or with half of the facts.
             except CannotReplay as error:
                 warnings.warn(
                     f"The family '{lm.architecture.family}' runs at full depth, which is slow: {error}", stacklevel=2
@@ -158,82 +162,160 @@ def _optimised(
                     raise
                 most = len(part) // 2
                 continue
-            found |= dict(zip(part, results, strict=True))
+            for result, at in zip(done, clean or (), strict=clean is not None):
+                result.clean = AtLookup(*(torch.stack((side[0], side.mean(0))) for side in at))
+            results |= dict(zip(part, done, strict=True))
             waiting = waiting[len(part) :]
-    return [found[i] for i in range(len(jobs))]
+    return [results[i] for i in range(len(jobs))]
 
 
-def _together(
-    lm: LanguageModel,
-    engine: Engine,
-    norms: Tensor,
-    settings: ValueSettings,
-    nll_weight: float,
-    stop_kl: float | None,
-    show: Show,
-) -> list[Optimised]:
-    """The facts of one batch. Those that have ended are frozen, and leave when the losses are read."""
-    limit, lr, decay_factor, steps = settings.clamp, settings.lr, settings.weight_decay, settings.steps
-    assert steps and limit and lr and decay_factor is not None  # resolved by the method
-    device, count = lm.device, len(norms)
-    wide = torch.promote_types(lm.dtype, torch.float32)  # losses and δ, whatever the model's dtype
-    v0 = norms.T[..., None].to(device, wide)  # [sites, facts, 1]
-    delta = torch.zeros(*v0.shape[:2], lm.model.config.get_text_config().hidden_size, dtype=wide, device=device)
-    optimizer = torch.optim.Adam([delta], lr=lr)
-    found = [Optimised(delta[:, i]) for i in range(count)]
-    running = list(range(count))  # which facts the rows of `delta` belong to
-    alive = torch.ones(count, dtype=torch.bool, device=device)
-    hit = torch.zeros_like(alive)
-    kl_before: Tensor | None = None
-    unread: list[tuple[Tensor, Tensor]] = []  # (loss terms [4, facts], alive before)
-    every = READ_EVERY.get(device.type, 5)
+def _bare_norm(clean: AtLookup) -> Tensor:
+    """‖v0‖ [1] of one fact: the norm of the site's output for the bare prompt, which is the first template."""
+    return clean.output[:1].norm(dim=-1)
 
-    for step in range(steps):
-        nll, after, said = _answers(engine.logits(delta).to(wide), engine.batch)
-        kl_before = after.detach() if kl_before is None else kl_before
-        kl = kl_div(kl_before, after, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ clean)
-        sizes = delta.norm(dim=-1, keepdim=True)  # [sites, facts, 1]
-        decay = (decay_factor * sizes / v0**2).sum((0, 2))
-        weight = torch.where(said, nll_weight, 1.0)
-        loss = weight * nll + settings.kl_factor * kl
-        terms = torch.stack((loss + decay, nll, settings.kl_factor * kl, decay)).detach()
-        unread.append((terms, alive))
-        alive = alive & ~(terms[0] < settings.stop_loss)
-        if stop_kl is not None:
-            alive = alive & ~(said & (kl.detach() <= stop_kl))
-        if (step + 1) % every == 0 or step == steps - 1:
-            over = step == steps - 1
-            kept = [i for i, on in enumerate(alive.tolist()) if on and not over]
-            show(_read(found, running, unread, delta, hit, set(kept)), len(unread), len(running) - len(kept))
+
+class _Bar:
+    """A progress bar: of steps for one fact, of facts for several."""
+
+    def __init__(self, name: str, facts: int, steps: int, progress: bool) -> None:
+        self._single = facts == 1
+        total = steps if self._single else facts
+        self._bar = tqdm(total=total, desc=f"value for {name}", disable=not progress, leave=False)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, loss: float, steps: int, ended: int) -> None:
+        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._bar.update(steps if self._single else ended)
+
+
+class _Loss:
+    """The loss of each fact and its end, from resolved `settings`. The other arguments are those of compute_deltas."""
+
+    def __init__(self, settings: ValueSettings, nll_weight: float, stop_kl: float | None) -> None:
+        steps, lr, clamp, decay = settings.steps, settings.lr, settings.clamp, settings.weight_decay
+        assert steps and lr and clamp and decay is not None  # resolved by the method
+        self.settings, self.steps, self.lr, self.clamp, self.weight_decay = settings, steps, lr, clamp, decay
+        self._nll_weight, self._stop_kl = nll_weight, stop_kl
+
+    def of(self, nll: Tensor, kl: Tensor, decay: Tensor, likeliest: Tensor) -> tuple[Tensor, Tensor]:
+        """From the terms of each fact [facts]: the loss without weight decay, which backward takes, and the terms for
+        the report [4, facts]: the loss, NLL, weighted KL and weight decay."""
+        kl = self.settings.kl_factor * kl
+        loss = torch.where(likeliest, self._nll_weight, 1.0) * nll + kl
+        return loss, torch.stack((loss + decay, nll, kl, decay)).detach()
+
+    def ended(self, terms: Tensor, kl: Tensor, likeliest: Tensor) -> Tensor:
+        """[facts], True where the loss is under `stop_loss`, or the KL is low enough."""
+        low = terms[0] < self.settings.stop_loss
+        return low if self._stop_kl is None else low | (likeliest & (kl.detach() <= self._stop_kl))
+
+
+class _Deltas:
+    """δ of the facts that are in the batch now, and Adam's state of each. Every tensor has a place for each fact."""
+
+    def __init__(self, lm: LanguageModel, norms: Tensor, loss: _Loss) -> None:
+        count, device, dtype = len(norms), lm.device, wide(lm.dtype)
+        self._loss = loss
+        self._v0 = norms.T[..., None].to(device, dtype)  # ‖v0‖ [sites, facts, 1]
+        width = lm.model.config.get_text_config().hidden_size
+        self.delta = torch.zeros(*self._v0.shape[:2], width, dtype=dtype, device=device)  # [sites, facts, d_model]
+        self._norm = torch.zeros_like(self._v0)  # ‖δ‖ before the next step
+        self._adam = torch.optim.Adam([self.delta], lr=loss.lr)
+        self.facts = list(range(count))  # which fact of the first batch has each place
+        self.alive = torch.ones(count, dtype=torch.bool, device=device)  # False: it has ended, and δ stays as it is
+        self.hit = torch.zeros_like(self.alive)  # whether the clamp has held δ back
+
+    def decay(self) -> Tensor:
+        """weight_decay · ‖δ‖ / ‖v0‖² [facts], summed over sites."""
+        self._norm = self.delta.norm(dim=-1, keepdim=True)
+        return (self._loss.weight_decay * self._norm / self._v0**2).sum((0, 2))
+
+    def keep(self, places: list[int]) -> None:
+        """Go on with the facts at these places alone."""
+        state = self._adam.state[self.delta]
+        self.delta, self._v0, self._norm = (each[:, places] for each in (self.delta, self._v0, self._norm))
+        self.hit, self.alive = self.hit[places], self.alive[places]
+        self.facts = [self.facts[i] for i in places]
+        self._adam = torch.optim.Adam([self.delta], lr=self._loss.lr)
+        if state:  # empty before the first step; the count of steps has no dimensions
+            self._adam.state[self.delta] = {k: v if v.ndim == 0 else v[:, places] for k, v in state.items()}
+
+    def step(self, gradient: Tensor) -> None:
+        """One step of Adam and the clamp, for the facts that are alive. `gradient` [sites, facts, d_model] is that of
+        the loss without weight decay, whose own is added here."""
+        # The norm has no gradient at 0; torch takes 0 there.
+        of_decay = self._loss.weight_decay / self._v0**2 * self.delta / torch.where(self._norm > 0, self._norm, 1.0)
+        self.delta.grad = gradient + of_decay
+        before = self.delta.clone()
+        self._adam.step()
+        over_limit = self.delta.norm(dim=-1, keepdim=True) / (self._loss.clamp * self._v0)
+        self.delta.div_(over_limit.clamp_min(1.0))
+        torch.where(self.alive[:, None], self.delta, before, out=self.delta)
+        self.hit = self.hit | (self.alive & (over_limit[..., 0] > 1).any(0))
+
+
+def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, show: Show) -> list[Optimised]:
+    """Optimise the δ of one batch side by side.
+
+    - `engine`: runs the model on the rows of the batch.
+    - `norms`: ‖v0‖ [facts, sites].
+    - `show`: told of the losses whenever they are read.
+
+    A fact that has ended is frozen at once, and leaves the batch when the losses are read: each reading waits for an
+    accelerator, so there they are read every few steps.
+    """
+    batch = _Deltas(lm, norms, loss)
+    results = [Optimised(batch.delta[:, i]) for i in batch.facts]
+    unread: list[tuple[Tensor, Tensor]] = []  # of each step: loss terms [4, facts], and which facts were alive
+    every = READ_EVERY.get(lm.device.type, 5)
+    clean: Tensor | None = None  # log-probabilities at the KL position without δ, [facts, vocabulary]
+
+    for step in range(loss.steps):
+        # 1) Run the rows, with the δ of their facts.
+        logits = engine.logits(batch.delta).to(batch.delta.dtype)
+        nll, log_p, likeliest = _answers(logits, engine.batch)
+
+        # 2) The losses of each fact.
+        clean = log_p.detach() if clean is None else clean
+        kl = kl_div(clean, log_p, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ clean)
+        losses, terms = loss.of(nll, kl, batch.decay(), likeliest)
+        unread.append((terms, batch.alive))
+
+        # 3) Which facts have ended: their δ no longer changes.
+        batch.alive = batch.alive & ~loss.ended(terms, kl, likeliest)
+        last = step == loss.steps - 1
+        if last or (step + 1) % every == 0:
+            kept = [] if last else [i for i, alive in enumerate(batch.alive.tolist()) if alive]
+            mean = _read(unread, batch, kept, results)
+            show(mean, len(unread), len(batch.facts) - len(kept))
             unread = []
             if not kept:
                 break
-            gradient = engine.gradient(loss[kept].sum())[:, kept]
-            if len(kept) < len(running):
-                state = optimizer.state[delta]
-                delta, v0, sizes, hit, alive = delta[:, kept], v0[:, kept], sizes[:, kept], hit[kept], alive[kept]
-                optimizer = torch.optim.Adam([delta], lr=lr)
-                if state:
-                    optimizer.state[delta] = {k: v if v.ndim == 0 else v[:, kept] for k, v in state.items()}
-                running, kl_before = [running[i] for i in kept], kl_before[kept]
+            gradient = engine.gradient(losses[kept].sum())[:, kept]
+            if len(kept) < len(batch.facts):  # the others leave
+                batch.keep(kept)
+                clean = clean[kept]
                 with torch.no_grad():
                     engine = engine.some(kept)
         else:
-            gradient = engine.gradient(loss.sum())
-        # The norm has no gradient at 0; torch takes 0 there.
-        delta.grad = gradient + decay_factor / v0**2 * delta / torch.where(sizes > 0, sizes, 1.0)
-        before = delta.clone()
-        optimizer.step()
-        over_limit = delta.norm(dim=-1, keepdim=True) / (limit * v0)
-        delta.div_(over_limit.clamp_min(1.0))
-        torch.where(alive[:, None], delta, before, out=delta)
-        hit = hit | (alive & (over_limit[..., 0] > 1).any(0))
-    return found
+            gradient = engine.gradient(losses.sum())
+
+        # 4) A step of Adam, and 5) the clamp.
+        batch.step(gradient)
+    return results
 
 
 class _LogP(torch.autograd.Function):
-    """Of log-softmax(logits [n, vocabulary]): at `token` of the first rows, whether it is the highest there, and the
-    other rows whole. The table is the loop's largest: it is turned in place, forward and backward, which is once."""
+    """log_softmax(logits [n, vocabulary]), in place; backward may run once only. The table is the loop's largest.
+
+    With `token` [targets] for the first rows, returns log p(token) [targets], whether the token is the likeliest
+    [targets], all of the other rows [n - targets, vocabulary], and the table itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
@@ -260,8 +342,11 @@ class _LogP(torch.autograd.Function):
 
 
 def _answers(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """From the logits that `batch` lists, for each fact: the mean NLL of the target, the log-probabilities at the KL
-    position, and whether the target is the likeliest answer in every row. Nothing here waits for an accelerator."""
+    """From the logits that `batch` lists: the mean NLL of each fact's target [facts], the log-probabilities at its KL
+    position [facts, vocabulary], and whether the target is the likeliest answer in every row [facts].
+
+    Nothing here waits for an accelerator.
+    """
     count = len(batch.facts)
     of_token, likeliest, after, _ = _LogP.apply(logits, batch.token)
     missed = logits.new_zeros(count).index_add(0, batch.fact, (~likeliest).to(logits.dtype))
@@ -269,26 +354,23 @@ def _answers(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return -logits.new_zeros(count).index_add(0, batch.fact, of_token * share), after, missed == 0
 
 
-def _read(
-    found: list[Optimised],
-    running: list[int],
-    unread: list[tuple[Tensor, Tensor]],
-    delta: Tensor,
-    hit: Tensor,
-    kept: set[int],
-) -> float:
-    """Bring the losses of the latest steps, and the facts that have ended, to the CPU. The latest mean loss."""
+def _read(unread: list[tuple[Tensor, Tensor]], batch: _Deltas, kept: list[int], results: list[Optimised]) -> float:
+    """Bring the losses of the latest steps, and the δ of facts that leave, into `results`. The latest mean loss.
+
+    - `unread`: of each step, the loss terms [4, facts] and which facts were alive [facts].
+    - `kept`: places of the facts that go on.
+    """
     values = torch.stack([terms for terms, _ in unread]).tolist()  # [steps, 4, facts]
     was_alive = torch.stack([alive for _, alive in unread]).tolist()
-    deltas, hits = delta.detach().double().cpu(), hit.tolist()
-    for place, fact in enumerate(running):
+    deltas, hits = batch.delta.detach().double().cpu(), batch.hit.tolist()
+    for place, fact in enumerate(batch.facts):
         for terms, alive in zip(values, was_alive, strict=True):
             if alive[place]:
-                of = [each[place] for each in terms]
-                found[fact].steps.append(dict(zip(("loss", "nll", "kl", "weight_decay"), of, strict=True)))
+                own = [term[place] for term in terms]
+                results[fact].steps.append(dict(zip(("loss", "nll", "kl", "weight_decay"), own, strict=True)))
         if place not in kept:
-            found[fact].delta, found[fact].clamp_hit = deltas[:, place].clone(), hits[place]
-    losses = [values[-1][0][place] for place in range(len(running))]
+            results[fact].delta, results[fact].clamp_hit = deltas[:, place].clone(), hits[place]
+    losses = values[-1][0]
     return sum(losses) / len(losses)
 
 
