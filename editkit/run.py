@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import hydra
@@ -35,7 +36,7 @@ def main() -> None:
         sweep = "-m" in flags or "--multirun" in flags
         helping = any(f in flags for f in ("--help", "-h", "--hydra-help", "--version"))
         if not helping:
-            overrides = prepare(overrides)
+            overrides = prepare(overrides, _config_dirs(flags))
         folder = _folder(overrides, sweep)
         if not helping and not any(f in flags for f in ("--cfg", "-c", "--info", "-i")):
             make_folder(folder)
@@ -83,6 +84,12 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         else:
             overrides.append(argument)
     return flags, overrides
+
+
+def _config_dirs(flags: list[str]) -> list[Path]:
+    """The folders that --config-dir names."""
+    named = [flag.split("=", 1)[1] for flag in flags if flag.startswith(("--config-dir=", "-cd="))]
+    return [Path(each) for each in (*named, *(b for a, b in pairwise(flags) if a in ("--config-dir", "-cd")))]
 
 
 def _folder(overrides: list[str], sweep: bool) -> Path:

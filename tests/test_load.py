@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from editkit import load
 from editkit.errors import ModelError
-from editkit.models.architecture import FAMILIES, orientation
+from editkit.models.architecture import architecture_of, families, orientation
 from editkit.models.load import BUNDLED, LanguageModel
 from tests.conftest import tiny_lm
 from tests.families import SITES, build
@@ -35,9 +35,9 @@ def test_a_local_folder(family: str, tmp_path: Path) -> None:
     assert lm.digest == load(saved(tmp_path, family), device="cpu").digest
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", families())
 def test_every_name_of_an_architecture_is_a_module(family: str) -> None:
-    model, architecture = build(family.removesuffix("_text")), FAMILIES[family]
+    model, architecture = build(family.removesuffix("_text")), architecture_of(family)
     for name in ("embedding", "block", "attention", "mlp", "mlp_norm", "down_projection", "final_norm", "head"):
         if (where := getattr(architecture, name)) is not None:
             model.get_submodule(where.format(0))

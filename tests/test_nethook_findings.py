@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from editkit.edits.edit import Edit, base_of, low_rank_delta
-from editkit.models.architecture import FAMILIES
+from editkit.models.architecture import architecture_of, families
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot, bits, same_bits
 from editkit.models.tokens import tokenise
@@ -153,12 +153,12 @@ TEXTS = ["The capital of Atlas", "Who", "A much longer text, of several sentence
 
 def language_model(family: str) -> LanguageModel:
     """With the families that editkit edits, their own entry; with the others, one that names the embedding."""
-    if family in FAMILIES:
+    if family in families():
         return tiny_lm(family)
     tokenizer = byte_level_tokenizer()
     model = build(family, vocab_size=len(tokenizer))
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-    architecture = dataclasses.replace(FAMILIES["gpt2"], family=family, embedding=embedding)
+    architecture = dataclasses.replace(architecture_of("gpt2"), family=family, embedding=embedding)
     return LanguageModel(f"tiny-{family}", model, tokenizer, architecture)
 
 
