@@ -42,8 +42,8 @@ class Registry(Generic[Entry]):
         owner = self._homes.get(name, f"{self.package}.{name}" if name in self._own() else home)
         same = home == owner and (home != "" or self._entries.get(name, entry) == entry)
         if not same:
-            whose = f" in {owner}" if owner else ""
-            raise ConfigError(f"There is a {self.noun} '{name}' already{whose}. Give the new one another name.")
+            by = f" by {owner}" if owner else ""
+            raise ConfigError(f"A {self.noun} '{name}' is registered already{by}. Give the new one another name.")
         self._entries[name], self._homes[name] = entry, home
         return entry
 
