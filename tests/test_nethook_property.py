@@ -88,7 +88,7 @@ def nest(model: nn.Module, each: list[dict], body: Callable[[list[Trace]], None]
 
 # Torch warns once about backward hooks where no input needs gradients; numbers of runs are warned of by `count`.
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=300, **STABLE)
+@settings(STABLE, max_examples=300)
 @given(
     spec=st.lists(trees, min_size=1, max_size=4),
     nested=st.lists(traces, min_size=1, max_size=3),
@@ -160,7 +160,7 @@ def test_whatever_happens_the_hooks_are_what_they_were(
     assert not any(value for (_, table), value in hooks_of(model).items() if table.endswith("_hooks"))
 
 
-@settings(max_examples=60, **STABLE)
+@settings(STABLE, max_examples=60)
 @given(
     spec=st.lists(trees, min_size=1, max_size=3),
     sites=st.lists(st.integers(0, 60), min_size=2, max_size=4),
@@ -184,7 +184,7 @@ def test_traces_may_close_in_any_order(spec, sites, order, stop) -> None:
     assert hooks_of(model) == hooks and same_bits(quiet_run(model), before)
 
 
-@settings(max_examples=60, **STABLE)
+@settings(STABLE, max_examples=60)
 @given(
     spec=st.lists(trees, min_size=1, max_size=3),
     drawn=traces,

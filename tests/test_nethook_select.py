@@ -8,7 +8,9 @@ from torch import nn
 
 from editkit.nethook import HookError, NameNotFound, select
 
-STABLE = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}  # equal on every machine
+# Equal on every machine, whatever its speed.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example]
+STABLE = settings(deadline=None, derandomize=True, suppress_health_check=SLOW)
 
 
 def matches(pattern: list[str], text: str) -> bool:
@@ -67,7 +69,7 @@ def like(name: str, ways: list[str]) -> list[str]:
     return pattern
 
 
-@settings(max_examples=400, **STABLE)
+@settings(STABLE, max_examples=400)
 @given(
     shape=shapes,
     free=st.none() | st.lists(pieces, min_size=1, max_size=6),

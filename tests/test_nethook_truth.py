@@ -31,7 +31,7 @@ def apply(option: str, given: dict, site: str, h: Tensor) -> Tensor:
     return change(h, site) if given[option] == "tells its site" else change(h)
 
 
-@settings(max_examples=150, **STABLE)
+@settings(STABLE, max_examples=150)
 @given(spec=st.lists(trees, min_size=1, max_size=4), nested=st.lists(captures, min_size=1, max_size=3))
 def test_captures_are_what_the_modules_themselves_saw(spec, nested) -> None:
     """Under nested edits: "after_edit" is what the next module received, and "before_edit" what `forward` gave.
@@ -79,7 +79,7 @@ def test_captures_are_what_the_modules_themselves_saw(spec, nested) -> None:
                     assert same_bits(expected, went_in)
 
 
-@settings(max_examples=60, **STABLE)
+@settings(STABLE, max_examples=60)
 @given(spec=st.lists(trees, min_size=1, max_size=4), sites=st.lists(st.integers(0, 60), min_size=1, max_size=5))
 def test_looking_changes_nothing(spec, sites) -> None:
     """Captures without edits: the same bits, and gradients of the same bits, as without a trace."""
@@ -107,7 +107,7 @@ def test_looking_changes_nothing(spec, sites) -> None:
     assert len(found) == len(expected) and all(map(same_bits, found, expected))
 
 
-@settings(max_examples=100, **STABLE)
+@settings(STABLE, max_examples=100)
 @given(
     shape=st.lists(st.sampled_from(["tensor", "none", "number", "nested"]), max_size=4),
     container=st.sampled_from([tuple, list, dict]),

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from atlas_recipe import Recipe
+from atlas_routing import Routing, forward
+from atlas_text import Batches, train_tokenizer
 
 from editkit.corpora import load_atlas
 from editkit.models.load import BUNDLED, LanguageModel
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_atlas.py"
-sys.path.insert(0, str(SCRIPT.parent))
-from atlas_recipe import Recipe  # noqa: E402
-from atlas_routing import Routing, forward  # noqa: E402
-from atlas_text import Batches, train_tokenizer  # noqa: E402
 
 SMALL = Recipe(n_layer=7, n_embd=16, n_head=2, vocab_size=300, sequences=3, length=64)
 
