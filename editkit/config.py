@@ -181,6 +181,7 @@ def _composed(overrides: dict[str, str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-            return compose("config", [f"{key}={value}" for key, value in overrides.items()])
+            composed: DictConfig = compose("config", [f"{key}={value}" for key, value in overrides.items()])
+            return composed
     except HydraException as error:
         raise ConfigError(_first_line(error)) from error

@@ -12,6 +12,7 @@ import sys
 import traceback
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -51,8 +52,7 @@ def main() -> None:
         _finish_sweep(folder)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-def _hydra_main(composed: DictConfig) -> None:
+def _composed_run(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if in_sweep:
@@ -64,6 +64,9 @@ def _hydra_main(composed: DictConfig) -> None:
             raise SystemExit(_report(error)) from None
         write_text(folder / results.FAILED, f"{error}\n")
         _report(error)
+
+
+_hydra_main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_composed_run)
 
 
 def _run(composed: DictConfig, folder: Path) -> None:
@@ -129,7 +132,7 @@ def _report(error: EditkitError) -> int:
     return error.exit_code
 
 
-def _fail(error: EditkitError) -> None:
+def _fail(error: EditkitError) -> NoReturn:
     sys.exit(_report(error))
 
 

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from editkit.methods import METHODS
 from editkit.methods.rome import rome_each
 from editkit.metrics.counterfact import ProbeScore, score_probes
 from editkit.models.load import LanguageModel
-from editkit.settings import MomentSettings, RRomeSettings
+from editkit.settings import MomentSettings, RomeSettings, RRomeSettings
 
 COLUMNS = ("ES", "PS", "unseen", "NS", "same", "follows")
 TITLES = (*COLUMNS, "rank", "norm", "seconds")
@@ -89,7 +90,9 @@ def singles(
     """Each fact alone."""
     began = time.perf_counter()
     if method in ("rome", "r_rome"):
-        edits = rome_each(lm, [case.fact for case in cases], METHODS[method].settings(), progress=False)
+        settings = METHODS[method].settings()
+        assert isinstance(settings, RomeSettings)
+        edits = rome_each(lm, [case.fact for case in cases], settings, progress=False)
     else:
         compute = METHODS[method].load()
         edits = [compute(lm, case.fact, progress=False) for case in tqdm(cases, desc=method, leave=False)]
@@ -209,7 +212,7 @@ def main() -> None:
     parts: list[tuple[str, int, Callable[..., dict[str, Any]]]] = [
         (f"{options.singles} singles", options.singles, singles),
         (f"batch of {options.batch}", options.batch, batch),
-        (f"session {steps} × {size}", steps * size, lambda *given: session(*given, size)),
+        (f"session {steps} × {size}", steps * size, partial(session, size=size)),
     ]
     for what, count, measure in parts:
         cases = distinct(count)
