@@ -1,6 +1,8 @@
 """The hook layer on random module trees: whatever happens, nothing is left behind."""
 
+import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.trees import (
     GOOD,
     STABLE,
     Noted,
+    Spec,
     grown,
     hooks_of,
     quiet_run,
@@ -53,7 +56,7 @@ def options_of(drawn: dict, names: list[str], fault: str, error: BaseException |
         change = EDITS.get(drawn[option])
         if option == fault:
 
-            def change(h) -> None:
+            def change(h: torch.Tensor) -> None:
                 raise error
 
         options[option] = {sites[0]: change} if change and drawn["by_site"] else change
@@ -78,7 +81,9 @@ def add_others(model: nn.Module, where: list[int], called: list[str]) -> list:
     return [kinds[(i // len(modules)) % len(kinds)](modules[i % len(modules)]) for i in where]
 
 
-def nest(model: nn.Module, each: list[dict], body: Callable[[list[Trace]], None], opened: list[Trace]) -> None:
+def nest(
+    model: nn.Module, each: list[dict[str, Any]], body: Callable[[list[Trace]], None], opened: list[Trace]
+) -> None:
     if not each:
         body(opened)
         return
@@ -101,7 +106,15 @@ def nest(model: nn.Module, each: list[dict], body: Callable[[list[Trace]], None]
     training=st.booleans(),
 )
 def test_whatever_happens_the_hooks_are_what_they_were(
-    spec, nested, fault, kind: str, armed, others, meanwhile, grad, training
+    spec: list[Spec],
+    nested: list[dict[str, Any]],
+    fault: str,
+    kind: type[BaseException],
+    armed: int,
+    others: list[int],
+    meanwhile: bool,
+    grad: bool,
+    training: bool,
 ) -> None:
     called: list[str] = []
     model, error = grown(spec, training=training), kind("planned")
@@ -167,7 +180,7 @@ def test_whatever_happens_the_hooks_are_what_they_were(
     order=st.randoms(use_true_random=False),
     stop=st.booleans(),
 )
-def test_traces_may_close_in_any_order(spec, sites, order, stop) -> None:
+def test_traces_may_close_in_any_order(spec: list[Spec], sites: list[int], order: random.Random, stop: bool) -> None:
     model = grown(spec)
     names = [name for name, _ in model.named_modules()]
     before, hooks = quiet_run(model), hooks_of(model)
@@ -191,15 +204,17 @@ def test_traces_may_close_in_any_order(spec, sites, order, stop) -> None:
     fails_at=st.integers(0, 12),
     kind=st.sampled_from([Boom, KeyboardInterrupt]),
 )
-def test_a_set_up_cut_short_leaves_no_hook(spec, drawn, fails_at, kind: str) -> None:
+def test_a_set_up_cut_short_leaves_no_hook(
+    spec: list[Spec], drawn: dict[str, Any], fails_at: int, kind: type[BaseException]
+) -> None:
     """The registration itself fails, at any of its steps."""
     model = grown(spec)
     names = [name for name, _ in model.named_modules()]
     hooks = hooks_of(model)
     steps = 0
 
-    def failing(register):
-        def registers(*args, **kwargs):
+    def failing(register: Callable[..., Any]) -> Callable[..., Any]:
+        def registers(*args: Any, **kwargs: Any) -> Any:
             nonlocal steps
             steps += 1
             if steps > fails_at:
