@@ -215,6 +215,7 @@ def _composed(overrides: dict[str, str], folders: Sequence[Path] = ()) -> DictCo
         asked.append("hydra.searchpath=[" + ",".join(f"'file://{folder.resolve()}'" for folder in folders) + "]")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-            return compose("config", asked)
+            composed: DictConfig = compose("config", asked)
+            return composed
     except HydraException as error:
         raise ConfigError(_first_line(error)) from error

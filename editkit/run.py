@@ -13,6 +13,7 @@ import traceback
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -52,8 +53,7 @@ def main() -> None:
         _finish_sweep(folder)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-def _hydra_main(composed: DictConfig) -> None:
+def _composed_run(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if in_sweep:
@@ -65,6 +65,9 @@ def _hydra_main(composed: DictConfig) -> None:
             raise SystemExit(_report(error)) from None
         write_text(folder / results.FAILED, f"{error}\n")
         _report(error)
+
+
+_hydra_main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_composed_run)
 
 
 def _run(composed: DictConfig, folder: Path) -> None:
@@ -136,7 +139,7 @@ def _report(error: EditkitError) -> int:
     return error.exit_code
 
 
-def _fail(error: EditkitError) -> None:
+def _fail(error: EditkitError) -> NoReturn:
     sys.exit(_report(error))
 
 

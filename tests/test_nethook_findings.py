@@ -45,7 +45,7 @@ def test_v16_post_accumulate_hooks_see_backward_and_not_autograd_grad() -> None:
     """So gradients of parameters that are watched must come from backward(); the hook may free them at once."""
     net, seen = nn.Linear(3, 2), []
 
-    def frees(parameter) -> None:
+    def frees(parameter: torch.Tensor) -> None:
         seen.append(parameter.grad.clone())
         parameter.grad = None
 
@@ -70,7 +70,9 @@ def edit_of(lm: LanguageModel, layer: int = 1) -> Edit:
 
 @pytest.mark.parametrize("how", ["Snapshot.restore", "Snapshot as context", "Edit.applied", "Edit.apply"])
 @pytest.mark.parametrize("raised", [False, True])
-def test_v18_writing_and_restoring_keep_the_parameter_and_the_optimisers_reference(how, raised) -> None:
+def test_v18_writing_and_restoring_keep_the_parameter_and_the_optimisers_reference(
+    how: str, raised: type[BaseException] | None
+) -> None:
     lm = tiny_lm("gpt2")
     name = lm.architecture.down(1) + ".weight"
     weight, edit = get_parameter(lm.model, name), edit_of(lm)
