@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from editkit import apply_files
-from editkit.edits.arithmetic import alignment, compressed, spectra
-from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits import Edit, alignment, base_of, compressed, dense_delta, low_rank_delta, spectra
 from editkit.errors import EditFileError, EditkitError
 from editkit.methods.shared.transforms import prune
 from editkit.models.snapshot import same_bits

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditFileError, EditkitError, OutputError
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.nethook import get_parameter
 from tests.conftest import tiny_lm
