@@ -209,7 +209,7 @@ def _read_header(file: BufferedReader, path: Path | str, kind: FileKind) -> tupl
 
 
 def _foreign(path: Path | str, kind: FileKind, found: object) -> str:
-    start = f"'{path}' does not hold {kind.noun}: its format is {str(found)[:80]!r}, and {kind.format!r} is read here. "
+    start = f"'{path}' does not hold {kind.noun}: its format is {repr(found)[:80]}, and {kind.format!r} is read here. "
     same = isinstance(found, str) and found.split("/")[0] == kind.format.split("/")[0]
     return start + ("Update editkit." if same else kind.origin)
 

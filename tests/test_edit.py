@@ -1,5 +1,6 @@
 """Edit as a value: it saves, loads, refuses what is not its base, and never leaves half a file."""
 
+import hashlib
 import json
 import resource
 import signal
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits.edit import EDIT_FILE
 from editkit.errors import EditFileError, EditkitError, OutputError
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
+from editkit.tensorfiles import to_bytes
 from tests.conftest import tiny_lm
 from tests.test_snapshot import random_edit
 
@@ -175,9 +178,42 @@ def test_damaged_files_are_named(lm: LanguageModel, tmp_path: Path, how) -> None
         Edit.load(path)
 
 
+@pytest.mark.parametrize("position", [0.2, 0.9])  # in the header, in a tensor
+def test_one_other_bit_is_noticed(lm: LanguageModel, tmp_path: Path, position: float) -> None:
+    data = bytearray(random_edit(lm).to_bytes())
+    data[int(position * len(data))] ^= 1
+    path = tmp_path / "edit.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(EditFileError, match=f"'{path}' cannot be read as an edit: it is damaged: .*Compute the edit"):
+        Edit.load(path)
+
+
+def test_an_edit_of_an_older_editkit_is_read_with_a_note_and_is_the_same_edit(
+    lm: LanguageModel, tmp_path: Path
+) -> None:
+    edit, path = random_edit(lm), tmp_path / "edit.safetensors"
+    before = to_bytes(EDIT_FILE, *edit._contents(), seal=False)
+    path.write_bytes(before)
+    with pytest.warns(UserWarning, match=rf"'{path}' was written without a digest.*Edit\.load\(path\)\.save\(path\)"):
+        again = Edit.load(path)
+    assert again.to_bytes() == edit.to_bytes() != before
+    # `parents` of older edits name it by the digest of those bytes
+    assert again.digest == edit.digest == hashlib.sha256(before).hexdigest()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Edit.load(again.save(path)).digest == edit.digest
+    assert len(path.read_bytes()) - len(before) < 100  # bytes
+
+
+def test_an_edit_of_a_weight_that_the_model_lacks_is_refused(lm: LanguageModel) -> None:
+    edit = random_edit(lm)
+    with pytest.raises(EditkitError, match=r"changes transformer\.h\.1.*'tiny-llama' does not have"):
+        edit.apply(tiny_lm("llama"))
+
+
 def test_foreign_and_missing_files(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(EditFileError, match="not an edit of editkit"):
+    with pytest.raises(EditFileError, match="does not hold an edit: its format is None.*written by edit.save"):
         Edit.load(tmp_path / "other.safetensors")
     with pytest.raises(EditFileError, match="No such file"):
         Edit.load(tmp_path / "none.safetensors")

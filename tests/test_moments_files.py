@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from editkit.errors import EditkitError
+from editkit.errors import EditFileError, EditkitError
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment, from_npz, second_moments, to_npz
 from editkit.moments.__main__ import main
 from editkit.moments.collect import Sums
+from editkit.moments.moment import MOMENT_FILE
 from editkit.settings import MomentSettings
+from editkit.tensorfiles import read_header, to_bytes
 
 COLLECT = ["collect", "--model", "atlas", "--device", "cpu"]
 
@@ -65,11 +67,35 @@ def test_a_file_is_opened_once(moment, tmp_path: Path, monkeypatch: pytest.Monke
     """A collection replaces its file while others read: opened twice, the two halves may be of two files."""
     moment.save(tmp_path / "c.safetensors")
 
-    def opened_again(*_, **__) -> None:
-        raise AssertionError("the path was opened a second time")
+    opened, plain_open = [], Path.open
 
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", opened_again)
+    def counted(path, *arguments, **options):
+        opened.append(path)
+        return plain_open(path, *arguments, **options)
+
+    def other_way(*_, **__) -> None:
+        raise AssertionError("the path was opened by safetensors")
+
+    monkeypatch.setattr(Path, "open", counted)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", other_way)
+    monkeypatch.setattr("safetensors.safe_open", other_way)
     assert torch.equal(SecondMoment.load(tmp_path / "c.safetensors").matrix, moment.matrix)
+    assert opened == [tmp_path / "c.safetensors"]
+
+
+def test_a_file_of_an_older_editkit_is_read_with_a_note(moment, tmp_path: Path) -> None:
+    path = moment.save(tmp_path / "c.safetensors")
+    values = read_header(path, MOMENT_FILE)
+    path.write_bytes(to_bytes(MOMENT_FILE, values, {"matrix": moment.matrix}, seal=False))
+    with pytest.warns(UserWarning, match=r"without a digest.*SecondMoment\.load\(path\)\.save\(path\)"):
+        assert torch.equal(SecondMoment.load(path).matrix, moment.matrix)
+    other = moment.matrix + 1  # the values have had a digest of their own all along
+    path.write_bytes(to_bytes(MOMENT_FILE, values, {"matrix": other}, seal=False))
+    with (
+        pytest.warns(UserWarning, match="without a digest"),
+        pytest.raises(EditFileError, match=r"damaged: its values have digest.*collect again"),
+    ):
+        SecondMoment.load(path)
 
 
 def test_a_changed_byte_is_found(moment, tmp_path: Path) -> None:
@@ -77,7 +103,7 @@ def test_a_changed_byte_is_found(moment, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    with pytest.raises(EditkitError, match=r"is damaged: its values have digest.*collect again"):
+    with pytest.raises(EditkitError, match=r"is damaged: its contents do not have the digest.*collect again"):
         SecondMoment.load(path)
     assert main(["verify", str(path)]) == 1
 
@@ -201,7 +227,7 @@ def test_an_interrupted_collection_is_listed_and_says_that_it_is_kept(
     [
         (["info", "no/such/file"], 1, "cannot be read as a second moment"),
         (["info", "words.txt"], 1, "cannot be read as a second moment"),
-        (["verify", "other.safetensors"], 1, "holds no second moment: its format is None"),
+        (["verify", "other.safetensors"], 1, "does not hold a second moment: its format is None"),
         (["verify", "bad.safetensors"], 1, "not symmetric.*not positive semi-definite"),
         (["export", "c.safetensors", "words.txt/c.npz"], 1, "could not be written"),
         (["import", "words.txt", "--model", "atlas", "--layer", "3"], 1, "cannot be read as an .npz"),

@@ -1,5 +1,6 @@
 """A session: steps can be undone in any order, are saved and gone on with, and nothing is left behind; all on bits."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,46 @@ def test_a_saved_session_goes_on_as_if_it_had_not_ended(method: str, tmp_path: P
     assert_bits(lm, before)
     with pytest.raises(EditFileError, match="cannot be read as a session"):
         Session.load(tmp_path / "nowhere", lm)
+
+
+def test_a_session_knows_its_own_steps(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    before = weights(lm)
+    with open_session(lm) as session:
+        first, second = session.edit(FACTS[0]), session.edit(FACTS[1])
+        session.save(tmp_path)
+    one, two = (tmp_path / f"{step.digest[:16]}.safetensors" for step in (first, second))
+    one.write_bytes(second.to_bytes())  # a sound edit, but another
+    with pytest.raises(
+        EditFileError, match=f"'{one}' is not the step that .* names: it holds edit {second.digest[:12]}"
+    ):
+        Session.load(tmp_path, lm, moments=MOMENTS)
+    with open_session(lm) as again:
+        again.steps = [first, second]
+        again.save(tmp_path)  # a file with other bytes is written again
+        assert (one.read_bytes(), two.read_bytes()) == (first.to_bytes(), second.to_bytes())
+    path = tmp_path / "session.json"
+    sound = path.read_text(encoding="utf-8")
+    for damaged in (
+        sound.replace('"seed": 0', '"seed": 1'),
+        sound.replace('"seed": 0', '"seed": 0, "seed": 0'),
+        sound.replace('"seed"', '"sead"'),
+        sound[:-20],
+        "[" * 100_000,
+        "[]",
+    ):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(EditFileError, match=f"'{path}' cannot be read as a session: it is damaged"):
+            Session.load(tmp_path, lm, moments=MOMENTS)
+    header = json.loads(sound)
+    del header["sha256"]
+    path.write_text(json.dumps(header), encoding="utf-8")
+    with (
+        pytest.warns(UserWarning, match="session.json' was written without a digest.*write it anew"),
+        Session.load(tmp_path, lm, moments=MOMENTS, progress=False) as older,
+    ):
+        assert [step.digest for step in older.steps] == [first.digest, second.digest]
+    assert_bits(lm, before)
 
 
 def test_alphaedit_holds_the_keys_of_earlier_steps_and_sessions_do_not_see_each_other() -> None:
