@@ -30,7 +30,7 @@ from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
 from editkit.nethook import get_parameter
-from editkit.settings import MethodSettings
+from editkit.settings import ContextSettings, MethodSettings
 from editkit.tensorfiles import SEAL, FileKind, contents_digest, explained, require_fields, strict_json
 
 FILE = "session.json"
@@ -324,7 +324,7 @@ def _settings_of(header: dict[str, Any]) -> MethodSettings:
         kind = get_method(header["method"]).settings
         values = dict(header["settings"])
         if "contexts" in values:
-            values["contexts"] = type(kind().contexts)(**values["contexts"])  # type: ignore[attr-defined]
+            values["contexts"] = ContextSettings(**values["contexts"])
         if header["transform"] not in (None, *TRANSFORMS):
             raise ValueError(f"its transform is {header['transform']!r}")
         return kind(**values)

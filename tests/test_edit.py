@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny rando
 
 
 @pytest.fixture(scope="module")
-def lm():
+def lm() -> LanguageModel:
     return tiny_lm("gpt2")
 
 
@@ -52,11 +52,13 @@ def test_the_matrix_lies_as_the_module_stores_it(family: str) -> None:
     lm = tiny_lm(family)
     edit = random_edit(lm)
     module = lm.model.get_submodule(edit.deltas[0].module)
-    k = torch.randn(5, edit.deltas[0].right.shape[1])
+    left, right = edit.deltas[0].left, edit.deltas[0].right
+    assert right is not None
+    k = torch.randn(5, right.shape[1])
     before = module(k)
     with edit.applied(lm):
         moved = module(k) - before
-    expected = k @ edit.deltas[0].right.T @ edit.deltas[0].left.T
+    expected = k @ right.T @ left.T
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -64,6 +66,7 @@ def test_the_matrix_lies_as_the_module_stores_it(family: str) -> None:
 def test_a_dense_change_is_the_same_edit_as_its_factors(family: str, tmp_path: Path) -> None:
     lm = tiny_lm(family)
     factors = random_edit(lm, rank=3).deltas[0]
+    assert factors.right is not None
     whole = dense_delta(lm, factors.module, factors.left @ factors.right)
     edit = Edit((whole,), base_of(lm), memory={"keys": torch.tensor([[1.0, -0.0]])})
     torch.testing.assert_close(whole.matrix(), factors.matrix())
@@ -108,7 +111,7 @@ def test_another_base_is_refused(lm: LanguageModel) -> None:
 def test_a_base_that_differs_elsewhere_is_refused() -> None:
     edit, changed = random_edit(tiny_lm("gpt2")), tiny_lm("gpt2")
     with torch.no_grad():
-        changed.model.transformer.ln_f.bias[0] += 1
+        changed.model.get_parameter("transformer.ln_f.bias")[0] += 1
     with pytest.raises(EditkitError, match="other weights than the edited ones differ"):
         edit.apply(changed)
 
@@ -124,7 +127,7 @@ def test_another_dtype_of_the_base_is_taken_when_asked(lm: LanguageModel, dtype:
     moved = edit.in_dtype_of(half)
     with moved.applied(half) as applied:
         found = half.model.get_parameter(name).float()
-    assert applied.reversal.exact
+    assert applied.reversal is not None and applied.reversal.exact
     assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
     assert moved.provenance["computed_for"]["digest"] == edit.base.digest
     with pytest.raises(EditkitError, match="both float32: apply the edit as it is"):
@@ -171,7 +174,7 @@ def damaged(data: bytes, how: str) -> bytes:
 
 
 @pytest.mark.parametrize("how", ["cut", "cut in the header", "empty", "noise", "another format", "a key is missing"])
-def test_damaged_files_are_named(lm: LanguageModel, tmp_path: Path, how) -> None:
+def test_damaged_files_are_named(lm: LanguageModel, tmp_path: Path, how: str) -> None:
     path = tmp_path / "edit.safetensors"
     path.write_bytes(damaged(random_edit(lm).to_bytes(), how))
     with pytest.raises(EditFileError, match=str(path)):

@@ -56,12 +56,17 @@ def test_safetensors_reads_the_same_tensors(tmp_path: Path) -> None:
 
 
 def test_the_digest_does_not_depend_on_order() -> None:
-    tensors = {"a": ["F32", [2], "00"], "b": ["F32", [2], "11"]}
+    tensors: dict[str, list[Any]] = {"a": ["F32", [2], "00"], "b": ["F32", [2], "11"]}
     turned = dict(reversed(tensors.items()))
     assert contents_digest({"x": 1, "y": 2}, tensors) == contents_digest({"y": 2, "x": 1}, turned)
     exchanged = {"a": tensors["b"], "b": tensors["a"]}
-    others = [({"x": 1, "y": 3}, tensors), ({"x": 1, "y": 2.0}, tensors), ({"x": 1, "y": 2}, exchanged)]
-    digests = {contents_digest(*each) for each in [({"x": 1, "y": 2}, tensors), *others]}
+    others: list[tuple[dict[str, Any], dict[str, list[Any]]]] = [
+        ({"x": 1, "y": 2}, tensors),
+        ({"x": 1, "y": 3}, tensors),
+        ({"x": 1, "y": 2.0}, tensors),
+        ({"x": 1, "y": 2}, exchanged),
+    ]
+    digests = {contents_digest(*each) for each in others}
     assert len(digests) == 4
 
 

@@ -53,7 +53,8 @@ class Delta:
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """The thin SVD of ΔW in float64; of factors through their QR decompositions, so that ΔW is never formed."""
         if self.right is None:
-            return torch.linalg.svd(self.left.double(), full_matrices=False)
+            u, s, vt = torch.linalg.svd(self.left.double(), full_matrices=False)
+            return u, s, vt
         ql, rl = torch.linalg.qr(self.left.double())
         qr, rr = torch.linalg.qr(self.right.double().T)
         u, s, vt = torch.linalg.svd(rl @ rr.T, full_matrices=False)
@@ -62,7 +63,7 @@ class Delta:
     def norm(self) -> float:
         """‖ΔW‖ (Frobenius); of factors from their r × r Gram matrices: ΔW is never formed."""
         if self.right is None:
-            return self.left.double().norm().item()
+            return float(self.left.double().norm())
         left, right = self.left.double(), self.right.double()
         return torch.trace((left.T @ left) @ (right @ right.T)).clamp_min(0).sqrt().item()
 

@@ -11,6 +11,7 @@ on top of others is put together with them in their order, by `apply_files` or b
 import contextlib
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -76,7 +77,7 @@ class Edit:
 
     def norm(self) -> float:
         """‖Δ‖ over all parameters (Frobenius)."""
-        return sum(delta.norm() ** 2 for delta in self.deltas) ** 0.5
+        return math.sqrt(sum(delta.norm() ** 2 for delta in self.deltas))
 
     def __add__(self, other: "Edit") -> "Edit":
         return combined([self, other], [1.0, 1.0])
@@ -283,7 +284,7 @@ def base_of(lm: LanguageModel) -> Base:
 
 def weight_norm(lm: LanguageModel, edit: Edit) -> float:
     """‖W‖ over the parameters that the edit changes (Frobenius), for ‖ΔW‖/‖W‖."""
-    return sum(get_parameter(lm.model, name).double().norm().item() ** 2 for name in edit.parameters) ** 0.5
+    return math.sqrt(sum(get_parameter(lm.model, name).double().norm().item() ** 2 for name in edit.parameters))
 
 
 def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:

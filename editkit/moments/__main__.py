@@ -24,7 +24,7 @@ from editkit.models.load import DTYPES, LanguageModel, load
 from editkit.moments.cache import IMPORTED, cache_folder, second_moments, stored_at
 from editkit.moments.moment import ENOUGH, MOMENT_FILE, PARTIAL_FILE, SecondMoment
 from editkit.moments.reference import SAMPLE_SIZE, from_npz, to_npz
-from editkit.nethook import get_module
+from editkit.nethook import get_module, get_parameter
 from editkit.settings import MomentSettings
 from editkit.tensorfiles import read_header
 
@@ -147,7 +147,7 @@ def import_(options: argparse.Namespace) -> int:
     made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
     moment = from_npz(options.file, module, source, made)
     holder = get_module(lm.model, module)
-    d_ff = holder.weight.shape[0 if orientation(holder, module) == "in_out" else 1]  # type: ignore[index]
+    d_ff = get_parameter(lm.model, f"{module}.weight").shape[0 if orientation(holder, module) == "in_out" else 1]
     if moment.d_ff != d_ff:
         raise EditkitError(
             f"'{options.file}' is of {moment.d_ff} dimensions, and {module} of {lm.name} takes keys of {d_ff}: it "

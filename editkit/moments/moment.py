@@ -77,7 +77,8 @@ class SecondMoment:
     @functools.cached_property
     def eigenvalues(self) -> Tensor:
         """[d_ff], ascending."""
-        return torch.linalg.eigvalsh(self.matrix)
+        values: Tensor = torch.linalg.eigvalsh(self.matrix)
+        return values
 
     @functools.cached_property
     def eigenvectors(self) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ class SecondMoment:
     def effective_rank(self) -> float:
         """exp of the entropy of the eigenvalues' shares (Roy and Vetterli 2007): from 1 to d_ff."""
         share = self.eigenvalues.clamp_min(0)
-        return torch.special.entr(share / share.sum()).sum().exp().item()
+        return float(torch.special.entr(share / share.sum()).sum().exp())
 
     @property
     def digest(self) -> str:
@@ -195,7 +196,7 @@ class Factored:
     def condition(self) -> float:
         """Condition number of the factored matrix (largest over smallest eigenvalue)."""
         values = torch.linalg.svdvals(self.lower)
-        return (values[0] / values[-1]).item() ** 2
+        return float(values[0] / values[-1]) ** 2
 
 
 class Identity(Factored):
