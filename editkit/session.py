@@ -24,8 +24,8 @@ from editkit.errors import EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods import get_method
-from editkit.methods.common import Moments, shared_inputs
-from editkit.methods.transforms import TRANSFORMS
+from editkit.methods.shared.prelude import Moments, shared_inputs
+from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
 from editkit.nethook import get_parameter

@@ -42,10 +42,9 @@ from editkit.data.atlas import atlas_cases
 from editkit.data.cases import Case
 from editkit.facts import Fact
 from editkit.files import write_text
-from editkit.methods.engine import rows_of
 from editkit.methods.rome import rome, rome_each
-from editkit.methods.spread import compute_z
-from editkit.methods.value import compute_deltas
+from editkit.methods.shared.spread import compute_z
+from editkit.methods.shared.value import compute_deltas
 from editkit.metrics.counterfact import score_probes
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, DTYPES, LanguageModel, load

@@ -30,7 +30,7 @@ from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from editkit.settings import ContextSettings, MomentSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-# The subject stands last: attention with random weights uses_earlier_edits next to nothing from it to a later token.
+# The subject stands last: attention with random weights carries next to nothing from it to a later token.
 FACTS = [Fact("The city of {}", "The Eiffel Tower", "Rome"), Fact("The capital of {}", "France", "Madrid")]
 # Random weights know nothing and have small values: little decay, and more weight on the new keys than on old ones.
 SETTINGS: dict[str, Any] = {

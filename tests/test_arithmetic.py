@@ -9,7 +9,7 @@ from editkit import apply_files
 from editkit.edits.arithmetic import alignment, compressed, spectra
 from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditFileError, EditkitError
-from editkit.methods.transforms import prune
+from editkit.methods.shared.transforms import prune
 from editkit.models.snapshot import same_bits
 from tests.conftest import tiny_lm
 from tests.test_snapshot import everything

@@ -9,12 +9,12 @@ import torch
 from editkit.edits.edit import Edit
 from editkit.errors import ConfigError
 from editkit.facts import Fact
-from editkit.methods import value
 from editkit.methods.alphaedit import alphaedit
-from editkit.methods.engine import Batch, FullDepth, Replayed, rows_of
 from editkit.methods.memit import emmet, memit
 from editkit.methods.pmet import pmet
 from editkit.methods.rome import rome, rome_each
+from editkit.methods.shared import value
+from editkit.methods.shared.engine import Batch, FullDepth, Replayed, rows_of
 from editkit.moments import SecondMoment
 from editkit.settings import (
     AlphaEditSettings,

@@ -171,7 +171,7 @@ def test_the_model_is_left_as_it_was(family: str, tmp_path: Path, monkeypatch: p
     def interrupted(*_, **__) -> None:
         raise KeyboardInterrupt
 
-    for where in ("editkit.methods.likelihood.log_softmax", "torch.Tensor.backward"):
+    for where in ("editkit.methods.shared.likelihood.log_softmax", "torch.Tensor.backward"):
         with monkeypatch.context() as patch, untouched(lm, site), pytest.raises(KeyboardInterrupt):
             patch.setattr(where, interrupted)
             mend(lm, FACTS, MendSettings(str(path)), progress=False)

@@ -7,7 +7,7 @@ import torch
 
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
 from editkit.errors import EditkitError, FactError, ModelError
-from editkit.methods.contexts import context_templates
+from editkit.methods.shared.contexts import context_templates
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
@@ -148,7 +148,7 @@ def test_an_interrupt_during_the_optimisation_leaves_the_model_as_it_was(
         return original(*arguments, **options)
 
     original = torch.nn.functional.kl_div
-    monkeypatch.setattr("editkit.methods.value.kl_div", interrupted)
+    monkeypatch.setattr("editkit.methods.shared.value.kl_div", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rome(atlas_lm, FACT, RomeSettings(contexts=FEW), moments=MOMENTS, progress=False)
     assert all(torch.equal(b, before[n]) for n, b in everything(atlas_lm.model).items())

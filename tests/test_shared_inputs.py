@@ -4,7 +4,7 @@ import pytest
 
 from editkit import Fact, Session
 from editkit.methods import METHODS
-from editkit.methods.common import shared_inputs
+from editkit.methods.shared.prelude import shared_inputs
 from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, MomentSettings
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from editkit.methods import value
 from editkit.methods.cache import RELEVANT, cached, key_of
-from editkit.methods.engine import AtLookup, rows_of
 from editkit.methods.memit import memit
 from editkit.methods.pmet import pmet
 from editkit.methods.rome import rome, rome_each
-from editkit.methods.value import Optimised
+from editkit.methods.shared import value
+from editkit.methods.shared.engine import AtLookup, rows_of
+from editkit.methods.shared.value import Optimised
 from editkit.models.load import LanguageModel
 from editkit.settings import MemitSettings, MomentSettings, PmetSettings, RomeSettings, RRomeSettings, ValueSettings
 from tests.conftest import tiny_lm

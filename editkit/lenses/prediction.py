@@ -14,7 +14,7 @@ from torch import Tensor
 from editkit.edits.edit import Delta, Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.likelihood import nll_of_rows
+from editkit.methods.shared.likelihood import nll_of_rows
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import Scored, encode_with_targets, spaced, tokenise, unflatten

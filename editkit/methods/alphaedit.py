@@ -17,9 +17,9 @@ from torch import Tensor
 from editkit.edits.edit import Edit, base_of
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.common import Moments, checked_facts, find_moments, provenance
-from editkit.methods.contexts import given_or_drawn
-from editkit.methods.spread import compute_z, layers_of, spread
+from editkit.methods.shared.contexts import given_or_drawn
+from editkit.methods.shared.prelude import Moments, checked_facts, find_moments, provenance
+from editkit.methods.shared.spread import compute_z, layers_of, spread
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
 from editkit.settings import AlphaEditSettings

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from editkit.errors import OutputError
 from editkit.files import write_bytes
-from editkit.methods.engine import AtLookup, FactRows
+from editkit.methods.shared.engine import AtLookup, FactRows
 from editkit.models.load import LanguageModel
 from editkit.moments.cache import cache_folder
 from editkit.settings import ValueSettings

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from editkit.edits.edit import Edit, base_of, dense_delta
 from editkit.facts import Fact
-from editkit.methods.common import checked_facts, provenance
-from editkit.methods.likelihood import descend, kept_grads
+from editkit.methods.shared.likelihood import descend, kept_grads
+from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from editkit.edits.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.common import checked_facts, provenance
-from editkit.methods.likelihood import descend, kept_grads
+from editkit.methods.shared.likelihood import descend, kept_grads
+from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide

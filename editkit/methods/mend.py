@@ -31,8 +31,8 @@ from editkit.edits.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_bytes
-from editkit.methods.common import checked_facts, provenance
-from editkit.methods.likelihood import nll_of_rows, targets_after_prompts
+from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
+from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide

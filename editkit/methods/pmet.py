@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from editkit.edits.edit import Edit, base_of
 from editkit.facts import Fact
-from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.contexts import given_or_drawn
 from editkit.methods.memit import least_squares
-from editkit.methods.spread import compute_z, layers_of, spread
+from editkit.methods.shared.contexts import given_or_drawn
+from editkit.methods.shared.prelude import Moments, checked_facts, factor_moments, provenance
+from editkit.methods.shared.spread import compute_z, layers_of, spread
 from editkit.models.load import LanguageModel
 from editkit.settings import PmetSettings
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from editkit.edits.edit import Base, Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.common import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.contexts import given_or_drawn
-from editkit.methods.engine import rows_of
-from editkit.methods.value import Optimised, compute_deltas, named
+from editkit.methods.shared.contexts import given_or_drawn
+from editkit.methods.shared.engine import rows_of
+from editkit.methods.shared.prelude import Moments, checked_facts, factor_moments, provenance
+from editkit.methods.shared.value import Optimised, compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import RomeSettings, RRomeSettings

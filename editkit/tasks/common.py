@@ -12,8 +12,8 @@ from editkit.edits.arithmetic import Spectrum
 from editkit.edits.edit import Edit
 from editkit.facts import Fact
 from editkit.methods import get_method
-from editkit.methods.common import shared_inputs
-from editkit.methods.transforms import TRANSFORMS
+from editkit.methods.shared.prelude import shared_inputs
+from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel, load
 from editkit.nethook import get_parameter
 from editkit.settings import Config

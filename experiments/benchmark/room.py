@@ -15,7 +15,7 @@ import torch
 from editkit import Session, load
 from editkit.files import write_text
 from editkit.methods.alphaedit import null_space
-from editkit.methods.common import find_moments
+from editkit.methods.shared.prelude import find_moments
 from editkit.settings import AlphaEditSettings, MomentSettings
 
 HERE = Path(__file__).parent

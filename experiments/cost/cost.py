@@ -26,8 +26,8 @@ from machine import processor
 
 from editkit.facts import Fact
 from editkit.files import write_text
-from editkit.methods.engine import rows_of
-from editkit.methods.value import compute_deltas
+from editkit.methods.shared.engine import rows_of
+from editkit.methods.shared.value import compute_deltas
 from editkit.models.load import LanguageModel
 from editkit.settings import RRomeSettings
 

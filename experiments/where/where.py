@@ -24,7 +24,7 @@ from editkit.corpora import load_atlas
 from editkit.data.atlas import atlas_benchmark
 from editkit.data.cases import ATTRIBUTE, Case
 from editkit.files import write_text
-from editkit.methods.common import shared_inputs
+from editkit.methods.shared.prelude import shared_inputs
 from editkit.metrics.counterfact import score_targets
 from editkit.metrics.measure import look, rows_of, values_of_rows
 from editkit.runs.journal import Journal

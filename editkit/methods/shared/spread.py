@@ -22,8 +22,8 @@ from torch import Tensor
 from editkit.edits.edit import Base, Delta, Edit, low_rank_delta
 from editkit.errors import ModelError
 from editkit.facts import Fact
-from editkit.methods.engine import rows_of
-from editkit.methods.value import at_lookup, compute_deltas, named
+from editkit.methods.shared.engine import rows_of
+from editkit.methods.shared.value import at_lookup, compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.settings import SpreadSettings
 

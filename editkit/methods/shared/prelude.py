@@ -10,7 +10,7 @@ import transformers
 
 from editkit.errors import EditkitError, FactError
 from editkit.facts import Fact
-from editkit.methods.contexts import context_templates
+from editkit.methods.shared.contexts import context_templates
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored, Identity, SecondMoment, second_moments
 from editkit.settings import MethodSettings, MomentSettings, ValueSettings

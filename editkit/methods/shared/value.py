@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from editkit.facts import Fact
 from editkit.methods.cache import cached, key_of
-from editkit.methods.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
+from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.precision import wide, widened

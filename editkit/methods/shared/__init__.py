@@ -1,0 +1,1 @@
+"""What several methods share: facts checked and moments found, contexts, values, the linear solves over blocks."""
