@@ -43,6 +43,7 @@ from editkit.data.cases import Case
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods.rome import rome, rome_each
+from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.spread import compute_z
 from editkit.methods.shared.value import compute_deltas
 from editkit.metrics.counterfact import score_probes

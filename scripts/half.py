@@ -20,8 +20,10 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -30,8 +32,8 @@ from machine import processor
 from moments_onepass import CLOCKS
 
 from editkit.files import write_text
-from editkit.methods import value
-from editkit.methods.engine import rows_of
+from editkit.methods.shared import value
+from editkit.methods.shared.engine import rows_of
 from editkit.models import precision
 from editkit.models.load import LanguageModel
 from editkit.moments.collect import collect
@@ -60,7 +62,8 @@ def keys_a_second(lm: LanguageModel, layer: int, tokens: int, clock: Callable[[]
 def steps_a_second(lm: LanguageModel, layer: int, clock: Callable[[], float]) -> float:
     rows = rows_of(lm, facts_of(1)[0].fact, "subject_last", contexts_of(lm, [4] * 10 + [9] * 10))
     settings = RRomeSettings(layer=layer, **STEPS)
-    loop, seconds = value._together, []
+    loop = value._together
+    seconds: list[float] = []
 
     def timed(*given: Any) -> list[value.Optimised]:
         began = clock()
@@ -68,12 +71,9 @@ def steps_a_second(lm: LanguageModel, layer: int, clock: Callable[[], float]) ->
         seconds.append(clock() - began)
         return found
 
-    value._together = timed
-    try:
-        site = lm.architecture.down(layer)
+    site = lm.architecture.down(layer)
+    with mock.patch.object(value, "_together", timed):
         (result,) = value.compute_deltas(lm, layer, [site], [rows], None, settings, name="", progress=False)
-    finally:
-        value._together = loop
     return len(result.steps) / sum(seconds)
 
 
@@ -115,13 +115,9 @@ def main() -> None:
     rates: dict[str, dict[str, list[float]]] = {"keys/s": {}, "steps/s": {}}
     for _ in range(options.repeats + 1):  # the first is a warm-up
         for dtype, (lm, layer) in models.items():
-            works: dict[str, tuple[Rate, Rate]] = {
-                "keys/s": (
-                    lambda lm=lm, layer=layer: keys_a_second(lm, layer, options.keys, clock),
-                    lambda lm=lm, layer=layer: keys_a_second(lm, layer, 10 * options.keys, clock),
-                ),
-                "steps/s": (lambda lm=lm, layer=layer: steps_a_second(lm, layer, clock),) * 2,
-            }
+            few, many = (partial(keys_a_second, lm, layer, n * options.keys, clock) for n in (1, 10))
+            loop = partial(steps_a_second, lm, layer, clock)
+            works: dict[str, tuple[Rate, Rate]] = {"keys/s": (few, many), "steps/s": (loop, loop)}
             for unit, (slow, quick) in works.items():
                 if dtype != "float32":
                     rates[unit].setdefault(f"{dtype} before", []).append(in_half(slow))

@@ -11,10 +11,10 @@ from editkit import LanguageModel
 from editkit.edits.edit import base_of
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.contexts import context_templates
 from editkit.methods.memit import memit
 from editkit.methods.rome import rome
-from editkit.methods.value import at_lookup
+from editkit.methods.shared.contexts import context_templates
+from editkit.methods.shared.value import at_lookup
 from editkit.metrics.counterfact import score_targets
 from editkit.models import precision
 from editkit.models.generate import generate, generate_batch
