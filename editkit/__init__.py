@@ -18,16 +18,16 @@ _PUBLIC = {
     "Fact": "editkit.facts",
     "LanguageModel": "editkit.models.load",
     "MomentSettings": "editkit.settings",
-    "RRomeSettings": "editkit.settings",
-    "AlphaEditSettings": "editkit.settings",
-    "EmmetSettings": "editkit.settings",
-    "FtLSettings": "editkit.settings",
-    "FtSettings": "editkit.settings",
-    "LoraSettings": "editkit.settings",
-    "MendSettings": "editkit.settings",
-    "MemitSettings": "editkit.settings",
-    "PmetSettings": "editkit.settings",
-    "RomeSettings": "editkit.settings",
+    "RRomeSettings": "editkit.methods.r_rome",
+    "AlphaEditSettings": "editkit.methods.alphaedit",
+    "EmmetSettings": "editkit.methods.emmet",
+    "FtLSettings": "editkit.methods.ft_l",
+    "FtSettings": "editkit.methods.ft",
+    "LoraSettings": "editkit.methods.lora",
+    "MendSettings": "editkit.methods.mend",
+    "MemitSettings": "editkit.methods.memit",
+    "PmetSettings": "editkit.methods.pmet",
+    "RomeSettings": "editkit.methods.rome",
     "Session": "editkit.session",
     "Snapshot": "editkit.models.snapshot",
     "Trace": "editkit.nethook",
@@ -37,16 +37,16 @@ _PUBLIC = {
     "apply_files": "editkit.edits.arithmetic",
     "attention_to_subject": "editkit.lenses",
     "average_trace": "editkit.tracing",
-    "emmet": "editkit.methods.memit",
-    "ft": "editkit.methods.finetune",
-    "ft_l": "editkit.methods.finetune",
+    "emmet": "editkit.methods.emmet",
+    "ft": "editkit.methods.ft",
+    "ft_l": "editkit.methods.ft_l",
     "logit_lens": "editkit.lenses",
     "lora": "editkit.methods.lora",
     "mend": "editkit.methods.mend",
     "memit": "editkit.methods.memit",
     "pmet": "editkit.methods.pmet",
     "propose_layers": "editkit.tracing",
-    "r_rome": "editkit.methods.rome",
+    "r_rome": "editkit.methods.r_rome",
     "rome": "editkit.methods.rome",
     "rome_each": "editkit.methods.rome",
     "side_effects": "editkit.lenses",
@@ -64,15 +64,25 @@ if TYPE_CHECKING:
     from editkit.lenses import logit_lens as logit_lens
     from editkit.lenses import side_effects as side_effects
     from editkit.lenses import stream_change as stream_change
+    from editkit.methods.alphaedit import AlphaEditSettings as AlphaEditSettings
     from editkit.methods.alphaedit import alphaedit as alphaedit
-    from editkit.methods.finetune import ft as ft
-    from editkit.methods.finetune import ft_l as ft_l
+    from editkit.methods.emmet import EmmetSettings as EmmetSettings
+    from editkit.methods.emmet import emmet as emmet
+    from editkit.methods.ft import FtSettings as FtSettings
+    from editkit.methods.ft import ft as ft
+    from editkit.methods.ft_l import FtLSettings as FtLSettings
+    from editkit.methods.ft_l import ft_l as ft_l
+    from editkit.methods.lora import LoraSettings as LoraSettings
     from editkit.methods.lora import lora as lora
-    from editkit.methods.memit import emmet as emmet
+    from editkit.methods.memit import MemitSettings as MemitSettings
     from editkit.methods.memit import memit as memit
+    from editkit.methods.mend import MendSettings as MendSettings
     from editkit.methods.mend import mend as mend
+    from editkit.methods.pmet import PmetSettings as PmetSettings
     from editkit.methods.pmet import pmet as pmet
-    from editkit.methods.rome import r_rome as r_rome
+    from editkit.methods.r_rome import RRomeSettings as RRomeSettings
+    from editkit.methods.r_rome import r_rome as r_rome
+    from editkit.methods.rome import RomeSettings as RomeSettings
     from editkit.methods.rome import rome as rome
     from editkit.methods.rome import rome_each as rome_each
     from editkit.models.load import LanguageModel as LanguageModel
@@ -80,17 +90,7 @@ if TYPE_CHECKING:
     from editkit.models.snapshot import Snapshot as Snapshot
     from editkit.nethook import Trace as Trace
     from editkit.session import Session as Session
-    from editkit.settings import AlphaEditSettings as AlphaEditSettings
-    from editkit.settings import EmmetSettings as EmmetSettings
-    from editkit.settings import FtLSettings as FtLSettings
-    from editkit.settings import FtSettings as FtSettings
-    from editkit.settings import LoraSettings as LoraSettings
-    from editkit.settings import MemitSettings as MemitSettings
-    from editkit.settings import MendSettings as MendSettings
     from editkit.settings import MomentSettings as MomentSettings
-    from editkit.settings import PmetSettings as PmetSettings
-    from editkit.settings import RomeSettings as RomeSettings
-    from editkit.settings import RRomeSettings as RRomeSettings
     from editkit.settings import TraceSettings as TraceSettings
     from editkit.tracing import average_trace as average_trace
     from editkit.tracing import propose_layers as propose_layers

@@ -201,10 +201,8 @@ class Session:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _compute(self, facts: Fact | Sequence[Fact], earlier: Sequence[Edit]) -> Edit:
-        options: dict[str, Any] = {"earlier": earlier} if self._registered.uses_earlier_edits else {}
-        options |= self._of_base()
-        function = self._registered.load()
-        step: Edit = function(self.lm, facts, self.settings, seed=self.seed, progress=self.progress, **options)
+        options = {"seed": self.seed, "progress": self.progress, "earlier": earlier, **self._of_base()}
+        step = self._registered(self.lm, facts, self.settings, **options)
         return replace(step, parents=tuple(edit.digest for edit in earlier))
 
     def _of_base(self) -> dict[str, Any]:
@@ -212,7 +210,8 @@ class Session:
         if self._inputs is None:
             with self._undone_if_it_fails(always=True):
                 self._write([])
-                self._inputs = shared_inputs(self.lm, self.settings, self._moments, self.seed, self.progress)
+                shared = shared_inputs(self.lm, self.settings, self._moments, self.seed, self.progress)
+                self._inputs = {"moments": self._moments, **shared}
         return self._inputs
 
     def _total(self, steps: Sequence[Edit]) -> Edit:

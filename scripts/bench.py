@@ -42,15 +42,18 @@ from editkit.data.atlas import atlas_cases
 from editkit.data.cases import Case
 from editkit.facts import Fact
 from editkit.files import write_text
+from editkit.methods.memit import MemitSettings
+from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import rome, rome_each
 from editkit.methods.shared.engine import rows_of
+from editkit.methods.shared.prelude import prepare
 from editkit.methods.shared.spread import compute_z
 from editkit.methods.shared.value import compute_deltas
 from editkit.metrics.counterfact import score_probes
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, DTYPES, LanguageModel, load
 from editkit.models.tokens import encode_with_targets, spaced
-from editkit.settings import MemitSettings, MomentSettings, RRomeSettings, TraceSettings
+from editkit.settings import MomentSettings, TraceSettings
 from editkit.tracing import trace
 
 # blocks, d_model, heads, and the block that is edited
@@ -247,7 +250,8 @@ def main() -> None:
 
     def values(settings: MemitSettings, some: Sequence[Fact]) -> Callable[[], Any]:
         target_site = lm.architecture.target_site(layer)
-        return lambda: compute_z(lm, some, layer, [site], target_site, settings, few, False)
+        facts = prepare(lm, some, settings, seed=0, moments=NO_MOMENTS, contexts=few, progress=False)
+        return lambda: compute_z(lm, facts, [site], target_site, progress=False)
 
     memit = MemitSettings(layers=[layer], **STEPS)
     first, n = facts[0], options.facts

@@ -32,12 +32,13 @@ from machine import processor
 from moments_onepass import CLOCKS
 
 from editkit.files import write_text
+from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.shared import value
 from editkit.methods.shared.engine import rows_of
 from editkit.models import precision
 from editkit.models.load import LanguageModel
 from editkit.moments.collect import collect
-from editkit.settings import MomentSettings, RRomeSettings
+from editkit.settings import MomentSettings
 
 Rate = Callable[[], float]  # does the work once, and returns its rate
 

@@ -23,7 +23,7 @@ import torch
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.files import write_text
-from editkit.methods import METHODS, Method
+from editkit.methods import Method, get_method, names
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digests, tensors_of
 from editkit.models.tokens import encode_with_targets, spaced, tokenise
@@ -73,7 +73,7 @@ def fitted(method: Method, name: str, several: bool) -> Any:
 
 def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
     """One cell: {"rise": …} with "failures", or {"refused": reason}."""
-    method = METHODS[name]
+    method = get_method(name)
     if name == "mend":
         mend: Any = importlib.import_module("editkit.methods.mend")
         path = mend.Mend.for_model(lm, [1], rank=2, lr=UNTRAINED_LR).save(folder / "mend.safetensors")
@@ -83,7 +83,7 @@ def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
     before, state = log_p(lm, facts), digests(tensors_of(lm.model))
     failures = []
     try:
-        edit = method.load()(lm, facts, settings, moments=MomentSettings(tokens=2048), progress=False)
+        edit = method(lm, facts, settings, moments=MomentSettings(tokens=2048), progress=False)
     except EditkitError as error:
         return {"refused": str(error)}
     if digests(tensors_of(lm.model)) != state:
@@ -104,7 +104,7 @@ def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="of tests/families.py; default: all")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=names(), default=names(), help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))

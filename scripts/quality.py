@@ -31,7 +31,6 @@ from editkit.metrics.counterfact import score_probes, score_targets
 from editkit.models.load import BUNDLED, LanguageModel
 from editkit.moments import second_moments
 from editkit.settings import MomentSettings, TraceSettings
-from editkit.settings.constants import constants_of
 from editkit.tracing import PARTS
 
 BARS = {
@@ -82,9 +81,9 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     lm = _MODELS[name]
     registered = get_method(method)
     before = score_probes(lm, case.probes)
-    constants = constants_of(registered.settings.constants, "atlas", lm.layers)  # also where the model is a folder's
+    constants = registered.settings.constants.of("atlas", lm.layers)  # also where the model is a folder's
     where = {"layer": layer} if "layer" in constants else {"layers": [layer]}
-    edit = registered.load()(lm, case.fact, registered.settings(**constants | where), progress=False)
+    edit = registered(lm, case.fact, registered.settings(**constants | where), progress=False)
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
     rows: list[tuple[str, str, float]] = []
@@ -137,7 +136,8 @@ def main() -> None:
 
     began = time.time()
     lm, atlas = load(options.model, device="cpu"), load_atlas()
-    default = constants_of("rome", "atlas", lm.layers)["layer"]
+    constants = get_method("rome").settings.constants.of("atlas", lm.layers)
+    default = constants["layer"]
     layers = [int(x) for x in options.layers.split(",")] if options.layers else [default, default - 1, default + 1]
     found: dict = {"digest": lm.digest, "seed": options.seed, "default_layer": default, "edits": {}}
     if options.json and options.json.is_file():
@@ -206,7 +206,9 @@ def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
         relations=len(atlas.relations),
         settings="\n".join(f"    {key}: {value}" for key, value in recipe.items()),
         recalls=recalls,
-        constants=", ".join(f"{k} {v}" for k, v in constants_of("rome", "atlas", lm.layers).items() if k != "layer"),
+        constants=", ".join(
+            f"{k} {v}" for k, v in get_method("rome").settings.constants.of("atlas", lm.layers).items() if k != "layer"
+        ),
         edits=edits,
         bar_es=BARS["ES"],
         bar_ps=BARS["PS"],

@@ -33,13 +33,12 @@ from editkit.data.atlas import atlas_case
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case
 from editkit.facts import Fact
 from editkit.files import whole
-from editkit.methods.mend import BUNDLED, Mend, mend, rank_one_gradients
+from editkit.methods.mend import BUNDLED, Mend, MendSettings, mend, rank_one_gradients
 from editkit.methods.shared.likelihood import nll_of_rows
 from editkit.metrics.counterfact import score_probes
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.nethook import get_parameter, requires_grad
-from editkit.settings import MendSettings
 
 
 @dataclass(frozen=True)

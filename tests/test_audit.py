@@ -9,12 +9,13 @@ from editkit import Fact, r_rome
 from editkit.corpora import Atlas, AtlasFact, load_atlas
 from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
+from editkit.methods.r_rome import RRomeSettings
 from editkit.metrics.audit import answers, audit, nearness, written_by
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
-from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
+from editkit.settings import ContextSettings, MomentSettings
 from tests.conftest import tiny_lm
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")

@@ -11,7 +11,7 @@ from editkit.config import CONF_DIR, GROUPS, options, prepare, to_config
 from editkit.config import _composed as composed
 from editkit.data.formats import FORMATS
 from editkit.errors import ConfigError
-from editkit.methods import METHODS
+from editkit.methods import get_method
 from editkit.metrics.counterfact import score_probes
 from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, DataSettings, EditSettings, ModelSettings, MomentSettings
@@ -33,7 +33,7 @@ def test_the_yaml_says_every_key_and_its_default(group, option) -> None:
     schemas = {"data": DataSettings, "model": ModelSettings, "edit": EditSettings, "moments": MomentSettings}
     if group == "task":
         schemas["task"] = TASKS[option].settings
-    schema = schemas.get(group) or METHODS[values.pop("name")].settings
+    schema = schemas.get(group) or get_method(values.pop("name")).settings
     names = {f.name for f in fields(schema)}
     assert set(values) == names
     if group in ("method", "moments", "task"):

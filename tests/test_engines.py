@@ -9,22 +9,16 @@ import torch
 from editkit.edits.edit import Edit
 from editkit.errors import ConfigError
 from editkit.facts import Fact
-from editkit.methods.alphaedit import alphaedit
-from editkit.methods.memit import emmet, memit
-from editkit.methods.pmet import pmet
-from editkit.methods.rome import rome, rome_each
+from editkit.methods.alphaedit import AlphaEditSettings, alphaedit
+from editkit.methods.emmet import EmmetSettings, emmet
+from editkit.methods.memit import MemitSettings, memit
+from editkit.methods.pmet import PmetSettings, pmet
+from editkit.methods.r_rome import RRomeSettings
+from editkit.methods.rome import RomeSettings, rome, rome_each
 from editkit.methods.shared import value
 from editkit.methods.shared.engine import Batch, FullDepth, Replayed, rows_of
 from editkit.moments import SecondMoment
-from editkit.settings import (
-    AlphaEditSettings,
-    EmmetSettings,
-    MemitSettings,
-    MomentSettings,
-    PmetSettings,
-    RomeSettings,
-    RRomeSettings,
-)
+from editkit.settings import MomentSettings
 from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import count_hooks

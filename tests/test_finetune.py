@@ -8,11 +8,10 @@ import torch
 
 from editkit import Fact
 from editkit.errors import EditkitError, FactError, ModelError
-from editkit.methods.finetune import ft, ft_l
+from editkit.methods.ft import FtSettings, ft
+from editkit.methods.ft_l import FtLSettings, ft_l
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
-from editkit.settings import FtLSettings, FtSettings
-from editkit.settings.constants import constants_of
 from tests.conftest import tiny_lm
 from tests.oracles import dense
 from tests.untouched import TARGETS, plain_nll, tokens_of, untouched
@@ -88,7 +87,7 @@ def test_the_bound_of_ft_l_is_exact_and_its_path_that_of_a_projection_by_hand(fa
 
 
 def test_the_bound_depends_on_the_model() -> None:
-    bounds = [constants_of("ft_l", name, 24)["epsilon"] for name in ("openai-community/gpt2-medium", "unknown")]
+    bounds = [FtLSettings.constants.of(name, 24)["epsilon"] for name in ("openai-community/gpt2-medium", "unknown")]
     assert bounds == [2e-3, 1e-3]
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from editkit import Fact, r_rome
 from editkit.errors import EditkitError
+from editkit.methods.r_rome import RRomeSettings
 from editkit.metrics.counterfact import score_targets
 from editkit.metrics.harness import general_ability
 from editkit.models.load import LanguageModel
-from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
+from editkit.settings import ContextSettings, MomentSettings
 
 needed = pytest.mark.skipif(find_spec("lm_eval") is None, reason='needs pip install "editkit[harness]"')
 

@@ -10,10 +10,9 @@ from torch.func import functional_call
 
 from editkit import Fact
 from editkit.errors import EditkitError, ModelError
-from editkit.methods.lora import lora
+from editkit.methods.lora import LoraSettings, lora
 from editkit.metrics.counterfact import score_targets
 from editkit.models.load import LanguageModel
-from editkit.settings import LoraSettings
 from tests.conftest import tiny_lm
 from tests.oracles import dense
 from tests.untouched import TARGETS, plain_nll, tokens_of, untouched

@@ -14,11 +14,10 @@ from editkit import Fact, Session
 from editkit.corpora import load_atlas
 from editkit.data.cases import make_case
 from editkit.errors import EditFileError, EditkitError, ModelError
-from editkit.methods.mend import Mend, mend, rank_one_gradients
+from editkit.methods.mend import Mend, MendSettings, mend, rank_one_gradients
 from editkit.metrics.counterfact import score_probes
 from editkit.models.load import LanguageModel
 from editkit.nethook import requires_grad
-from editkit.settings import MendSettings
 from tests.conftest import tiny_lm
 from tests.oracles import dense
 from tests.test_snapshot import random_edit

@@ -8,20 +8,15 @@ import torch
 
 from editkit import Fact
 from editkit.errors import ConfigError, EditkitError, FactError, ModelError
-from editkit.methods import METHODS
-from editkit.methods.alphaedit import constrained, null_space
-from editkit.methods.memit import equality, least_squares
+from editkit.methods import get_method
+from editkit.methods.alphaedit import AlphaEditSettings, constrained, null_space
+from editkit.methods.emmet import EmmetSettings, equality
+from editkit.methods.memit import MemitSettings, least_squares
+from editkit.methods.pmet import PmetSettings
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.moments import Factored, SecondMoment, second_moments
-from editkit.settings import (
-    AlphaEditSettings,
-    ContextSettings,
-    EmmetSettings,
-    MemitSettings,
-    MomentSettings,
-    PmetSettings,
-)
+from editkit.settings import ContextSettings, MomentSettings
 from tests.conftest import inputs_of, tiny_lm
 from tests.oracles import spread_updates
 from tests.test_snapshot import everything
@@ -49,7 +44,7 @@ def test_equal_to_the_oracle(family: str, method: str) -> None:
     settings = replace(SETTINGS[method], layers=layers, steps=4, lr=0.02, clamp=0.75, stop_loss=0.0)
     templates = ["{}", "The old man went. {}", "I was. {}"]
     moments = second_moments(lm, layers, MOMENTS, progress=False)
-    edit = METHODS[method].load()(lm, FACTS, settings, moments=moments, contexts=templates, progress=False)
+    edit = get_method(method)(lm, FACTS, settings, moments=moments, contexts=templates, progress=False)
 
     names = [lm.architecture.down(layer) for layer in layers]
     matrices = [moments[layer].matrix for layer in layers]
@@ -133,8 +128,8 @@ def test_dependent_keys_are_named() -> None:
 @pytest.mark.parametrize("method", ["memit", "emmet", "pmet", "alphaedit"])
 def test_the_facts_are_rewritten_and_the_model_left_as_it_was(atlas_lm: LanguageModel, method: str) -> None:
     before = everything(atlas_lm.model)
-    edit = METHODS[method].load()(
-        atlas_lm, FACTS[:2], METHODS[method].settings(contexts=FEW), moments=MOMENTS, progress=False
+    edit = get_method(method)(
+        atlas_lm, FACTS[:2], get_method(method).settings(contexts=FEW), moments=MOMENTS, progress=False
     )
     assert all(torch.equal(b, before[n]) for n, b in everything(atlas_lm.model).items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in atlas_lm.model.modules())
@@ -155,7 +150,7 @@ def test_the_facts_are_rewritten_and_the_model_left_as_it_was(atlas_lm: Language
 
 def test_alphaedit_keeps_earlier_facts_by_their_keys(atlas_lm: LanguageModel) -> None:
     """With the first edit's keys held, the second changes what block L gives for them less."""
-    alphaedit = METHODS["alphaedit"].load()
+    alphaedit = get_method("alphaedit")
     settings = AlphaEditSettings(layers=[4], contexts=FEW, fraction=0.9, l2=0.1)
     moments = second_moments(atlas_lm, [4], MOMENTS, progress=False)
     first = alphaedit(atlas_lm, FACTS[0], settings, moments=moments, progress=False)
@@ -173,7 +168,7 @@ def test_alphaedit_keeps_earlier_facts_by_their_keys(atlas_lm: LanguageModel) ->
 
 
 def test_bad_input(atlas_lm: LanguageModel) -> None:
-    memit, emmet = METHODS["memit"].load(), METHODS["emmet"].load()
+    memit, emmet = get_method("memit"), get_method("emmet")
     with pytest.raises(ModelError, match="Layer 9 was asked for; atlas has 8 blocks"):
         memit(atlas_lm, FACTS, MemitSettings(layers=[3, 9]), progress=False)
     with pytest.raises(FactError, match="contradict each other: 'The Eiffel Tower .*'Rome' and 'Oslo'"):
@@ -191,7 +186,7 @@ def test_bad_input(atlas_lm: LanguageModel) -> None:
 
 def test_a_duplicate_counts_once_and_is_named(atlas_lm: LanguageModel) -> None:
     settings = MemitSettings(layers=[4], steps=2, contexts=FEW)
-    memit = METHODS["memit"].load()
+    memit = get_method("memit")
     with pytest.warns(UserWarning, match="1 of 3 facts were given twice"):
         twice = memit(atlas_lm, [*FACTS[:2], FACTS[0]], settings, moments=MOMENTS, progress=False)
     once = memit(atlas_lm, FACTS[:2], settings, moments=MOMENTS, progress=False)
@@ -202,7 +197,7 @@ def test_more_facts_than_dimensions_are_a_dense_change() -> None:
     lm = tiny_lm("gpt2")
     facts = [Fact("{} is in", f"Number {i}", "Rome") for i in range(30)]
     settings = MemitSettings(layers=[1], steps=1, contexts=FEW)
-    edit = METHODS["memit"].load()(lm, facts, settings, moments=MOMENTS, progress=False)
+    edit = get_method("memit")(lm, facts, settings, moments=MOMENTS, progress=False)
     assert edit.deltas[0].right is None
-    few = METHODS["memit"].load()(lm, facts[:5], settings, moments=MOMENTS, progress=False)
+    few = get_method("memit")(lm, facts[:5], settings, moments=MOMENTS, progress=False)
     assert few.deltas[0].rank == 5

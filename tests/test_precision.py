@@ -11,8 +11,9 @@ from editkit import LanguageModel
 from editkit.edits.edit import base_of
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.memit import memit
-from editkit.methods.rome import rome
+from editkit.methods.memit import MemitSettings, memit
+from editkit.methods.r_rome import RRomeSettings
+from editkit.methods.rome import RomeSettings, rome
 from editkit.methods.shared.contexts import context_templates
 from editkit.methods.shared.value import at_lookup
 from editkit.metrics.counterfact import score_targets
@@ -23,14 +24,7 @@ from editkit.models.precision import HALF, wide, widened
 from editkit.moments import second_moments
 from editkit.nethook import Trace
 from editkit.session import Session
-from editkit.settings import (
-    ContextSettings,
-    MemitSettings,
-    MomentSettings,
-    RomeSettings,
-    RRomeSettings,
-    TraceSettings,
-)
+from editkit.settings import ContextSettings, MomentSettings, TraceSettings
 from editkit.tracing import trace
 from tests.conftest import inputs_of, tiny_lm
 from tests.families import SITES

@@ -7,12 +7,12 @@ import torch
 
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
 from editkit.errors import EditkitError, FactError, ModelError
+from editkit.methods.rome import CONSTANTS
 from editkit.methods.shared.contexts import context_templates
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.settings import ContextSettings, MomentSettings
-from editkit.settings.constants import constants_of
 from tests.conftest import inputs_of, tiny_lm
 from tests.oracles import rome_update
 from tests.test_snapshot import everything
@@ -83,7 +83,7 @@ def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm: LanguageMo
     with edit.applied(atlas_lm):
         assert answer() == "Rome"[: len(answer())]
     assert edit.rank == 1 and edit.parameters == [
-        f"transformer.h.{constants_of('rome', 'atlas', 8)['layer']}.mlp.c_proj.weight"
+        f"transformer.h.{CONSTANTS.of('atlas', 8)['layer']}.mlp.c_proj.weight"
     ]
 
 
@@ -119,9 +119,9 @@ def test_contexts_are_seeded_and_clean(atlas_lm: LanguageModel) -> None:
 
 
 def test_defaults_follow_the_published_constants() -> None:
-    xl = constants_of("rome", "openai-community/gpt2-xl", 48)
+    xl = CONSTANTS.of("openai-community/gpt2-xl", 48)
     assert xl == {"layer": 17, "clamp": 4.0, "steps": 20, "lr": 0.5, "weight_decay": 0.5}
-    assert constants_of("rome", "unknown", 3)["layer"] == 1 == constants_of("rome", "gpt2-xl", 3)["layer"]
+    assert CONSTANTS.of("unknown", 3)["layer"] == 1 == CONSTANTS.of("gpt2-xl", 3)["layer"]
     settings = RomeSettings(clamp=2.0).resolved("gpt2-medium", 24)
     assert (settings.layer, settings.clamp) == (8, 2.0)
 

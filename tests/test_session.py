@@ -8,8 +8,10 @@ import torch
 from editkit import Fact, RRomeSettings, Session
 from editkit.edits.edit import Edit
 from editkit.errors import EditFileError, EditkitError
+from editkit.methods.alphaedit import AlphaEditSettings
+from editkit.methods.ft import FtSettings
 from editkit.models.snapshot import bits, same_bits
-from editkit.settings import AlphaEditSettings, ContextSettings, FtSettings, MomentSettings
+from editkit.settings import ContextSettings, MomentSettings
 from tests.conftest import tiny_lm
 from tests.test_snapshot import everything
 

@@ -1,59 +1,101 @@
-"""Editing methods: functions `(lm, facts, settings, ...) -> Edit` that leave the model as it was.
+"""Editing methods: functions `(lm, facts, settings, …) -> Edit` that leave the model as it was. One file a method.
 
-The registry names each method's function and settings without importing torch, so that the command line can
-check a configuration at once.
+A file holds the method's formula, settings, constants and function, and ends with one call:
+
+    register("nudge", nudge, NudgeSettings)
+
+That is all: nothing else in the package names a method. Another package adds its own with the same call, and an entry
+point `nudge = "its.module"` in the group `editkit.methods` (see registry.py). Names are listed without importing torch,
+so that the command line can check one at once; shared/ holds what several methods use.
 """
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any
 
-from editkit.errors import ConfigError, did_you_mean
-from editkit.settings import (
-    AlphaEditSettings,
-    EmmetSettings,
-    FtLSettings,
-    FtSettings,
-    LoraSettings,
-    MemitSettings,
-    MendSettings,
-    MethodSettings,
-    PmetSettings,
-    RomeSettings,
-    RRomeSettings,
-)
+from editkit.errors import ConfigError
+from editkit.registry import Registry
+from editkit.settings import MethodSettings
+
+if TYPE_CHECKING:
+    from editkit.edits.edit import Edit
+    from editkit.facts import Fact
+    from editkit.models.load import LanguageModel
+
+# What a method may take besides model, facts and settings, by keyword.
+OPTIONS = {
+    "seed": "of everything that is drawn",
+    "moments": "how to collect C, or C itself for each layer",
+    "contexts": "templates to put the prompt in",
+    "progress": "whether to show progress bars",
+    "earlier": "this method's edits that the model already holds",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: where its function is, and the dataclass of its settings."""
+    """A registered method: its function and the dataclass of its settings.
 
-    target: str  # "module:function", imported when first called
+    Called as the function itself is; of the options (OPTIONS) those that the function does not take are dropped, so
+    that one call fits every method.
+    """
+
+    name: str
+    function: "Callable[..., Edit]"
     settings: type[MethodSettings]
-    uses_earlier_edits: bool = False  # takes `earlier`, its edits that the model already holds
+    takes: frozenset[str]  # names of OPTIONS, as the function's signature has them
 
-    def load(self) -> Callable[..., Any]:
-        module, function = self.target.split(":")
-        return getattr(importlib.import_module(module), function)
+    def __call__(
+        self,
+        lm: "LanguageModel",
+        facts: "Fact | Sequence[Fact]",
+        settings: MethodSettings | None = None,
+        **options: Any,
+    ) -> "Edit":
+        if unknown := sorted({*options} - {*OPTIONS}):
+            raise TypeError(f"no method takes {', '.join(unknown)}; options are {', '.join(OPTIONS)}")
+        return self.function(lm, facts, settings, **{k: v for k, v in options.items() if k in self.takes})
 
 
-METHODS = {
-    "rome": Method("editkit.methods.rome:rome", RomeSettings),
-    "r_rome": Method("editkit.methods.rome:r_rome", RRomeSettings),
-    "memit": Method("editkit.methods.memit:memit", MemitSettings),
-    "emmet": Method("editkit.methods.memit:emmet", EmmetSettings),
-    "pmet": Method("editkit.methods.pmet:pmet", PmetSettings),
-    "alphaedit": Method("editkit.methods.alphaedit:alphaedit", AlphaEditSettings, uses_earlier_edits=True),
-    "ft": Method("editkit.methods.finetune:ft", FtSettings),
-    "ft_l": Method("editkit.methods.finetune:ft_l", FtLSettings),
-    "lora": Method("editkit.methods.lora:lora", LoraSettings),
-    "mend": Method("editkit.methods.mend:mend", MendSettings, uses_earlier_edits=True),
-}
+_METHODS: Registry[Method] = Registry("method", package=__name__, group="editkit.methods")
+
+
+def register(name: str, function: "Callable[..., Edit]", settings: type[MethodSettings]) -> Method:
+    """Add a method: `method=NAME` runs it, and its settings' fields are the keys below `method.`.
+
+    - `function`: `(lm, facts, settings, *, …) -> Edit`, with those of OPTIONS that it uses; `facts` is one or a list.
+    - `settings`: a frozen dataclass below MethodSettings, with a default for every field; `constants` fill what is None.
+
+    Raises ConfigError for a name that is taken, or a function or settings that do not fit.
+    """
+    if not (is_dataclass(settings) and issubclass(settings, MethodSettings)):
+        raise ConfigError(
+            f"The settings of method '{name}' must be a dataclass below MethodSettings; found {settings}."
+        )
+    parameters = list(inspect.signature(function).parameters.values())
+    needed = [
+        p.name for p in parameters[3:] if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if len(parameters) < 3 or {*needed} - {*OPTIONS}:
+        raise ConfigError(
+            f"The function of method '{name}' must be (lm, facts, settings, *, …) with options of "
+            f"{', '.join(OPTIONS)}; found {inspect.signature(function)}."
+        )
+    takes = frozenset(p.name for p in parameters[3:] if p.name in OPTIONS)
+    return _METHODS.register(name, Method(name, function, settings, takes), home=function.__module__)
+
+
+def names() -> list[str]:
+    """The names of all methods, sorted: of this package, of installed ones, and registered before. Imports none."""
+    return _METHODS.names()
 
 
 def get_method(name: str) -> Method:
-    """The registered method. Raises ConfigError with the near match."""
-    if name not in METHODS:
-        raise ConfigError(f"No method '{name}': {did_you_mean(name, METHODS)}")
-    return METHODS[name]
+    """The registered method; its file is imported now. Raises ConfigError with the near match."""
+    return _METHODS.get(name)
+
+
+def unregister(name: str) -> None:
+    """Take a method out again, as a test does."""
+    _METHODS.unregister(name)

@@ -10,19 +10,60 @@ in P's, where both agree. K_p is kept in each edit's `memory` and handed back as
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from editkit.edits.edit import Edit, base_of
+from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.shared.contexts import given_or_drawn
-from editkit.methods.shared.prelude import Moments, checked_facts, find_moments, provenance
-from editkit.methods.shared.spread import compute_z, layers_of, spread
+from editkit.methods import register
+from editkit.methods.rome import CONSTANTS as ROME
+from editkit.methods.shared.prelude import Moments, prepare
+from editkit.methods.shared.spread import write_values
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
-from editkit.settings import AlphaEditSettings
+from editkit.settings import Constants, SpreadSettings, require
+
+CONSTANTS = Constants(
+    default={"clamp": 0.75, "steps": 25, "lr": 0.1, "weight_decay": 0.5, "l2": 10.0},
+    published={
+        "atlas": {  # measured, as ROME's
+            "layers": (3, 4),
+            "clamp": 4.0,
+            "steps": 60,
+            "lr": 0.2,
+            "weight_decay": 0.02,
+            "l2": 1.0,
+            "fraction": 0.75,
+        },
+        "gpt2-xl": {"layers": (13, 14, 15, 16, 17)},
+        "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
+        "Llama-3-8B": {"layers": (4, 5, 6, 7, 8)},
+    },
+    blocks="range",
+    like=ROME,
+)
+
+
+@dataclass(frozen=True)
+class AlphaEditSettings(SpreadSettings):
+    """AlphaEdit (arXiv 2410.02355)."""
+
+    constants: ClassVar[Constants] = CONSTANTS
+
+    threshold: float = 0.02  # eigenvalues of C under this span the null space (it depends on the scale of the keys)
+    fraction: float | None = None  # instead: the share of C's directions, those of least energy, to call the null space
+    l2: float | None = None  # factor of I in the solve
+    keep_earlier: bool = True  # hold the keys of facts edited before where they are (the paper's K_p)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.threshold > 0, "method.threshold", self.threshold, "positive")
+        require(self.fraction is None or 0 < self.fraction <= 1, "method.fraction", self.fraction, "in (0, 1]")
+        require(self.l2 is None or self.l2 > 0, "method.l2", self.l2, "positive")
 
 
 def alphaedit(
@@ -41,34 +82,24 @@ def alphaedit(
     `earlier`: this method's edits that `lm` already holds; their keys are kept where they are. Raises
     EditkitError when the null space is empty.
     """
-    facts = checked_facts(lm, facts)
-    settings = (settings or AlphaEditSettings()).resolved(lm.name, lm.layers)
-    layers = layers_of(lm, settings)
-    l2 = settings.l2
-    assert l2 is not None  # resolved
-    base = base_of(lm)
-    found, described = find_moments(lm, layers, moments, seed, progress)
-    bases = {layer: null_space(found[layer], layer, settings.threshold, settings.fraction) for layer in layers}
-    templates = given_or_drawn(lm, contexts, settings.contexts, seed)
-    target_site = lm.architecture.target_site(layers[-1])
-    sites = [lm.architecture.down(layers[-1])]
-    z, reports = compute_z(
-        lm, facts, layers[-1], sites, target_site, settings, templates, progress, weights=base.digest
+    given = prepare(
+        lm, facts, settings or AlphaEditSettings(), seed=seed, moments=moments, contexts=contexts, progress=progress
     )
+    asked = given.settings
+    l2 = asked.l2
+    assert l2 is not None  # resolved
+    bases = {layer: null_space(c, layer, asked.threshold, asked.fraction) for layer, c in given.moments.items()}
 
     def solve(layer: int, keys: Tensor) -> Tensor:
         name = lm.architecture.down(layer)
-        before = [edit.memory[name].double() for edit in earlier if name in edit.memory and settings.keep_earlier]
+        before = [edit.memory[name].double() for edit in earlier if name in edit.memory and asked.keep_earlier]
         return constrained(bases[layer], keys, torch.cat([keys, *before], 1), l2)
 
-    deltas, keys, written = spread(lm, facts, base, layers, target_site, z, templates, settings.fact_token, solve)
-    for report in written:
+    spread = write_values(lm, given, solve, progress=progress)
+    for report in spread.layers:
         report["null_space"] = bases[report["layer"]].shape[1]
-    how = provenance(
-        "alphaedit", settings, facts, seed, moments=described, contexts=templates, reports=reports, layers=written
-    )
-    memory = {lm.architecture.down(layer): k.float() for layer, k in keys.items()}
-    return Edit(deltas, base, how, memory=memory)
+    memory = {lm.architecture.down(layer): k.float() for layer, k in spread.keys.items()}
+    return spread.edit(given, "alphaedit", memory)
 
 
 def null_space(moment: SecondMoment | None, layer: int, threshold: float, fraction: float | None) -> Tensor:
@@ -101,3 +132,6 @@ def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
     else:
         solved = torch.linalg.solve(l2 * torch.eye(rank, dtype=h.dtype) + h @ h.T, k)
     return (basis @ solved).T
+
+
+register("alphaedit", alphaedit, AlphaEditSettings)

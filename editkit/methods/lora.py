@@ -3,15 +3,16 @@
     W x  ->  W x + (alpha / rank) B A x,      A [rank, d_ff] uniform in ±1/√d_ff, B [d_model, rank] zero at first
 
 at the down-projection of the chosen blocks; A and B are trained with Adam on the facts alone, the target tokens
-scored at their own positions (likelihood.py), in float32 (float64 for a float64 model). No dropout. peft puts its
-layers around the modules while it trains, and they are taken off again on every exit. The Edit holds
+scored at their own positions (shared/likelihood.py), in float32 (float64 for a float64 model). No dropout. peft puts
+its layers around the modules while it trains, and they are taken off again on every exit. The Edit holds
 left = alpha/rank · B and right = A. A is drawn with the run's seed here and not by peft, so that it is the same on
 every device and in every version.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from editkit.edits.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
+from editkit.methods import register
+from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
@@ -26,9 +29,31 @@ from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, replace_module, requires_grad
-from editkit.settings import LoraSettings
+from editkit.settings import Constants, TuningSettings, require
 
 ADAPTER = "editkit"
+
+
+@dataclass(frozen=True)
+class LoraSettings(TuningSettings):
+    """Fine-tuning of a low-rank change ΔW = alpha/rank · B A through peft (Hu et al. 2021, arXiv 2106.09685)."""
+
+    constants: ClassVar[Constants] = Constants(blocks="layers", like=ROME)
+
+    layers: tuple[int, ...] | None = None  # blocks whose down-projection gets an adapter; None: the block ROME edits
+    rank: int = 8
+    alpha: float = 16.0
+    steps: int = 50  # passes over the facts
+    lr: float = 5e-3  # Adam's learning rate
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            require(len(self.layers) > 0, "method.layers", self.layers, "one block or more, or null")
+        require(self.rank > 0, "method.rank", self.rank, "positive")
+        require(self.alpha > 0, "method.alpha", self.alpha, "positive")
+        require(self.lr > 0, "method.lr", self.lr, "positive")
 
 
 def lora(
@@ -37,14 +62,12 @@ def lora(
     settings: LoraSettings | None = None,
     *,
     seed: int = 0,
-    moments: object = None,
-    contexts: object = None,
     progress: bool = True,
 ) -> Edit:
     """Fine-tune LoRA adapters on one fact, or on several at once; a low-rank Edit.
 
     - `settings`: see LoraSettings.
-    - `seed`: of the first A. `moments`, `contexts`: of other methods.
+    - `seed`: of the first A.
     - `progress`: show a bar with the loss of each pass.
 
     The model is left as it was: the same module and parameter objects, the same bits, flags and `.grad`. Raises
@@ -72,7 +95,7 @@ def lora(
         steps = descend(lm, found, settings, step=step, progress=progress)
     scaling = settings.alpha / settings.rank
     deltas = tuple(low_rank_delta(lm, site, scaling * b.detach(), a.detach()) for site, (a, b) in factors.items())
-    how = provenance("lora", settings, found, seed, reports=[{"steps": steps}], peft=_peft().__version__)
+    how = provenance("lora", settings, found, seed=seed, reports=[{"steps": steps}], peft=_peft().__version__)
     return Edit(deltas, base, how)
 
 
@@ -129,3 +152,6 @@ def _peft() -> Any:
             "method=lora trains through peft, which is not installed. Install it with: pip install 'editkit[peft]'"
         ) from error
     return peft
+
+
+register("lora", lora, LoraSettings)

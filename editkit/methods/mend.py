@@ -18,6 +18,7 @@ that the identity stays the gradient whatever μ and σ are. The network is trai
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,25 @@ from editkit.edits.edit import Edit, base_of, low_rank_delta
 from editkit.errors import EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_bytes
+from editkit.methods import register
 from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
-from editkit.settings import MendSettings
+from editkit.settings import MethodSettings
 
 FORMAT = "editkit-mend/1"
 BUNDLED = Path(__file__).parent.parent / "models"  # NAME_mend.safetensors, for the bundled models that have one
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module: k [tokens, d_ff], g [tokens, d_model]
+
+
+@dataclass(frozen=True)
+class MendSettings(MethodSettings):
+    """MEND (arXiv 2110.11309): everything else is in the file of the trained hypernetwork."""
+
+    hypernetwork: str | None = None  # the file; None: the bundled one of this model
 
 
 class Mend(nn.Module):
@@ -163,17 +172,12 @@ def mend(
     facts: Fact | Sequence[Fact],
     settings: MendSettings | None = None,
     *,
-    seed: int = 0,
-    moments: object = None,
-    contexts: object = None,
-    progress: bool = True,
     earlier: Sequence[Edit] = (),
 ) -> Edit:
     """The MEND edit for one fact, or for several at once (their transformed gradients summed).
 
     - `settings.hypernetwork`: the file of a trained network; None takes the bundled one of this model.
     - `earlier`: edits that `lm` already holds. The network is that of the model before them.
-    - `seed`, `moments`, `contexts`, `progress`: of other methods; nothing here is random, or takes long.
 
     The model is left bit for bit as it was; its weights are never written. Raises EditFileError for a missing or
     foreign file, EditkitError for a network of another base or an update that is not finite, FactError for
@@ -194,8 +198,10 @@ def mend(
         "mend",
         settings,
         found,
-        seed,
         hypernetwork={"sites": network.sites, "rank": network.rank, "lr": network.log_lr.exp().tolist()},
         reports=[{"steps": [{"loss": loss}]} for loss in losses.tolist()],
     )
     return Edit(tuple(deltas), base_of(lm), how)
+
+
+register("mend", mend, MendSettings)

@@ -11,15 +11,46 @@ Once the target is the likeliest answer the NLL counts a tenth, and the loop end
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from editkit.edits.edit import Edit, base_of
+from torch import Tensor
+
+from editkit.edits.edit import Edit
 from editkit.facts import Fact
-from editkit.methods.memit import least_squares
-from editkit.methods.shared.contexts import given_or_drawn
-from editkit.methods.shared.prelude import Moments, checked_facts, factor_moments, provenance
-from editkit.methods.shared.spread import compute_z, layers_of, spread
+from editkit.methods import register
+from editkit.methods.memit import MemitSettings, least_squares
+from editkit.methods.rome import CONSTANTS as ROME
+from editkit.methods.shared.prelude import Moments, prepare
+from editkit.methods.shared.spread import write_values
 from editkit.models.load import LanguageModel
-from editkit.settings import PmetSettings
+from editkit.settings import Constants, require
+
+CONSTANTS = Constants(
+    default={"clamp": 0.75, "steps": 30, "lr": 0.2, "weight_decay": 0.5, "mom2_update_weight": 6000.0},
+    published={
+        "atlas": {"layers": (3, 4), "mom2_update_weight": 10.0, "clamp": 8.0, "lr": 0.5},  # measured
+        "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
+    },
+    blocks="range",
+    like=ROME,
+)
+
+
+@dataclass(frozen=True)
+class PmetSettings(MemitSettings):
+    """PMET (arXiv 2308.08742)."""
+
+    constants: ClassVar[Constants] = CONSTANTS
+
+    kl_factor: float = 1.0
+    stop_kl: float = 0.01  # stop when the target is the likeliest and the KL is under this
+    nll_weight: float = 0.1  # of the NLL once the target is the likeliest
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.stop_kl >= 0, "method.stop_kl", self.stop_kl, "0 or more")
+        require(0 <= self.nll_weight <= 1, "method.nll_weight", self.nll_weight, "from 0 to 1")
 
 
 def pmet(
@@ -33,43 +64,19 @@ def pmet(
     progress: bool = True,
 ) -> Edit:
     """One edit for all of `facts` at once. Arguments and errors as for `rome`."""
-    facts = checked_facts(lm, facts)
-    settings = (settings or PmetSettings()).resolved(lm.name, lm.layers)
-    layers = layers_of(lm, settings)
-    base = base_of(lm)
-    factored, described = factor_moments(lm, layers, moments, seed, progress)
-    templates = given_or_drawn(lm, contexts, settings.contexts, seed)
-    weight = settings.mom2_update_weight
+    given = prepare(
+        lm, facts, settings or PmetSettings(), seed=seed, moments=moments, contexts=contexts, progress=progress
+    )
+    weight = given.settings.mom2_update_weight
     assert weight is not None  # resolved
+    factored = given.factored  # before the values, so that a C which cannot be factored fails at once
 
-    down = lm.architecture.down(layers[-1])
-    sites = [lm.architecture.attention.format(layers[-1]), down]
-    z, reports = compute_z(
-        lm,
-        facts,
-        layers[-1],
-        sites,
-        down,
-        settings,
-        templates,
-        progress,
-        weights=base.digest,
-        nll_weight=settings.nll_weight,
-        stop_kl=settings.stop_kl,
-    )
-    deltas, _, written = spread(
-        lm,
-        facts,
-        base,
-        layers,
-        down,
-        z,
-        templates,
-        settings.fact_token,
-        lambda layer, keys: least_squares(factored[layer], keys, weight),
-        share=math.sqrt,
-    )
-    how = provenance(
-        "pmet", settings, facts, seed, moments=described, contexts=templates, reports=reports, layers=written
-    )
-    return Edit(deltas, base, how)
+    def solve(layer: int, keys: Tensor) -> Tensor:
+        return least_squares(factored[layer], keys, weight)
+
+    loss = {"nll_weight": given.settings.nll_weight, "stop_kl": given.settings.stop_kl}
+    spread = write_values(lm, given, solve, progress=progress, with_attention=True, share=math.sqrt, **loss)
+    return spread.edit(given, "pmet")
+
+
+register("pmet", pmet, PmetSettings)

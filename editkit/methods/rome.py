@@ -1,4 +1,4 @@
-"""ROME: rank-one model editing (Meng et al. 2022, arXiv 2202.05262), and R-ROME (arXiv 2403.07175).
+"""ROME: rank-one model editing (Meng et al. 2022, arXiv 2202.05262); R-ROME is the same with one setting (r_rome.py).
 
 One block's down-projection W [d_model, d_ff] is read as a key-value memory. With the subject's key
 k [d_ff], the value v* [d_model] that makes the model say the new target, and C = E[k kᵀ]:
@@ -8,28 +8,59 @@ k [d_ff], the value v* [d_model] that makes the model say the new target, and C 
     keys="mixed"  (rome, the authors' code)   k* = mean over contexts,  k = bare prompt's,  r = δ
     keys="mean"   (r_rome, the default)       k* = k = mean over contexts,  r = v0 + δ − mean(m)
 
-v* = v0 + δ with δ of value.py, added to the down-projection's output.
+v* = v0 + δ with δ of shared/value.py, added to the down-projection's output.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from editkit.edits.edit import Base, Edit, base_of, low_rank_delta
+from editkit.edits.edit import Edit, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.shared.contexts import given_or_drawn
+from editkit.methods import register
 from editkit.methods.shared.engine import rows_of
-from editkit.methods.shared.prelude import Moments, checked_facts, factor_moments, provenance
+from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.value import Optimised, compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
-from editkit.settings import RomeSettings, RRomeSettings
+from editkit.settings import Constants, ValueSettings, require_one_of
 
 Update = tuple[Tensor, Tensor, dict[str, Any]]  # left [d_model] and right [d_ff] in float64, and a health report
+
+# The authors' hparams files. The atlas model's are our own, measured (its card): the parts of its state are as large as
+# ‖v0‖, and the published step of 0.5 in each coordinate takes the subject's other attributes along.
+CONSTANTS = Constants(
+    default={"clamp": 4.0, "steps": 20, "lr": 0.5, "weight_decay": 0.5},
+    published={
+        "atlas": {"layer": 4, "clamp": 8.0, "steps": 60, "lr": 0.2, "weight_decay": 0.02},
+        "gpt2-medium": {"layer": 8, "clamp": 3.0},
+        "gpt2-large": {"layer": 12},
+        "gpt2-xl": {"layer": 17},
+        "gpt-j-6b": {"layer": 5},
+        "gpt-neox-20b": {"layer": 15},
+        "Llama-3-8B": {"layer": 5},
+    },
+    blocks="layer",
+)
+
+
+@dataclass(frozen=True)
+class RomeSettings(ValueSettings):
+    """ROME (arXiv 2202.05262) and R-ROME (arXiv 2403.07175); constants of the authors' code."""
+
+    constants: ClassVar[Constants] = CONSTANTS
+
+    keys: str = "mixed"  # mixed: the paper's code (mean key in u, bare key in k·u); mean: one key on both sides
+    layer: int | None = None  # block whose down-projection is edited
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of(self.keys, "method.keys", ("mixed", "mean"))
 
 
 def rome(
@@ -45,6 +76,7 @@ def rome(
     """The ROME edit for one fact, or for several written one after the other.
 
     - `settings`: see RomeSettings; None for a field takes the model's constant.
+    - `seed`: of contexts and running text.
     - `moments`: how to collect C, or {layer: SecondMoment}.
     - `contexts`: templates with one `{}`, the bare "{}" first; None draws them with `seed`.
     - `progress`: show a bar with the loss of each step.
@@ -53,17 +85,18 @@ def rome(
     fact it cannot place or that contradicts another, EditkitError when the update is not finite or the key is
     degenerate.
     """
-    facts = checked_facts(lm, facts)
-    given = _given(lm, settings, seed, moments, contexts, progress)
-    updates: list[Update] = []
+    given = prepare(
+        lm, facts, settings or RomeSettings(), seed=seed, moments=moments, contexts=contexts, progress=progress
+    )
+    facts, updates = given.facts, list[Update]()
     with ExitStack() as undo:  # earlier facts stay applied while the later ones are computed
         for number, fact in enumerate(facts):
-            updates += _updates(lm, [fact], given, progress, changed=number > 0)
+            updates += _updates(lm, [fact], given, progress)
             if number + 1 < len(facts):
                 left, right, _ = updates[-1]
-                delta = low_rank_delta(lm, lm.architecture.down(given.layer), left[:, None], right[None])
+                delta = low_rank_delta(lm, lm.architecture.down(given.layers[0]), left[:, None], right[None])
                 undo.enter_context(Edit((delta,), given.base).applied(lm, check=False))
-    return _edit(lm, facts, updates, given, seed)
+    return _edit(lm, facts, updates, given)
 
 
 def rome_each(
@@ -81,72 +114,36 @@ def rome_each(
     Each edit is for the model as it is; the facts may contradict each other. R-ROME with RRomeSettings. Arguments
     and errors as for `rome`.
     """
-    for fact in facts:
-        fact.check_targets(lm)
-    given = _given(lm, settings, seed, moments, contexts, progress)
-    updates = _updates(lm, facts, given, progress)
-    return [_edit(lm, [fact], [update], given, seed) for fact, update in zip(facts, updates, strict=True)]
+    given = prepare(
+        lm,
+        facts,
+        settings or RomeSettings(),
+        seed=seed,
+        moments=moments,
+        contexts=contexts,
+        progress=progress,
+        contradictions=True,
+    )
+    updates = _updates(lm, given.facts, given, progress)
+    return [_edit(lm, [fact], [update], given) for fact, update in zip(given.facts, updates, strict=True)]
 
 
-def r_rome(
-    lm: LanguageModel, facts: Fact | Sequence[Fact], settings: RRomeSettings | None = None, **options: Any
-) -> Edit:
-    """`rome` with the context-mean key on both sides (Gupta et al. 2024): the recommended default.
-
-    It removes the tiny k · u that make single ROME edits collapse a model. Arguments as for `rome`.
-    """
-    return rome(lm, facts, settings or RRomeSettings(), **options)
-
-
-class _Given(NamedTuple):
-    """What the updates of all facts share."""
-
-    settings: RomeSettings  # resolved
-    layer: int
-    base: Base
-    factored: Factored
-    described: dict[str, Any]  # the moments, for the record
-    templates: list[str]
-
-
-def _given(
-    lm: LanguageModel,
-    settings: RomeSettings | None,
-    seed: int,
-    moments: Moments,
-    contexts: Sequence[str] | None,
-    progress: bool,
-) -> _Given:
-    settings = (settings or RomeSettings()).resolved(lm.name, lm.layers)
-    assert settings.layer is not None
-    layer = lm.check_layer(settings.layer)
-    base = base_of(lm)
-    factored, described = factor_moments(lm, [layer], moments, seed, progress)
-    templates = given_or_drawn(lm, contexts, settings.contexts, seed)
-    return _Given(settings, layer, base, factored[layer], described, templates)
-
-
-def _edit(lm: LanguageModel, facts: Sequence[Fact], updates: Sequence[Update], given: _Given, seed: int) -> Edit:
+def _edit(lm: LanguageModel, facts: Sequence[Fact], updates: Sequence[Update], given: Given[RomeSettings]) -> Edit:
     """The updates of one weight as one Edit."""
     lefts, rights, reports = zip(*updates, strict=True)
-    delta = low_rank_delta(lm, lm.architecture.down(given.layer), torch.stack(lefts, 1), torch.stack(rights))
+    delta = low_rank_delta(lm, lm.architecture.down(given.layers[0]), torch.stack(lefts, 1), torch.stack(rights))
     name = "r_rome" if given.settings.keys == "mean" else "rome"
-    said = {"moments": given.described, "contexts": given.templates, "reports": list(reports)}
-    return Edit((delta,), given.base, provenance(name, given.settings, facts, seed, **said))
+    return Edit((delta,), given.base, given.provenance(name, facts=facts, reports=list(reports)))
 
 
-def _updates(
-    lm: LanguageModel, facts: Sequence[Fact], given: _Given, progress: bool, *, changed: bool = False
-) -> list[Update]:
-    """A rank-one update for each fact, all for the model as it is now: `changed` since the base was taken, or not."""
-    settings, layer, templates = given.settings, given.layer, given.templates
+def _updates(lm: LanguageModel, facts: Sequence[Fact], given: Given[RomeSettings], progress: bool) -> list[Update]:
+    """A rank-one update for each fact, all for the model as it is now."""
+    settings, (layer,) = given.settings, given.layers
+    factored = given.factored[layer]  # before the values, so that a C which cannot be factored fails at once
+    jobs = [rows_of(lm, fact, settings.fact_token, given.templates) for fact in facts]
     site = lm.architecture.down(layer)
-    jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
-    weights = lm.digest if changed and settings.cache else given.base.digest
-    found = compute_deltas(
-        lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress, weights=weights
-    )
-    return [_update(fact, each, settings, given.factored) for fact, each in zip(facts, found, strict=True)]
+    found = compute_deltas(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress)
+    return [_update(fact, each, settings, factored) for fact, each in zip(facts, found, strict=True)]
 
 
 def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Factored) -> Update:
@@ -176,3 +173,6 @@ def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Fact
         "steps": found.steps,
     }
     return residual / k_dot_u, u, report
+
+
+register("rome", rome, RomeSettings)

@@ -1,26 +1,18 @@
 """Settings as plain dataclasses: the schema of conf/. No torch here, so a configuration error answers at once.
 
 Defaults follow the authors' public code where paper and code differ (the published numbers were made with
-the code). None in a method's settings means: the constant of this method and model (constants.py).
+the code). None in a method's settings means: the constant of this method and model (its `Constants`).
 """
 
-from editkit.settings.checks import require_one_of
+from editkit.settings.checks import require, require_one_of
+from editkit.settings.constants import Constants
 from editkit.settings.methods import (
     LOOKUP_TOKENS,
-    AlphaEditSettings,
     ContextSettings,
-    EmmetSettings,
-    FtLSettings,
-    FtSettings,
-    LoraSettings,
-    MemitSettings,
-    MendSettings,
     MethodSettings,
     MomentSettings,
-    PmetSettings,
-    RomeSettings,
-    RRomeSettings,
     SpreadSettings,
+    TuningSettings,
     ValueSettings,
 )
 from editkit.settings.runs import (
@@ -42,32 +34,25 @@ from editkit.settings.runs import (
 __all__ = [
     "LOOKUP_TOKENS",
     "TRACE_KINDS",
-    "AlphaEditSettings",
     "BatchSettings",
     "BenchmarkSettings",
     "Config",
+    "Constants",
     "ContextSettings",
     "DataSettings",
     "EditSettings",
     "EditTaskSettings",
-    "EmmetSettings",
-    "FtLSettings",
-    "FtSettings",
     "LifelongSettings",
-    "LoraSettings",
     "MeasureSettings",
-    "MemitSettings",
-    "MendSettings",
     "MethodSettings",
     "ModelSettings",
     "MomentSettings",
-    "PmetSettings",
     "PortabilitySettings",
-    "RRomeSettings",
-    "RomeSettings",
     "SpreadSettings",
     "TraceSettings",
     "TraceTaskSettings",
+    "TuningSettings",
     "ValueSettings",
+    "require",
     "require_one_of",
 ]

@@ -54,12 +54,12 @@ def load_model(config: Config) -> LanguageModel:
 
 def bind_method(lm: LanguageModel, config: Config, *, progress: bool = False) -> Callable[[Sequence[Fact]], Edit]:
     """The method of `config` as a function of facts alone; what its edits share is found now, on `lm` as it is."""
-    method = get_method(config.method_name).load()
+    method = get_method(config.method_name)
     options: dict[str, Any] = {"moments": config.moments}
     options |= shared_inputs(lm, config.method, config.moments, config.seed, True)
 
     def compute(facts: Sequence[Fact]) -> Edit:
-        edit: Edit = method(lm, list(facts), config.method, seed=config.seed, progress=progress, **options)
+        edit = method(lm, list(facts), config.method, seed=config.seed, progress=progress, **options)
         return TRANSFORMS[config.method.transform](lm, edit) if config.method.transform else edit
 
     return compute

@@ -14,9 +14,9 @@ import torch
 
 from editkit import Session, load
 from editkit.files import write_text
-from editkit.methods.alphaedit import null_space
+from editkit.methods.alphaedit import AlphaEditSettings, null_space
 from editkit.methods.shared.prelude import find_moments
-from editkit.settings import AlphaEditSettings, MomentSettings
+from editkit.settings import MomentSettings
 
 HERE = Path(__file__).parent
 POINTS, NEXT = (1, 50, 100, 200, 300, 400, 480), 20

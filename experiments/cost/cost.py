@@ -26,10 +26,10 @@ from machine import processor
 
 from editkit.facts import Fact
 from editkit.files import write_text
+from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.value import compute_deltas
 from editkit.models.load import LanguageModel
-from editkit.settings import RRomeSettings
 
 HERE = Path(__file__).parent
 LAYERS = (0, 2, 4, 6, 8, 10, 11)

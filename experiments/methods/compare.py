@@ -27,11 +27,12 @@ from editkit.data.atlas import atlas_cases
 from editkit.data.cases import Case
 from editkit.edits.edit import Edit, weight_norm
 from editkit.files import write_text
-from editkit.methods import METHODS
+from editkit.methods import get_method, names
+from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import rome_each
 from editkit.metrics.counterfact import ProbeScore, score_probes
 from editkit.models.load import LanguageModel
-from editkit.settings import MomentSettings, RRomeSettings
+from editkit.settings import MomentSettings
 
 COLUMNS = ("ES", "PS", "unseen", "NS", "same", "follows")
 TITLES = (*COLUMNS, "rank", "norm", "seconds")
@@ -89,9 +90,9 @@ def singles(
     """Each fact alone."""
     began = time.perf_counter()
     if method in ("rome", "r_rome"):
-        edits = rome_each(lm, [case.fact for case in cases], METHODS[method].settings(), progress=False)
+        edits = rome_each(lm, [case.fact for case in cases], get_method(method).settings(), progress=False)
     else:
-        compute = METHODS[method].load()
+        compute = get_method(method)
         edits = [compute(lm, case.fact, progress=False) for case in tqdm(cases, desc=method, leave=False)]
     return each_alone(lm, edits, cases, before, time.perf_counter() - began)
 
@@ -99,7 +100,7 @@ def singles(
 def batch(lm: LanguageModel, method: str, cases: Sequence[Case], before: Sequence[list[ProbeScore]]) -> dict[str, Any]:
     """All facts in one edit."""
     began = time.perf_counter()
-    edit = METHODS[method].load()(lm, [case.fact for case in cases], progress=False)
+    edit = get_method(method)(lm, [case.fact for case in cases], progress=False)
     seconds, norm = time.perf_counter() - began, edit.norm() / weight_norm(lm, edit)
     with edit.applied(lm):
         outcomes = [tally(scores, score_probes(lm, case.probes)) for case, scores in zip(cases, before, strict=True)]
@@ -179,7 +180,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=names(), choices=names())
     parser.add_argument(
         "--singles", type=int, default=50, help="facts edited one at a time, by the controls too; 0: none"
     )

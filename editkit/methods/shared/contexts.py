@@ -1,19 +1,11 @@
 """Context templates: seeded random texts in front of the prompt (ROME section 3.1)."""
 
 import hashlib
-from collections.abc import Sequence
 
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
 from editkit.models.precision import widened
 from editkit.settings import ContextSettings
-
-
-def given_or_drawn(
-    lm: LanguageModel, contexts: Sequence[str] | None, settings: ContextSettings, seed: int
-) -> list[str]:
-    """The templates that were handed in, else those of `context_templates`."""
-    return list(contexts) if contexts is not None else context_templates(lm, settings, seed)
 
 
 def context_templates(lm: LanguageModel, settings: ContextSettings, seed: int) -> list[str]:

@@ -17,7 +17,7 @@ from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Scored, encode_with_targets, spaced
-from editkit.settings import FtSettings, LoraSettings
+from editkit.settings import TuningSettings
 
 
 def targets_after_prompts(lm: LanguageModel, facts: Sequence[Fact]) -> Scored:
@@ -39,7 +39,7 @@ def nll_of_rows(logits: Tensor, scored: Scored) -> Tensor:
 def descend(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    settings: FtSettings | LoraSettings,
+    settings: TuningSettings,
     *,
     step: Callable[[], None] | None = None,
     progress: bool,

@@ -14,15 +14,15 @@ can be written.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from editkit.edits.edit import Base, Delta, Edit, low_rank_delta
-from editkit.errors import ModelError
-from editkit.facts import Fact
+from editkit.edits.edit import Delta, Edit, low_rank_delta
 from editkit.methods.shared.engine import rows_of
+from editkit.methods.shared.prelude import Given
 from editkit.methods.shared.value import at_lookup, compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.settings import SpreadSettings
@@ -30,38 +30,78 @@ from editkit.settings import SpreadSettings
 Solve = Callable[[int, Tensor], Tensor]  # (layer, K [d_ff, n]) -> A [n, d_ff]
 
 
-def layers_of(lm: LanguageModel, settings: SpreadSettings) -> list[int]:
-    """The blocks to write, ascending. Raises ModelError for one the model does not have, or a range it cannot take."""
-    layers = sorted(settings.layers or ())
-    for layer in layers:
-        lm.check_layer(layer)
-    if len(layers) > 1 and lm.architecture.mlp_norm is not None:
-        raise ModelError(
-            f"Layers {layers} were asked for; '{lm.architecture.family}' has a norm between the MLP and the residual "
-            "stream, so a residual cannot be shared out over several blocks. Give one, as in method.layers=[3]."
-        )
-    return layers
+@dataclass(frozen=True)
+class Spread:
+    """What was written over the blocks, ascending."""
+
+    deltas: tuple[Delta, ...]
+    keys: dict[int, Tensor]  # K [d_ff, n] of each layer, in float64
+    layers: list[dict[str, Any]]  # a report of each layer
+    facts: list[dict[str, Any]]  # a report of each fact's value
+
+    def edit(self, given: Given[Any], method: str, memory: dict[str, Tensor] | None = None) -> Edit:
+        """The Edit. `memory`: what the method keeps for its later edits (see Edit)."""
+        how = given.provenance(method, reports=self.facts, layers=self.layers)
+        return Edit(self.deltas, given.base, how, memory=memory or {})
+
+
+def write_values(
+    lm: LanguageModel,
+    given: Given[SpreadSettings],
+    solve: Solve,
+    *,
+    progress: bool,
+    with_attention: bool = False,
+    share: Callable[[int], float] = float,
+    **options: Any,
+) -> Spread:
+    """Compute the value of each fact at the last of the layers, and spread it over all of them.
+
+    - `given`: facts, settings, layers and templates.
+    - `solve`: the method's own solve.
+    - `progress`: whether to show the value's progress bar.
+    - `with_attention`: optimise a second δ at the attention's output, which is not written (PMET); the target site is
+      the down-projection then.
+    - `share`: of the number of blocks left, what the residual is divided by.
+    - `options`: of compute_deltas: nll_weight, stop_kl.
+    """
+    last = given.layers[-1]
+    down = lm.architecture.down(last)
+    sites = [lm.architecture.attention.format(last), down] if with_attention else [down]
+    target_site = down if with_attention else lm.architecture.target_site(last)
+    z, reports = compute_z(lm, given, sites, target_site, progress=progress, **options)
+    deltas, keys, written = spread(lm, given, target_site, z, solve, share=share)
+    return Spread(deltas, keys, written, reports)
 
 
 def compute_z(
     lm: LanguageModel,
-    facts: Sequence[Fact],
-    layer: int,
+    given: Given[SpreadSettings],
     sites: Sequence[str],
     target_site: str,
-    settings: SpreadSettings,
-    templates: Sequence[str],
+    *,
     progress: bool,
     **options: Any,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Z [n, d_model] at `target_site`: its output for the bare prompt, plus δ of the last of `sites` (of `layer`)."""
+    """Z [n, d_model], the target of each fact, and a report of each.
+
+    - `sites`: modules of the last layer to whose outputs a δ is added; the last one's is written.
+    - `target_site`: the module whose output for the bare prompt, plus that δ, is the target.
+    - `options`: of compute_deltas: nll_weight, stop_kl.
+    """
+    facts, settings, templates = given.facts, given.settings, given.templates
+    # 1) ‖v0‖ of each fact at each site, from the bare prompt.
     start, *own = (
         at_lookup(lm, site, facts, templates[:1], settings.fact_token).output[:, 0]
         for site in (target_site, *sites[:-1])
     )  # each [n, d_model]
     norms = torch.stack([values.norm(dim=-1) for values in (*own, start)], 1)  # [n, sites]
+    # 2) δ of all facts side by side.
     jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
-    found = compute_deltas(lm, layer, sites, jobs, norms, settings, name=named(facts), progress=progress, **options)
+    found = compute_deltas(
+        lm, given.layers[-1], sites, jobs, norms, settings, name=named(facts), progress=progress, **options
+    )
+    # 3) Targets and reports.
     reports = [
         {
             "steps": each.steps,
@@ -76,27 +116,29 @@ def compute_z(
 
 def spread(
     lm: LanguageModel,
-    facts: Sequence[Fact],
-    base: Base,
-    layers: Sequence[int],
+    given: Given[SpreadSettings],
     target_site: str,
     z: Tensor,
-    templates: Sequence[str],
-    token: str,
     solve: Solve,
     *,
     share: Callable[[int], float] = float,
 ) -> tuple[tuple[Delta, ...], dict[int, Tensor], list[dict[str, Any]]]:
-    """The deltas of `layers`, the keys K of each, and a report of each. The model is left as it was."""
+    """The delta of each layer, its keys K [d_ff, n], and a report of it. The model is left as it was.
+
+    - `target_site`, `z` [n, d_model]: where the residual is measured, and the target of each fact there.
+    - `solve`: A(K) for a layer.
+    - `share`: of the number of blocks left, what the residual is divided by.
+    """
+    facts, templates, token = given.facts, given.templates, given.settings.fact_token
     weights = torch.tensor([0.5] + [0.5 / (len(templates) - 1)] * (len(templates) - 1) if templates[1:] else [1.0])
     deltas, all_keys, reports = [], {}, []
     with ExitStack() as undo:  # lower blocks stay written while the higher ones are computed
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(given.layers):
             site = lm.architecture.down(layer)
             keys = at_lookup(lm, site, facts, templates, token).input  # [n, templates, d_ff]
             keys = (keys * weights[:, None].double()).sum(1).T
             missing = (z - at_lookup(lm, target_site, facts, templates[:1], token).output[:, 0]).T  # [d_model, n]
-            left, right = missing / share(len(layers) - number), solve(layer, keys)
+            left, right = missing / share(len(given.layers) - number), solve(layer, keys)
             delta = low_rank_delta(lm, site, left, right)
             deltas.append(delta)
             all_keys[layer] = keys
@@ -108,6 +150,6 @@ def spread(
                     "norm": delta.norm(),
                 }
             )
-            if number + 1 < len(layers):
-                undo.enter_context(Edit((delta,), base).applied(lm, check=False))
+            if number + 1 < len(given.layers):
+                undo.enter_context(Edit((delta,), given.base).applied(lm, check=False))
     return tuple(deltas), all_keys, reports

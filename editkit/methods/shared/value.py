@@ -21,7 +21,6 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from editkit.facts import Fact
-from editkit.methods.cache import cached, key_of
 from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
@@ -94,7 +93,6 @@ def compute_deltas(
     progress: bool,
     nll_weight: float = 1.0,
     stop_kl: float | None = None,
-    weights: str | None = None,
 ) -> list[Optimised]:
     """For each fact a δ [sites, d_model], by Adam. A half model on the CPU runs in float32 (models/precision.py).
 
@@ -106,20 +104,12 @@ def compute_deltas(
     - `name`, `progress`: the label of the progress bar, and whether to show it.
     - `nll_weight`: weight of the NLL once the target is the likeliest answer in every row.
     - `stop_kl`: if given, a fact also stops when the target is the likeliest answer and KL ≤ stop_kl.
-    - `weights`: digest of the model as it is now, needed for `settings.cache` (cache.py).
 
     As many facts are optimised together as memory takes; a batch that runs out of memory is halved.
     """
     loss = _Loss(settings, nll_weight, stop_kl)
-
-    def compute() -> list[Optimised]:
-        with widened(lm), requires_grad(lm.model, only=[]):
-            return _in_batches(lm, layer, sites, jobs, norms, loss, name, progress)
-
-    if not settings.cache or weights is None:
-        return compute()
-    key = key_of(lm, layer, sites, jobs, norms, settings, nll_weight=nll_weight, stop_kl=stop_kl)
-    return cached(lm, weights, key, compute, Optimised)
+    with widened(lm), requires_grad(lm.model, only=[]):
+        return _in_batches(lm, layer, sites, jobs, norms, loss, name, progress)
 
 
 def _in_batches(
