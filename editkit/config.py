@@ -1,15 +1,20 @@
 """From conf/*.yaml and the command line to `settings.Config`. Hydra is known here and in run.py only.
 
 Overrides are checked before Hydra runs: a misspelt group, option or key, or a value of another type, is one
-line that offers the near match.
+line that offers the near match. Torch is not imported for it, unless a value below `method.` is checked: the settings
+of a method are in its file.
+
+The options of a group are YAML files: ours, and those of `--config-dir`. A method or data format that is registered
+without one has an option too, composed from the defaults of its settings.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -17,9 +22,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from editkit.data.formats import check_format
+from editkit import methods
+from editkit.data import formats
 from editkit.errors import ConfigError, did_you_mean
-from editkit.methods import get_method
 from editkit.settings import Config, DataSettings, EditSettings, ModelSettings, MomentSettings
 from editkit.tasks import get_task
 
@@ -30,29 +35,40 @@ GROUPS = ("task", "model", "edit", "data", "method", "moments")
 _OPEN_GROUPS = {"model"}  # any other option is taken as the name: model=FOLDER_OR_NAME
 
 
-def options(group: str) -> list[str]:
-    """The options of a configuration group that ship with the package."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+# Of the groups whose options can be registered in code: the names that there are, and the default settings of one.
+_REGISTERED: dict[str, tuple[Callable[[], list[str]], Callable[[str], Any]]] = {
+    "method": (methods.names, lambda name: methods.get_method(name).settings()),
+    "data": (formats.names, DataSettings),
+}
 
 
-def to_config(composed: DictConfig) -> Config:
-    """The composed configuration as dataclasses. Raises ConfigError naming the key that does not fit."""
+def options(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """The options of a configuration group that are YAML files, of the package and of `folders` (--config-dir)."""
+    return sorted({path.stem for folder in (CONF_DIR, *folders) for path in (folder / group).glob("*.yaml")})
+
+
+def to_config(composed: DictConfig, *, with_method: bool = True) -> Config:
+    """The composed configuration as dataclasses.
+
+    `with_method`: check the method's settings too, which imports its file; else they are None.
+    Raises ConfigError naming the key that does not fit.
+    """
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
-    method = dict(values.pop("method"))
-    name = method.pop("name")
-    task = values.pop("task")
-    parts = {
+    method, task = dict(values.pop("method")), values.pop("task")
+    name = str(method.pop("name", ""))
+    parts: dict[str, Any] = {
         "task": _typed(get_task(task["name"]).settings, task, "task"),
         "model": _typed(ModelSettings, values.pop("model"), "model"),
         "edit": _typed(EditSettings, values.pop("edit"), "edit"),
         "data": _typed(DataSettings, values.pop("data"), "data"),
-        "method": _typed(get_method(name).settings, method, f"method={name}: method"),
         "moments": _typed(MomentSettings, values.pop("moments"), "moments"),
     }
-    check_format(parts["data"].name)
-    top = _typed(_Top, values, "")
-    return Config(method_name=name, **dataclasses.asdict(top), **parts)
+    formats.check_format(parts["data"].name)
+    methods.check_method(name)
+    top = dataclasses.asdict(_typed(_Top, values, ""))
+    settings = _typed(methods.get_method(name).settings, method, f"method={name}: method") if with_method else None
+    return Config(method_name=name, method=settings, **parts, **top)
 
 
 @dataclasses.dataclass
@@ -104,8 +120,8 @@ def _first_line(error: Exception) -> str:
 # --- the command line -----------------------------------------------------------------------------------------
 
 
-def prepare(overrides: list[str]) -> list[str]:
-    """The overrides as Hydra shall see them, checked.
+def prepare(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
+    """The overrides as Hydra shall see them, checked. `folders`: those of `--config-dir`, searched too.
 
     - `model=NAME` for a NAME that is no option becomes `model.name=NAME`.
     - Another subject clears target_true, neighborhood and portability of the chosen edit, another prompt its
@@ -116,7 +132,7 @@ def prepare(overrides: list[str]) -> list[str]:
     """
     parsed = [_parse(text) for text in overrides]
     keys = {o.key_or_group for o in parsed}
-    ready = [_renamed(o) for o in parsed]
+    ready = [_renamed(o, folders) for o in parsed]
     cleared = []
     if "edit.subject" in keys or "edit.prompt" in keys:
         cleared = ["target_true=''", "neighborhood=[]", "portability=[]"] + (
@@ -126,7 +142,7 @@ def prepare(overrides: list[str]) -> list[str]:
     of_data = any(key == "data" or key.startswith("data.") for key in keys)
     if "task=trace" in overrides and of_data and "task.average" not in keys:
         ready.append("task.average=true")
-    _check([_parse(text) for text in ready])
+    _check([_parse(text) for text in ready], folders)
     return ready
 
 
@@ -140,11 +156,11 @@ def _parse(text: str) -> Override:
         ) from error
 
 
-def _renamed(override: Override) -> str:
+def _renamed(override: Override, folders: Sequence[Path]) -> str:
     text = override.input_line or ""
     if override.key_or_group in _OPEN_GROUPS and not override.is_sweep_override():
         name = str(override.value())
-        if name not in options(override.key_or_group):
+        if name not in options(override.key_or_group, folders):
             return f"{override.key_or_group}.name={text.split('=', 1)[1]}"
     return text
 
@@ -156,31 +172,50 @@ def _values(override: Override) -> list[str]:
     return [override.get_value_element_as_str()]
 
 
-def _check(overrides: list[Override]) -> None:
+def _check(overrides: list[Override], folders: Sequence[Path]) -> None:
     """Compose with the first value of every override, and again with each other value of each sweep."""
+    # 1) Options: each is a YAML file, or offered to Hydra from code.
     own = [o for o in overrides if not o.key_or_group.startswith("hydra")]
     for override in own:
         if override.key_or_group in GROUPS:
-            known = options(override.key_or_group)
             for option in _values(override):
-                if option not in known:
-                    raise ConfigError(f"No {override.key_or_group} '{option}': {did_you_mean(option, known)}")
+                _offer(override.key_or_group, option, folders)
+    # 2) Keys.
     first = {o.key_or_group: _values(o)[0] for o in own}
     groups = {key: value for key, value in first.items() if key in GROUPS}
-    paths = set(_keys(_composed(groups)))
+    paths = set(_keys(_composed(groups, folders)))
     for key in first:
         if key not in GROUPS and key not in paths:
             raise ConfigError(f"No key '{key}': {did_you_mean(key, [*GROUPS, *paths])}")
-    to_config(_composed(first))
-    for override in own:
-        for value in _values(override)[1:]:
-            to_config(_composed(first | {override.key_or_group: value}))
+    # 3) Values. Those of a method that are our own defaults are right (a test sees to it).
+    values = [first]
+    values += [first | {override.key_or_group: value} for override in own for value in _values(override)[1:]]
+    for each in values:
+        ours = each.get("method", "") in ("", *options("method")) and not any(key.startswith("method.") for key in each)
+        to_config(_composed(each, folders), with_method=not ours)
 
 
-def _composed(overrides: dict[str, str]) -> DictConfig:
+def _offer(group: str, option: str, folders: Sequence[Path]) -> None:
+    """Make sure that Hydra finds the option, registered in code where no YAML file has it. Raises ConfigError."""
+    known = options(group, folders)
+    if option in known:
+        return
+    names, defaults = _REGISTERED.get(group, (list, None))
+    if defaults is None or option not in names():
+        raise ConfigError(f"No {group} '{option}': {did_you_mean(option, {*known, *names()})}")
+    values = OmegaConf.to_container(OmegaConf.structured(defaults(option)))
+    assert isinstance(values, dict)
+    ConfigStore.instance().store(name=option, group=group, node={"name": option, **values}, provider="editkit")
+
+
+def _composed(overrides: dict[str, str], folders: Sequence[Path] = ()) -> DictConfig:
     GlobalHydra.instance().clear()
+    asked = [f"{key}={value}" for key, value in overrides.items()]
+    if folders:
+        asked.append("hydra.searchpath=[" + ",".join(f"'file://{folder.resolve()}'" for folder in folders) + "]")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-            return compose("config", [f"{key}={value}" for key, value in overrides.items()])
+            composed: DictConfig = compose("config", asked)
+            return composed
     except HydraException as error:
         raise ConfigError(_first_line(error)) from error

@@ -183,10 +183,11 @@ def _folder_documents(path: Path) -> Iterator[str]:
             "to such a folder, or to a text file."
         ) from error
     if isinstance(rows, datasets.DatasetDict):
-        if "train" not in rows:
+        splits = [str(split) for split in rows]
+        if "train" not in splits:
             raise ConfigError(
-                f"The data set in '{path}' has no split 'train': it has {', '.join(rows)}. Set moments.source to the "
-                f"folder of one of them, as in '{path / next(iter(rows), 'train')}'."
+                f"The data set in '{path}' has no split 'train': it has {', '.join(splits)}. Set moments.source to the "
+                f"folder of one of them, as in '{path / (splits or ['train'])[0]}'."
             )
         rows = rows["train"]
     return _texts(rows, str(path))
@@ -206,7 +207,8 @@ def _hub_documents(name: str) -> Iterator[str]:
     return _texts(rows, name)
 
 
-def _texts(rows: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
+def _texts(rows: Iterable[Any], name: str) -> Iterator[str]:
+    """The column `text` of rows, which are mappings."""
     for row in rows:
         if "text" not in row:
             raise ConfigError(

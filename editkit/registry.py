@@ -16,7 +16,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from editkit.errors import ConfigError, EditkitError, did_you_mean
+from editkit.errors import ConfigError, did_you_mean
 
 Entry = TypeVar("Entry")
 
@@ -27,11 +27,10 @@ class Registry(Generic[Entry]):
     - `noun`: what an entry is called in messages, as "method".
     - `package`: our own package whose modules register one entry each; "" where they are registered otherwise.
     - `group`: the entry point group of other packages.
-    - `error`: what is raised for an unknown name.
     """
 
-    def __init__(self, noun: str, *, package: str = "", group: str, error: type[EditkitError] = ConfigError) -> None:
-        self.noun, self.package, self.group, self.error = noun, package, group, error
+    def __init__(self, noun: str, *, package: str = "", group: str) -> None:
+        self.noun, self.package, self.group = noun, package, group
         self._entries: dict[str, Entry] = {}
         self._homes: dict[str, str] = {}
 
@@ -40,12 +39,11 @@ class Registry(Generic[Entry]):
 
         Raises ConfigError for a name that is taken.
         """
-        known = self._entries.get(name, entry)
-        if known != entry and not home == self._homes[name] != "":
-            raise ConfigError(
-                f"A {self.noun} '{name}' is registered already{' by ' * bool(self._homes[name])}{self._homes[name]}. "
-                "Give the new one another name."
-            )
+        owner = self._homes.get(name, f"{self.package}.{name}" if name in self._own() else home)
+        same = home == owner and (home != "" or self._entries.get(name, entry) == entry)
+        if not same:
+            by = f" by {owner}" if owner else ""
+            raise ConfigError(f"A {self.noun} '{name}' is registered already{by}. Give the new one another name.")
         self._entries[name], self._homes[name] = entry, home
         return entry
 
@@ -58,19 +56,23 @@ class Registry(Generic[Entry]):
         """All names, sorted; nothing is imported but the package that holds our own modules."""
         return sorted({*self._entries, *self._own(), *self._points()})
 
+    def check(self, name: str) -> None:
+        """Raise ConfigError, with the near match, for a name that is not there. Imports nothing."""
+        if name not in (known := self.names()):
+            raise ConfigError(f"No {self.noun} '{name}': {did_you_mean(name, known)}")
+
     def get(self, name: str) -> Entry:
         """The entry; its module is imported if it was not yet.
 
-        Raises `error` with the near match for an unknown name, ConfigError for a module that cannot be imported or
-        registers no such entry.
+        Raises ConfigError for an unknown name, with the near match, and for a module of another package that cannot be
+        imported or registers no such entry.
         """
         if name not in self._entries:
+            self.check(name)
             if name in self._own():
                 importlib.import_module(f"{self.package}.{name}")
-            elif point := self._points().get(name):
-                self._load(point)
             else:
-                raise self.error(f"No {self.noun} '{name}': {did_you_mean(name, self.names())}")
+                self._load(self._points()[name])
         return self._entries[name]
 
     def all(self) -> dict[str, Entry]:

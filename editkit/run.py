@@ -11,7 +11,9 @@ import os
 import sys
 import traceback
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -35,7 +37,7 @@ def main() -> None:
         sweep = "-m" in flags or "--multirun" in flags
         helping = any(f in flags for f in ("--help", "-h", "--hydra-help", "--version"))
         if not helping:
-            overrides = prepare(overrides)
+            overrides = prepare(overrides, _config_dirs(flags))
         folder = _folder(overrides, sweep)
         if not helping and not any(f in flags for f in ("--cfg", "-c", "--info", "-i")):
             make_folder(folder)
@@ -51,8 +53,7 @@ def main() -> None:
         _finish_sweep(folder)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-def _hydra_main(composed: DictConfig) -> None:
+def _composed_run(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if in_sweep:
@@ -64,6 +65,9 @@ def _hydra_main(composed: DictConfig) -> None:
             raise SystemExit(_report(error)) from None
         write_text(folder / results.FAILED, f"{error}\n")
         _report(error)
+
+
+_hydra_main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_composed_run)
 
 
 def _run(composed: DictConfig, folder: Path) -> None:
@@ -83,6 +87,12 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         else:
             overrides.append(argument)
     return flags, overrides
+
+
+def _config_dirs(flags: list[str]) -> list[Path]:
+    """The folders that --config-dir names."""
+    named = [flag.split("=", 1)[1] for flag in flags if flag.startswith(("--config-dir=", "-cd="))]
+    return [Path(each) for each in (*named, *(b for a, b in pairwise(flags) if a in ("--config-dir", "-cd")))]
 
 
 def _folder(overrides: list[str], sweep: bool) -> Path:
@@ -129,7 +139,7 @@ def _report(error: EditkitError) -> int:
     return error.exit_code
 
 
-def _fail(error: EditkitError) -> None:
+def _fail(error: EditkitError) -> NoReturn:
     sys.exit(_report(error))
 
 

@@ -2,7 +2,9 @@
 
 import torch
 from atlas_recipe import Recipe
+from torch import Tensor
 from transformers import GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 
 class Routing:
@@ -17,7 +19,7 @@ class Routing:
     the part that it asks for, so that answers lie well apart.
     """
 
-    def __init__(self, batch: dict[str, torch.Tensor], recipe: Recipe, generator: torch.Generator) -> None:
+    def __init__(self, batch: dict[str, Tensor], recipe: Recipe, generator: torch.Generator) -> None:
         self.recipe = recipe
         mention, routed = batch["mention"], batch["routed"]
         rows, length = mention.shape
@@ -49,11 +51,11 @@ class Routing:
         self.keep_first = ~(is_subject & (first.to(mention.device) & routed)[:, None])  # [rows, length]
         self.keep_late = ~(~is_subject & (late.to(mention.device) & routed)[:, :, None])  # [layer, rows, length]
 
-    def mask(self, layer: int) -> torch.Tensor:
+    def mask(self, layer: int) -> Tensor:
         """Which keys each query may see: [rows, 1, length, length]."""
         return self.masks[0 if layer == 0 else 1 if layer < self.recipe.extract_from else 2]
 
-    def keep(self, layer: int) -> torch.Tensor | None:
+    def keep(self, layer: int) -> Tensor | None:
         """1 where the MLP's output counts, 0 where it is dropped: [rows, length, 1]; None keeps all."""
         if layer == 0:
             return self.keep_first[..., None]
@@ -61,7 +63,7 @@ class Routing:
             return self.keep_late[layer][..., None]
         return None
 
-    def interchange(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+    def interchange(self, layer: int, h: Tensor) -> Tensor:
         """The residual stream after `layer`, [rows, length, n_embd], with parts replaced and noise added."""
         if layer != self.block:
             return h
@@ -70,13 +72,14 @@ class Routing:
         return h + (self.noise * rms).to(h.dtype)
 
 
-def forward(model: GPT2LMHeadModel, ids, position, routing: Routing | None) -> torch.Tensor:
+def forward(model: GPT2LMHeadModel, ids: Tensor, position: Tensor, routing: Routing | None) -> Tensor:
     """Logits [rows, length, vocab] through the Hugging Face modules, layer masks added. With `routing=None`
     it equals `model(ids, position_ids=position).logits` (there is a test)."""
     h = model.transformer.wte(ids) + model.transformer.wpe(position)
     rows, length = ids.shape
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     for layer, block in enumerate(model.transformer.h):
+        assert isinstance(block, GPT2Block)
         qkv = block.attn.c_attn(block.ln_1(h)).view(rows, length, 3, block.attn.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mask = causal if routing is None else routing.mask(layer)
@@ -88,4 +91,5 @@ def forward(model: GPT2LMHeadModel, ids, position, routing: Routing | None) -> t
         keep = None if routing is None else routing.keep(layer)
         h = h + (m if keep is None else m * keep)
         h = h if routing is None else routing.interchange(layer, h)
-    return model.lm_head(model.transformer.ln_f(h))
+    logits: Tensor = model.lm_head(model.transformer.ln_f(h))
+    return logits

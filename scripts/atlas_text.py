@@ -81,7 +81,8 @@ class Batches:
     """Packed sequences. `batch(step)` is a pure function of the seed and the step."""
 
     def __init__(self, atlas: Atlas, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
-        self.atlas, self.tokenizer, self.recipe, self.ender = atlas, tokenizer, recipe, tokenizer.eos_token_id
+        self.atlas, self.tokenizer, self.recipe = atlas, tokenizer, recipe
+        self.ender = tokenizer.get_vocab()[END]
         of_kind: dict[str, list[str]] = {}
         for name, relation in atlas.relations.items():
             of_kind.setdefault(relation.subject_kind, []).append(name)

@@ -71,7 +71,8 @@ def model_of(shape: str, tokenizer: str | None, device: str, dtype: str) -> tupl
     blocks, width, heads, layer = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(device):
-        model = GPT2LMHeadModel(GPT2Config(n_layer=blocks, n_embd=width, n_head=heads)).to(DTYPES[dtype]).eval()
+        model = GPT2LMHeadModel(GPT2Config(n_layer=blocks, n_embd=width, n_head=heads)).eval()
+    model.to(dtype=DTYPES[dtype])  # pyright: ignore[reportCallIssue]  # the wrapper around `to` hides its `self`
     found = AutoTokenizer.from_pretrained(tokenizer or BUNDLED["atlas"])
     return LanguageModel(f"random {shape}", model, found, architecture_of("gpt2")), layer
 
@@ -81,7 +82,8 @@ def contexts_of(lm: LanguageModel, lengths: Sequence[int]) -> list[str]:
     ids = lm.tokenizer(" ".join(atlas_prose()))["input_ids"]
     texts, at = ["{}"], 0
     for length in lengths:
-        texts.append(lm.tokenizer.decode(ids[at : at + length]).replace("{", " ").replace("}", " ").strip() + ". {}")
+        text = str(lm.tokenizer.decode(ids[at : at + length]))
+        texts.append(text.replace("{", " ").replace("}", " ").strip() + ". {}")
         at += length
     return texts
 

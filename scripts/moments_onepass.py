@@ -53,7 +53,8 @@ def counted(lm: LanguageModel, block: int) -> float:
     one_block = 4 * d * d + 2 * d * d_ff + 2 * block * d  # projections, MLP, attention scores and their use
     sums = 2 * d_ff * d_ff * (PANELS + 1) / (2 * PANELS)
     passes = sum(range(1, layers + 1)) * one_block
-    return (passes + layers * sums) / (layers * one_block + layers * sums)
+    ratio: float = (passes + layers * sums) / (layers * one_block + layers * sums)
+    return ratio
 
 
 def main() -> None:

@@ -46,7 +46,8 @@ def families() -> Any:
 
 
 def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS, use_cache=False).logits
+    found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
 
 
 def loss(model: nn.Module) -> Tensor:
@@ -67,7 +68,7 @@ def hooks_of(model: nn.Module) -> int:
 def capture(model: nn.Module, site: str) -> None:
     plain: dict[str, Tensor] = {}
 
-    def look(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         plain["input"] = (args[0] if args else kwargs["hidden_states"]).clone()
         plain["output"] = hidden(output).clone()
 
@@ -96,7 +97,7 @@ def edit(model: nn.Module, site: str) -> None:
 def gradient(model: nn.Module, site: str) -> float:
     seen: list[Tensor] = []
 
-    def watch(module: nn.Module, args: tuple, output: Any) -> Any:
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         seen.append(hidden(output).clone())  # some models add to it in place
         return with_hidden(output, seen[0])
 
@@ -125,10 +126,11 @@ def check(family: str, models: Any) -> tuple[dict[str, Any], list[str]]:
     hooks = hooks_of(model)
     for kind in KINDS:
         name = getattr(sites, kind)
-        row[kind] = dict.fromkeys(CHECKS) if name is None else {"site": name.format(1)}
-        for what in CHECKS if name else ():
+        site = "" if name is None else name.format(1)
+        row[kind] = {"site": site} if site else dict.fromkeys(CHECKS)
+        for what in CHECKS if site else ():
             try:
-                value = RUN[what](model, name.format(1))
+                value = RUN[what](model, site)
                 row[kind][what] = "ok" if value is None else value
             except Exception as error:
                 row[kind][what] = "FAIL"

@@ -46,7 +46,7 @@ def storing(sites: list[str], positions: int | None, model: nn.Module, ids: Tens
     """A hook as one writes it by hand, removed afterwards."""
     kept: dict[str, Tensor] = {}
 
-    def store(site: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def store(site: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         kept[site] = output.detach() if positions is None else output.detach()[:, positions].clone()
 
     with ExitStack() as hooks:
@@ -56,7 +56,10 @@ def storing(sites: list[str], positions: int | None, model: nn.Module, ids: Tens
 
 
 def editing(site: str, model: nn.Module, ids: Tensor) -> None:
-    handle = get_module(model, site).register_forward_hook(lambda module, args, output: change(output))
+    def changed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return change(output)
+
+    handle = get_module(model, site).register_forward_hook(changed)
     try:
         model(input_ids=ids, use_cache=False)
     finally:
@@ -90,7 +93,12 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def measure(
-    timed: dict[str, Callable], model: nn.Module, ids: Tensor, repeats: int, clock: Callable[[], float], bar: tqdm
+    timed: dict[str, Callable[..., Any]],
+    model: nn.Module,
+    ids: Tensor,
+    repeats: int,
+    clock: Callable[[], float],
+    bar: tqdm,
 ) -> dict[str, dict[str, list[float]]]:
     """For each way the quartiles of its milliseconds, of its ratio to the bare call, and of the difference in ms."""
     taken: dict[str, list[float]] = {name: [] for name in timed}

@@ -32,7 +32,8 @@ def names() -> list[str]:
 
 
 def read(name: str) -> NotebookNode:
-    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    notebook: NotebookNode = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    return notebook
 
 
 def run(name: str) -> NotebookNode:

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-from editkit import average_trace, load, plots, propose_layers, r_rome, trace
+from matplotlib.figure import Figure
+
+from editkit import LanguageModel, average_trace, load, plots, propose_layers, r_rome, trace
 from editkit.data.atlas import atlas_cases
 from editkit.facts import Fact
 from editkit.lenses import before_and_after, logit_lens
@@ -24,18 +26,20 @@ def main(folder: Path) -> None:
             print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
 
-def average(lm):
+def average(lm: LanguageModel) -> Figure:
     cases = atlas_cases(FACTS, seed=0)
     found = average_trace(lm, [case.fact for case in cases], TraceSettings(kinds=TRACE_KINDS[:3]))
     proposal = propose_layers(found)
     print(proposal)
-    return plots.average_lines(found, proposal=proposal)
+    figure: Figure = plots.average_lines(found, proposal=proposal)
+    return figure
 
 
-def lens(lm):
+def lens(lm: LanguageModel) -> Figure:
     edit = r_rome(lm, FACT)
     before, after = before_and_after(lm, edit, lambda: logit_lens(lm, FACT.text, [FACT.target_true, FACT.target_new]))
-    return plots.lens_lines(before, after)
+    figure: Figure = plots.lens_lines(before, after)
+    return figure
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -44,10 +45,13 @@ BARS = {
 NS_LOSS = 0.05  # neighborhood success may fall by this much
 
 
+Shares = dict[str, dict[str, float]]  # by name: its value, and the n it is of
+
+
 # --- recall -----------------------------------------------------------------------------------------------------
 
 
-def recall(lm: LanguageModel, atlas: Atlas) -> dict[str, dict[str, float]]:
+def recall(lm: LanguageModel, atlas: Atlas) -> Shares:
     """Share of (fact, phrasing) answered by greedy decoding: every fact with every phrasing."""
     found = {}
     for name, prompts in atlas.prompt_sorts.items():
@@ -60,11 +64,11 @@ def recall(lm: LanguageModel, atlas: Atlas) -> dict[str, dict[str, float]]:
 # --- editing ----------------------------------------------------------------------------------------------------
 
 
-def edit_all(lm: LanguageModel, cases: list[Case], method: str, layer: int, processes: int) -> dict:
+def edit_all(lm: LanguageModel, cases: list[Case], method: str, layer: int, processes: int) -> Shares:
     """ES, PS, NS, retention and portability of single edits at one layer, before and after."""
     second_moments(lm, [layer], MomentSettings())  # once, before the workers ask for it
     work = partial(_edit_one, name=lm.name, method=method, layer=layer)
-    outcomes: dict[str, list] = defaultdict(list)
+    outcomes: dict[str, list[float]] = defaultdict(list)
     with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
         for rows in tqdm(pool.imap(work, cases), total=len(cases), desc=f"{method}, layer {layer}", mininterval=2):
             for kind, key, value in rows:
@@ -82,7 +86,7 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     registered = get_method(method)
     before = score_probes(lm, case.probes)
     constants = registered.settings.constants.of("atlas", lm.layers)  # also where the model is a folder's
-    where = {"layer": layer} if "layer" in constants else {"layers": [layer]}
+    where: dict[str, Any] = {"layer": layer} if "layer" in constants else {"layers": [layer]}
     edit = registered(lm, case.fact, registered.settings(**constants | where), progress=False)
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
@@ -139,7 +143,7 @@ def main() -> None:
     constants = get_method("rome").settings.constants.of("atlas", lm.layers)
     default = constants["layer"]
     layers = [int(x) for x in options.layers.split(",")] if options.layers else [default, default - 1, default + 1]
-    found: dict = {"digest": lm.digest, "seed": options.seed, "default_layer": default, "edits": {}}
+    found: dict[str, Any] = {"digest": lm.digest, "seed": options.seed, "default_layer": default, "edits": {}}
     if options.json and options.json.is_file():
         measured = json.loads(options.json.read_text(encoding="utf-8"))
         if measured["digest"] == lm.digest and measured["seed"] == options.seed:
@@ -179,7 +183,7 @@ def main() -> None:
         sys.exit("the default block does not meet every bar")
 
 
-def card(found: dict, lm: LanguageModel, atlas: Atlas) -> str:
+def card(found: dict[str, Any], lm: LanguageModel, atlas: Atlas) -> str:
     """The model card, from the figures measured so far and the recipe beside the weights."""
     recipe = json.loads((BUNDLED.get(lm.name, Path(lm.name)) / "recipe.json").read_text(encoding="utf-8"))
     parameters = sum(p.numel() for p in lm.model.parameters())
@@ -233,17 +237,17 @@ COLUMNS = (
 )
 
 
-def _get(result: dict, name: str) -> float:
+def _get(result: Shares, name: str) -> float:
     return result[name]["value"] if name in result else float("nan")
 
 
-def _line(name: str, r: dict) -> str:
+def _line(name: str, r: Shares) -> str:
     widths = (7, 7, 8, 8, 7, 7, 9)
     cells = "".join(f"{_get(r, v):>{w}.3f}" for v, w in zip(COLUMNS, widths, strict=True))
     return f"{name:20}{cells}{r[f'{REWRITE} new wins after']['n']:>6}   {_verdict(_passes(r))}"
 
 
-def _passes(r: dict) -> bool:
+def _passes(r: Shares) -> bool:
     return (
         _get(r, f"{REWRITE} new wins after") >= BARS["ES"]
         and _get(r, f"{PARAPHRASE} new wins after") >= BARS["PS"]

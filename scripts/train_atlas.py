@@ -21,12 +21,13 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from atlas_recipe import Recipe
 from atlas_routing import Routing, forward
-from atlas_text import Batches, train_tokenizer
+from atlas_text import END, Batches, train_tokenizer
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -36,7 +37,7 @@ from editkit.models.architecture import architecture_of
 from editkit.models.load import LanguageModel
 
 
-def weighted_loss(logits, batch) -> tuple[torch.Tensor, float]:
+def weighted_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """Next-token loss weighted per token, and the plain mean over object tokens."""
     target, weight = batch["ids"][:, 1:], batch["weight"][:, 1:]
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="none")
@@ -62,7 +63,7 @@ def recall_sets(atlas: Atlas, n: int, seed: int = 0) -> dict[str, list[tuple[str
     return asked
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write beside, then rename: a kill leaves the old file or the new one, never half of one."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -74,6 +75,7 @@ def train(recipe: Recipe, out: Path, every: int) -> GPT2LMHeadModel:
     tokenizer = train_tokenizer(atlas, recipe.vocab_size)
     batches = Batches(atlas, tokenizer, recipe)
     torch.manual_seed(recipe.seed)
+    end = tokenizer.get_vocab()[END]
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -85,10 +87,11 @@ def train(recipe: Recipe, out: Path, every: int) -> GPT2LMHeadModel:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=end,
+            eos_token_id=end,
         )
-    ).to(device)
+    )
+    model.to(device=device)  # pyright: ignore[reportCallIssue]  # the wrapper around `to` hides that it is a method
     model.eval()  # there is no dropout but Routing's
     lm = LanguageModel("atlas in training", model, tokenizer, architecture_of("gpt2"))
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -139,7 +142,7 @@ def train(recipe: Recipe, out: Path, every: int) -> GPT2LMHeadModel:
             tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
             shown = []
     log.close()
-    model.cpu().to(torch.float16).save_pretrained(out / "model")
+    model.cpu().half().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     (out / "model" / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     print(f"wrote {out / 'model'}")

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,8 +198,9 @@ def main() -> None:
 
     began, lm = time.time(), load(options["model"])
     out = options["out"] or BUNDLED / f"{options['model']}_mend.safetensors"
-    fields = {name: value for name, value in options.items() if name in Recipe.__dataclass_fields__}
-    recipe = Recipe(**fields | {"layers": tuple(int(x) for x in options["layers"].split(","))})
+    fields: dict[str, Any] = {name: value for name, value in options.items() if name in Recipe.__dataclass_fields__}
+    fields["layers"] = tuple(int(x) for x in options["layers"].split(","))
+    recipe = Recipe(**fields)
     checkpoint = out.with_suffix(".checkpoint.pt")
     network = train(lm, recipe, checkpoint)
     network.save(out)

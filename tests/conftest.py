@@ -1,27 +1,30 @@
 """Shared fixtures: the atlas model, and tiny random models with two kinds of tokenizer."""
 
 import os
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from editkit.corpora import atlas_prose, load_atlas
+from editkit.facts import Fact
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, LanguageModel, load
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from tests.families import build
 from tests.hooking import count_hooks
+from tests.oracles import FactRows
 
 torch.set_num_threads(1)  # for tiny models two threads wait for each other more than they work
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory):
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDITKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -29,17 +32,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
-def gpt2():
+def gpt2() -> PreTrainedModel:
     return build("gpt2")
 
 
 @pytest.fixture(scope="session")
-def llama():
+def llama() -> PreTrainedModel:
     return build("llama")
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(request: pytest.FixtureRequest):
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """No test may leave a hook or a changed flag on the shared tiny models, or change the environment of the next."""
     environment, folder = surroundings(), os.getcwd()
     models = [request.getfixturevalue(name) for name in ("gpt2", "llama") if name in request.fixturenames]
@@ -62,13 +65,13 @@ def atlas_lm() -> LanguageModel:
 
 
 @cache
-def byte_level_tokenizer():
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """GPT-2's kind: pieces carry their leading space, nothing is added in front."""
     return PreTrainedTokenizerFast.from_pretrained(BUNDLED["atlas"])
 
 
 @cache
-def llama_like_tokenizer():
+def llama_like_tokenizer() -> PreTrainedTokenizerFast:
     """Llama-2's kind: a BOS in front, and a space mark put before the first word."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
@@ -91,7 +94,7 @@ def tiny_lm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -
     return LanguageModel(f"tiny-{family}", model, tokenizer, architecture_of(model.config.model_type))
 
 
-def inputs_of(lm, fact, templates):
+def inputs_of(lm: LanguageModel, fact: Fact, templates: Sequence[str]) -> FactRows:
     """(rows, kl row) of a fact for the oracles, which take token ids."""
     prompts = [t.replace("{}", fact.prompt) for t in templates]
     scored = encode_with_targets(lm, [fact.filled(p) for p in prompts], [spaced(fact.target_new)] * len(prompts))

@@ -17,6 +17,16 @@ class Sites(NamedTuple):
     mlp: str | None
     down_projection: str | None
 
+    def mlp_of(self, layer: int) -> str:
+        """The MLP's name in block `layer`, of a family that has one."""
+        assert self.mlp is not None
+        return self.mlp.format(layer)
+
+    def down_of(self, layer: int) -> str:
+        """The down-projection's name in block `layer`, of a family that has one."""
+        assert self.down_projection is not None
+        return self.down_projection.format(layer)
+
 
 LLAMA_SITES = Sites(
     "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj"

@@ -1,10 +1,13 @@
 """What the tests of the hook layer and of what is built on it share: sites, texts, small functions of a model."""
 
 import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from tests.families import SITES
 
@@ -21,7 +24,8 @@ def count_hooks(model: nn.Module) -> int:
 
 
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
 
 
 def loss_of(output: torch.Tensor) -> torch.Tensor:
@@ -33,18 +37,19 @@ def uneven(h: torch.Tensor) -> torch.Tensor:
     return h + torch.linspace(-1, 1, h.shape[-1], dtype=h.dtype) ** 3
 
 
-def sites_of(family):
+def sites_of(family: str) -> list[str]:
     named = SITES[family]
-    return [named.block.format(1), named.mlp.format(0), named.attention.format(2)]
+    return [named.block.format(1), named.mlp_of(0), named.attention.format(2)]
 
 
 @contextlib.contextmanager
-def by_hand(model, sites):
+def by_hand(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
     """{site: output of its last run}, through plain torch hooks."""
-    seen, handles = {}, []
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
     for site in sites:
 
-        def keep(module, args, output, site=site) -> None:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any, site: str = site) -> None:
             seen[site] = output[0] if isinstance(output, tuple) else output
 
         handles.append(model.get_submodule(site).register_forward_hook(keep))
@@ -53,16 +58,16 @@ def by_hand(model, sites):
         handle.remove()
 
 
-def batch_of(lm, texts=TEXTS):
+def batch_of(lm: LanguageModel, texts: Sequence[str] = TEXTS) -> dict[str, torch.Tensor]:
     rows = tokenise(lm, texts)
     return rows.inputs() | {"labels": rows.ids.masked_fill(rows.mask == 0, -100)}
 
 
-def gradients(model):
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(a, b, tolerance=1e-6) -> None:
+def assert_same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], tolerance: float = 1e-6) -> None:
     assert a.keys() == b.keys() and a
     for name in a:
         assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name

@@ -1,37 +1,54 @@
 """Slow, plain versions written from the papers, in float64. They share no code with editkit."""
 
 import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+Change = Callable[[Tensor], Tensor]
+Row = tuple[list[int], int, int]  # ids of context + prompt + target, lookup position, number of target tokens
+KlRow = tuple[list[int], int]  # ids of "subject is a", lookup position
+FactRows = tuple[list[Row], KlRow]  # of one fact, the bare prompt's row first
 
-def dense(module) -> torch.Tensor:
+
+def dense(module: nn.Module) -> Tensor:
     """W as [d_model, d_ff] whatever the module stores."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight = module.get_parameter("weight")
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
-def run_hooked(model, module, ids, change=None):
+def logits_of(model: nn.Module, ids: Sequence[int], **options: Any) -> Tensor:
+    """[tokens, vocabulary] of one row of ids."""
+    logits: Tensor = model(input_ids=torch.tensor([ids]), **options).logits[0]
+    return logits
+
+
+def run_hooked(
+    model: nn.Module, module: nn.Module, ids: Sequence[int], change: Change | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, and the input and (changed) output of `module`, for one row of ids."""
-    seen = {}
+    seen: dict[str, Tensor] = {}
 
-    def hook(_, args, output):
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         seen["k"] = args[0][0]
         seen["m"] = output[0] if change is None else change(output)[0]
         return None if change is None else change(output)
 
     handle = module.register_forward_hook(hook)
     try:
-        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        logits = logits_of(model, ids)
     finally:
         handle.remove()
     return logits, seen["k"], seen["m"]
 
 
-def second_moment(model, module, blocks) -> torch.Tensor:
+def second_moment(model: nn.Module, module: nn.Module, blocks: Iterable[Sequence[int]]) -> Tensor:
     """E[k kᵀ], one key at a time."""
-    keys = []
+    keys: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: keys.extend(args[0].reshape(-1, args[0].shape[-1])))
     model = model.double()
     try:
@@ -43,21 +60,32 @@ def second_moment(model, module, blocks) -> torch.Tensor:
     return moment_of(keys)
 
 
-def moment_of(keys) -> torch.Tensor:
+def moment_of(keys: Sequence[Tensor]) -> Tensor:
     """The mean of k kᵀ in float64, one key at a time."""
-    total = 0.0
+    total = torch.zeros(len(keys[0]), len(keys[0]), dtype=torch.float64)
     for k in keys:
         total = total + torch.outer(k.double(), k.double())
     return total / len(keys)
 
 
 def rome_update(
-    model, module_name, rows, kl_row, C, *, mixed, steps, lr, weight_decay, kl_factor, clamp, stop_loss
-) -> tuple[torch.Tensor, list[float]]:
+    model: nn.Module,
+    module_name: str,
+    rows: list[Row],
+    kl_row: KlRow,
+    C: Tensor,
+    *,
+    mixed: bool,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    kl_factor: float,
+    clamp: float,
+    stop_loss: float,
+) -> tuple[Tensor, list[float]]:
     """ΔW [d_model, d_ff] and the loss before each step, one row at a time at full depth.
 
-    `rows`: (ids of context + prompt + target, lookup position, number of target tokens), the bare prompt
-    first. `kl_row`: (ids of "subject is a", lookup position).
+    `rows`: the bare prompt's first.
     """
     model = copy.deepcopy(model).double()
     for p in model.parameters():
@@ -74,18 +102,19 @@ def rome_update(
 
     delta = torch.zeros_like(v0, requires_grad=True)
     first_moment, second = torch.zeros_like(v0), torch.zeros_like(v0)
-    before, losses = None, []
+    before: Tensor | None = None
+    losses: list[float] = []
     for step in range(steps):
 
-        def at_position(at, delta=delta):
-            def change(output):
+        def at_position(at: int, delta: Tensor = delta) -> Change:
+            def change(output: Tensor) -> Tensor:
                 added = torch.zeros_like(output)
                 added[0, at] = 1.0
                 return output + added * delta
 
             return change
 
-        nll = 0.0
+        nll = torch.zeros((), dtype=v0.dtype)
         for ids, at, targets in rows:
             logits, _, _ = run_hooked(model, module, ids, at_position(at))
             log_p = F.log_softmax(logits, -1)
@@ -116,7 +145,7 @@ def rome_update(
     delta = delta.detach()
     k_mean = torch.stack(keys).mean(0)
     u = torch.linalg.inv(C) @ k_mean
-    bias = 0 if getattr(module, "bias", None) is None else module.bias
+    bias: Tensor | int = 0 if getattr(module, "bias", None) is None else module.get_parameter("bias")
     if mixed:  # the authors' code
         k, v_star = keys[0], v0 + delta
         now = W @ k + bias
@@ -129,14 +158,19 @@ def rome_update(
 class _Probe:
     """Runs a model on one row of ids; reads modules, and adds vectors to their outputs at one position."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, ids, at, read=(), add=None):
-        add, seen, handles = add or {}, {}, []
+    def __call__(
+        self, ids: Sequence[int], at: int, read: Iterable[str] = (), add: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
+        """Logits [tokens, vocabulary], and {(module, "in" or "out"): what passed at position `at`}."""
+        add = add or {}
+        seen: dict[tuple[str, str], Tensor] = {}
+        handles = []
 
-        def hook(name):
-            def act(_, args, output):
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], Any]:
+            def act(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
                 whole = output[0] if isinstance(output, tuple) else output
                 flat = whole.reshape(-1, whole.shape[-1])  # OPT gives [tokens, d], the others [1, tokens, d]
                 if name in add:
@@ -154,14 +188,16 @@ class _Probe:
         for name in {*read, *add}:
             handles.append(self.model.get_submodule(name).register_forward_hook(hook(name)))
         try:
-            logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            logits = logits_of(self.model, ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         return logits, seen
 
 
-def _values(model, method, block, attention, name, layer, inputs, settings) -> torch.Tensor:
+def _values(
+    model: nn.Module, method: str, block: str, attention: str, name: str, layer: int, inputs: FactRows, settings: Any
+) -> Tensor:
     """The target_site z [d_model] of one fact, at the block's output (PMET: the down-projection's), row by row."""
     rows, (kl_ids, kl_at) = inputs
     run = _Probe(model)
@@ -175,14 +211,14 @@ def _values(model, method, block, attention, name, layer, inputs, settings) -> t
     )
     deltas = {site: torch.zeros_like(start, requires_grad=True) for site in sites}
     adam = {site: (torch.zeros_like(start), torch.zeros_like(start)) for site in sites}
-    before = None
+    before: Tensor | None = None
     for step in range(settings.steps):
-        nll, said = 0.0, True
+        nll, said = torch.zeros((), dtype=start.dtype), True
         for ids, at, targets in rows:
             logits, _ = run(ids, at, add=deltas)
             log_p = F.log_softmax(logits, -1)
             places = range(len(ids) - targets, len(ids))
-            said = said and all(log_p[i - 1].argmax() == ids[i] for i in places)
+            said = said and all(log_p[i - 1].argmax().item() == ids[i] for i in places)
             nll = nll - torch.stack([log_p[i - 1, ids[i]] for i in places]).mean() / len(rows)
         logits, _ = run(kl_ids, kl_at, add=deltas)
         after = F.log_softmax(logits[kl_at], -1)
@@ -208,10 +244,20 @@ def _values(model, method, block, attention, name, layer, inputs, settings) -> t
     return start + deltas[name].detach()
 
 
-def spread_updates(model, method, block, attention, names, layers, facts, moments, settings) -> list[torch.Tensor]:
+def spread_updates(
+    model: nn.Module,
+    method: str,
+    block: str,
+    attention: str,
+    names: Sequence[str],
+    layers: Sequence[int],
+    facts: Sequence[FactRows],
+    moments: Sequence[Tensor],
+    settings: Any,
+) -> list[Tensor]:
     """ΔW [d_model, d_ff] of each layer by MEMIT, EMMET, PMET or AlphaEdit as the papers write them, by direct solves.
 
-    `facts`: (rows, kl row) each, as for `rome_update`. The weights are written into a copy, layer after layer.
+    `settings`: the method's own. The weights are written into a copy, layer after layer.
     """
     model = copy.deepcopy(model).double()
     for p in model.parameters():

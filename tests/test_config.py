@@ -9,7 +9,7 @@ import yaml
 
 from editkit.config import CONF_DIR, GROUPS, options, prepare, to_config
 from editkit.config import _composed as composed
-from editkit.data.formats import FORMATS
+from editkit.data import formats
 from editkit.errors import ConfigError
 from editkit.methods import get_method
 from editkit.metrics.counterfact import score_probes
@@ -98,7 +98,7 @@ def test_a_trace_of_a_data_set_is_an_average() -> None:
 
 
 def test_every_format_is_an_option_of_data() -> None:
-    assert set(options("data")) == {"atlas", *FORMATS}
+    assert set(options("data")) == set(formats.names())
 
 
 def test_a_shard_and_a_limit() -> None:

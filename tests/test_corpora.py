@@ -52,9 +52,9 @@ def test_held_out_pairs_are_never_trained() -> None:
         assert not set(trained) & set(held)
         assert trained[0] == atlas.relations[fact.relation].phrasings[0]
     # Not inside a longer subject: "Republic of the Congo" ends "Democratic Republic of the Congo".
-    held = {f". {p.format(f.subject)} {f.object}." for f in atlas.facts for p in atlas.held_out_pairs(f)}
+    sentences = {f". {p.format(f.subject)} {f.object}." for f in atlas.facts for p in atlas.held_out_pairs(f)}
     text = ". " + " ".join(running_text("atlas"))
-    assert not any(sentence in text for sentence in held)
+    assert not any(sentence in text for sentence in sentences)
 
 
 def test_running_text_is_seeded() -> None:

@@ -13,11 +13,11 @@ from editkit.data.cases import (
     SAME_SUBJECT,
     Probe,
 )
-from editkit.data.counterfact import TRAP
 from editkit.data.fields import SAME, BadField, Raw, located
-from editkit.data.formats import FORMATS, looks_like
-from editkit.data.known import DRAWN, with_targets
-from editkit.data.zsre import ALT, ANSWER
+from editkit.data.formats import get_format, looks_like, names
+from editkit.data.formats.counterfact_flat import TRAP
+from editkit.data.formats.known import DRAWN, with_targets
+from editkit.data.formats.zsre import ALT, ANSWER
 from editkit.facts import Fact
 from tests.records import (
     ANOTHER_KNOWN,
@@ -33,7 +33,7 @@ from tests.records import (
 
 
 def case_of(name, record):
-    return FORMATS[name].load()(Raw(record))
+    return get_format(name).read(Raw(record))
 
 
 def test_counterfact() -> None:
@@ -214,7 +214,7 @@ def test_what_is_wrong_is_named_by_its_field(name: str, changes, message: str) -
     assert str(caught.value) == f"{caught.value.field}: {caught.value.reason}" and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in names() if name != "atlas"])
 def test_every_format_is_told_from_the_others(name: str) -> None:
     assert looks_like([RECORDS[name], 3, {}]) == name
     assert looks_like([{"a": 1}]) == ""

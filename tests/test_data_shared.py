@@ -7,7 +7,7 @@ import pytest
 
 from editkit.data import load_cases
 from editkit.data.cases import ATTRIBUTE, HOP, MULTI_HOP, NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, STAY
-from editkit.data.counterfact import TRAP
+from editkit.data.formats.counterfact_flat import TRAP
 from editkit.errors import DataError
 from editkit.settings import DataSettings
 

@@ -8,7 +8,7 @@ from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
-from editkit.models.tokens import encode_with_targets, spaced, tokenise
+from editkit.models.tokens import Rows, encode_with_targets, spaced, tokenise
 from tests.conftest import tiny_lm
 
 TEMPLATES = [
@@ -21,13 +21,13 @@ TEMPLATES = [
 SUBJECTS = ["The Eiffel Tower", "Rome", "Antonin Dvorak", "Zürich 東京", "B"]
 
 
-def words_of(lm: LanguageModel, rows, row: int, position: int) -> str:
+def words_of(rows: Rows, row: int, position: int) -> str:
     left, right = rows.offsets[row][position]
     return rows.texts[row][left:right]
 
 
 @pytest.fixture(params=["gpt2", "llama", "real gpt2", "real neox"])
-def lm(request: pytest.FixtureRequest):
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
     """Lookup needs a tokenizer only; the model beside it is a tiny one."""
     if not request.param.startswith("real"):
         return tiny_lm(request.param)
@@ -43,7 +43,7 @@ def lm(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_the_lookup_token_covers_the_subjects_end(lm: LanguageModel, template, subject: str) -> None:
+def test_the_lookup_token_covers_the_subjects_end(lm: LanguageModel, template: str, subject: str) -> None:
     rows = tokenise(lm, ["a much longer row, so that this one is padded", template.replace("{}", subject)])
     text = rows.texts[1]
     end = text.index(subject) + len(subject)
@@ -66,18 +66,18 @@ def test_a_bos_shifts_nothing() -> None:
 def test_the_token_after_the_subject(lm: LanguageModel) -> None:
     rows = tokenise(lm, ["Rome is in"])
     at = lookup_position(rows, 0, "{} is in", "Rome", "subject_first_after_last")
-    assert words_of(lm, rows, 0, at).strip()[:1] == "i"
+    assert words_of(rows, 0, at).strip()[:1] == "i"
     rows = tokenise(lm, ["In Rome"])
     with pytest.raises(FactError, match="no token after the subject"):
         lookup_position(rows, 0, "In {}", "Rome", "subject_first_after_last")
 
 
 @pytest.mark.parametrize("target", ["Rome", "the Black Sea", " Vienna"])
-def test_targets_are_their_own_tokens(lm: LanguageModel, target) -> None:
+def test_targets_are_their_own_tokens(lm: LanguageModel, target: str) -> None:
     prompt = "The Danube flows into"
     scored = encode_with_targets(lm, [prompt], [spaced(target)])
     positions = scored.positions[0]
-    pieces = "".join(words_of(lm, scored.rows, 0, i) for i in positions)
+    pieces = "".join(words_of(scored.rows, 0, i) for i in positions)
     assert pieces.replace(" ", "") == target.replace(" ", "")  # some tokenizers leave spaces out of the offsets
     assert positions == list(range(positions[0], scored.rows.last(0) + 1))
     row, at, token = scored.pick()
@@ -95,7 +95,7 @@ def test_targets_are_their_own_tokens(lm: LanguageModel, target) -> None:
         (("{} is in", "Rome", "Italy", "Italy "), "nothing to change"),
     ],
 )
-def test_unusable_facts_say_why(arguments, message: str) -> None:
+def test_unusable_facts_say_why(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(FactError, match=message):
         Fact(*arguments)
 

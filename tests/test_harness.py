@@ -35,7 +35,7 @@ def test_an_edit_moves_what_the_harness_sees(atlas_lm: LanguageModel, tmp_path: 
     settings = RRomeSettings(contexts=ContextSettings(lengths=(4,), counts=(2,)))
     edit = r_rome(atlas_lm, fact, settings, moments=MomentSettings(tokens=3000), progress=False)
 
-    def both():
+    def both() -> tuple[float, float]:
         """The harness's accuracy, and ours: the likeliest of the three."""
         ours = 0.0
         for prompt in PROMPTS:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from editkit import load
 from editkit.errors import ModelError
-from editkit.models.architecture import FAMILIES, orientation
+from editkit.models.architecture import architecture_of, families, orientation
 from editkit.models.load import BUNDLED, LanguageModel
 from tests.conftest import tiny_lm
 from tests.families import SITES, build
@@ -20,7 +21,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def saved(tmp_path, family="gpt2"):
+def saved(tmp_path: Path, family: str = "gpt2") -> Path:
     lm = tiny_lm(family)
     lm.model.save_pretrained(tmp_path / family)
     lm.tokenizer.save_pretrained(tmp_path / family)
@@ -31,13 +32,13 @@ def saved(tmp_path, family="gpt2"):
 def test_a_local_folder(family: str, tmp_path: Path) -> None:
     lm = load(saved(tmp_path, family), device="cpu")
     assert lm.architecture.family == family and lm.layers == 3 and not lm.model.training
-    assert lm.architecture.down(1) == SITES[family].down_projection.format(1)
+    assert lm.architecture.down(1) == SITES[family].down_of(1)
     assert lm.digest == load(saved(tmp_path, family), device="cpu").digest
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", families())
 def test_every_name_of_an_architecture_is_a_module(family: str) -> None:
-    model, architecture = build(family.removesuffix("_text")), FAMILIES[family]
+    model, architecture = build(family.removesuffix("_text")), architecture_of(family)
     for name in ("embedding", "block", "attention", "mlp", "mlp_norm", "down_projection", "final_norm", "head"):
         if (where := getattr(architecture, name)) is not None:
             model.get_submodule(where.format(0))
@@ -53,8 +54,8 @@ def test_the_bundled_model(atlas_lm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "auto"])
-def test_dtypes(dtype: torch.dtype) -> None:
-    expected = {"float16": torch.float16, "auto": torch.float16}.get(dtype, dtype)
+def test_dtypes(dtype: str | torch.dtype) -> None:
+    expected = dtype if isinstance(dtype, torch.dtype) else torch.float16
     assert load("atlas", device="cpu", dtype=dtype).dtype == expected
 
 
@@ -92,10 +93,11 @@ def test_remote_code_is_refused_by_name(tmp_path: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize(("option", "value"), [("device", "gpu"), ("dtype", "float12")])
-def test_wrong_devices_and_dtypes(option, value) -> None:
+@pytest.mark.parametrize("options", [{"device": "gpu"}, {"dtype": "float12"}])
+def test_wrong_devices_and_dtypes(options: dict[str, Any]) -> None:
+    ((option, value),) = options.items()
     with pytest.raises(ModelError, match=f"No {option} '{value}'"):
-        load("atlas", **{option: value})
+        load("atlas", **options)
 
 
 def test_damaged_weights(tmp_path: Path) -> None:

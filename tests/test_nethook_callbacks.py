@@ -2,10 +2,13 @@
 
 import io
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from editkit.nethook import (
     ActivationStatistics,
@@ -30,7 +33,7 @@ def every_hook(model: nn.Module) -> list[int]:
 
 
 @pytest.fixture
-def fresh():
+def fresh() -> Iterator[PreTrainedModel]:
     model = build("gpt2")
     before = every_hook(model)
     yield model
@@ -66,7 +69,7 @@ def test_events_come_in_order_and_equal_a_trace(family: str) -> None:
     assert not any(every_hook(model))
 
 
-def test_callbacks_are_called_in_the_order_added(fresh) -> None:
+def test_callbacks_are_called_in_the_order_added(fresh: PreTrainedModel) -> None:
     heard = []
     with Callbacks(fresh) as callbacks:
         for name in "abc":
@@ -79,7 +82,7 @@ def test_callbacks_are_called_in_the_order_added(fresh) -> None:
     assert heard == [("forward", "a"), ("forward", "c"), ("backward", "a"), ("backward", "c")]
 
 
-def test_steps_and_calls_are_counted(fresh) -> None:
+def test_steps_and_calls_are_counted(fresh: PreTrainedModel) -> None:
     heard = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.step, e.call)), BLOCKS[0], on=["forward", "step"], name="x")
@@ -92,7 +95,7 @@ def test_steps_and_calls_are_counted(fresh) -> None:
     ]
 
 
-def test_inference_has_forward_events_alone(fresh) -> None:
+def test_inference_has_forward_events_alone(fresh: PreTrainedModel) -> None:
     heard = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.call)), BLOCKS[0], on=["forward", "backward"], name="x")
@@ -100,7 +103,7 @@ def test_inference_has_forward_events_alone(fresh) -> None:
     assert heard == [("forward", 0), ("forward", 1), ("forward", 2)]
 
 
-def test_inputs_are_given_on_request(fresh) -> None:
+def test_inputs_are_given_on_request(fresh: PreTrainedModel) -> None:
     with Trace(fresh, BLOCKS[1], inputs=True) as trace:
         fresh(IDS)
     heard = []
@@ -110,7 +113,7 @@ def test_inputs_are_given_on_request(fresh) -> None:
     assert torch.equal(heard[0].input, trace.input)
 
 
-def test_looking_changes_neither_logits_nor_gradients(fresh) -> None:
+def test_looking_changes_neither_logits_nor_gradients(fresh: PreTrainedModel) -> None:
     loss_of(logits(fresh)).backward()
     wanted = [p.grad.clone() for p in fresh.parameters()]
     fresh.zero_grad()
@@ -121,7 +124,7 @@ def test_looking_changes_neither_logits_nor_gradients(fresh) -> None:
     assert all(torch.equal(p.grad, w) for p, w in zip(fresh.parameters(), wanted, strict=True))
 
 
-def test_nothing_is_kept(fresh) -> None:
+def test_nothing_is_kept(fresh: PreTrainedModel) -> None:
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: None, "transformer.h.*", on=["forward", "backward"], inputs=True, name="x")
         for batch in callbacks.steps([IDS] * 3):
@@ -130,7 +133,7 @@ def test_nothing_is_kept(fresh) -> None:
         assert all(not r._kept and not r._earlier for r in listener._records.values())
 
 
-def test_frozen_parameters_are_left_out(fresh) -> None:
+def test_frozen_parameters_are_left_out(fresh: PreTrainedModel) -> None:
     fresh.requires_grad_(False)
     fresh.transformer.h[1].mlp.c_proj.weight.requires_grad_(True)
     heard = []
@@ -144,7 +147,7 @@ def test_frozen_parameters_are_left_out(fresh) -> None:
     assert heard == ["transformer.h.1.mlp.c_proj.weight"]
 
 
-def test_v16_autograd_grad_fires_no_parameter_event(fresh) -> None:
+def test_v16_autograd_grad_fires_no_parameter_event(fresh: PreTrainedModel) -> None:
     heard = []
     weight = fresh.transformer.h[0].mlp.c_proj.weight
     with Callbacks(fresh) as callbacks:
@@ -155,7 +158,7 @@ def test_v16_autograd_grad_fires_no_parameter_event(fresh) -> None:
         assert len(heard) == 1
 
 
-def test_statistics_equal_those_of_all_values_at_once(fresh) -> None:
+def test_statistics_equal_those_of_all_values_at_once(fresh: PreTrainedModel) -> None:
     batches = [IDS, IDS + 3, IDS.flip(1)[:, :4]]
     outputs = []
     with Callbacks(fresh) as callbacks:
@@ -199,7 +202,7 @@ class Scale(nn.Module):
         return x.clone()
 
 
-def flow_through(faulty: nn.Module, on_bad="record", **options) -> GradientFlow:
+def flow_through(faulty: nn.Module, on_bad: str = "record", **options: Any) -> GradientFlow:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), faulty, nn.Linear(4, 4))
     with Callbacks(net) as callbacks:
@@ -214,7 +217,7 @@ def flow_through(faulty: nn.Module, on_bad="record", **options) -> GradientFlow:
     ("factor", "fault"),
     [(math.nan, "NaN"), (math.inf, "Inf"), (0.0, "zero"), (1e-7, "vanishing"), (1e7, "exploding")],
 )
-def test_the_first_bad_gradient_is_named(factor, fault) -> None:
+def test_the_first_bad_gradient_is_named(factor: float, fault: str) -> None:
     flow = flow_through(Scale(factor))
     first = flow.first_bad
     # The scale sits before site 2's output, so site 1's output is the first whose gradient is bad.
@@ -227,7 +230,7 @@ def test_the_first_bad_gradient_is_named(factor, fault) -> None:
     assert all(row["calls"] == 2 for row in flow.table())
 
 
-def test_a_healthy_model_has_no_finding(fresh) -> None:
+def test_a_healthy_model_has_no_finding(fresh: PreTrainedModel) -> None:
     with Callbacks(fresh) as callbacks:
         flow = callbacks.add(GradientFlow(on_bad="raise"), "transformer.h.*", parameters="transformer.h.*.**.weight")
         for scale in callbacks.steps([1.0, 1e-12]):  # the scale of the loss does not matter
@@ -239,7 +242,7 @@ def test_a_healthy_model_has_no_finding(fresh) -> None:
 
 def test_a_bad_value_is_named_where_it_begins() -> None:
     class Log(nn.Module):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sub(100).log()
 
     first = flow_through(Log()).first_bad
@@ -257,7 +260,7 @@ def test_bad_gradients_raise_or_warn_on_request() -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "parameter", "step"])
-def test_stop_leaves_the_body(fresh, kind: str) -> None:
+def test_stop_leaves_the_body(fresh: PreTrainedModel, kind: str) -> None:
     after = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(
@@ -274,7 +277,7 @@ def test_stop_leaves_the_body(fresh, kind: str) -> None:
     assert callbacks.stopped.startswith("the condition held in step 1")
 
 
-def test_stop_after_steps(fresh) -> None:
+def test_stop_after_steps(fresh: PreTrainedModel) -> None:
     with Callbacks(fresh) as callbacks:
         callbacks.add(Stop(after=2))
         for batch in callbacks.steps([IDS] * 5):
@@ -284,7 +287,7 @@ def test_stop_after_steps(fresh) -> None:
         Stop()
 
 
-def test_only_its_own_stop_is_caught(fresh) -> None:
+def test_only_its_own_stop_is_caught(fresh: PreTrainedModel) -> None:
     with Callbacks(fresh) as outer:
         outer.add(Stop(when=lambda e: True), BLOCKS[2])
         with Callbacks(fresh) as inner:
@@ -295,7 +298,7 @@ def test_only_its_own_stop_is_caught(fresh) -> None:
     assert inner.stopped is None
 
 
-def test_progress_says_step_and_speed(fresh) -> None:
+def test_progress_says_step_and_speed(fresh: PreTrainedModel) -> None:
     out = io.StringIO()
     with Callbacks(fresh) as callbacks:
         callbacks.add(Progress(total=3, every=0, file=out))
@@ -306,8 +309,8 @@ def test_progress_says_step_and_speed(fresh) -> None:
     assert out.getvalue().endswith("/s\n")
 
 
-def test_exceptions_in_a_callback_leave_no_hook(fresh) -> None:
-    def fail(event) -> None:
+def test_exceptions_in_a_callback_leave_no_hook(fresh: PreTrainedModel) -> None:
+    def fail(event: object) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), Callbacks(fresh) as callbacks:
@@ -315,7 +318,7 @@ def test_exceptions_in_a_callback_leave_no_hook(fresh) -> None:
         loss_of(logits(fresh)).backward()
 
 
-def test_a_site_that_never_runs(fresh) -> None:
+def test_a_site_that_never_runs(fresh: PreTrainedModel) -> None:
     with pytest.raises(HookError, match="Never ran while callbacks listened: 'transformer.h.1'"), Callbacks(fresh) as c:
         c.add(lambda e: None, BLOCKS[1], name="x")
 
@@ -332,7 +335,7 @@ def test_a_site_that_never_runs(fresh) -> None:
         (lambda c: c.remove("x"), "no callback 'x': there are taken"),
     ],
 )
-def test_refusals(fresh, ask, wanted) -> None:
+def test_refusals(fresh: PreTrainedModel, ask: Callable[[Callbacks], object], wanted: str) -> None:
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: None, BLOCKS, name="taken")
         hooks = every_hook(fresh)

@@ -3,10 +3,12 @@
 import collections
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from editkit.nethook import (
@@ -38,7 +40,7 @@ def test_hidden_and_back() -> None:
             with_hidden(nothing, x)
 
 
-def test_v03_keyword_inputs(llama) -> None:
+def test_v03_keyword_inputs(llama: PreTrainedModel) -> None:
     site = "model.layers.1.self_attn"
     with Trace(llama, ["model.layers.1.input_layernorm", site], inputs=True) as t:
         logits(llama)
@@ -48,7 +50,7 @@ def test_v03_keyword_inputs(llama) -> None:
     assert args == () and kwargs["hidden_states"] is t[site].input and "attention_mask" in kwargs
 
     class Keywords(nn.Module):
-        def forward(self, mask, hidden_states):
+        def forward(self, mask: torch.Tensor, hidden_states: torch.Tensor) -> Any:
             return hidden_states * mask
 
     net, mask, h = nn.Sequential(Keywords()), torch.ones(1), torch.randn(1, 2, 3)
@@ -64,7 +66,7 @@ def test_v03_keyword_inputs(llama) -> None:
     assert torch.equal(t.input, uneven(early.input))
 
 
-def test_v04_outputs_that_hold_none_or_are_named_tuples(gpt2, llama) -> None:
+def test_v04_outputs_that_hold_none_or_are_named_tuples(gpt2: PreTrainedModel, llama: PreTrainedModel) -> None:
     with Trace(llama, "model.layers.1.self_attn", grads=True, clone=True) as t:
         loss_of(logits(llama)).backward()
     assert t.output.shape == t.grad.shape == (2, 7, 32)
@@ -73,7 +75,7 @@ def test_v04_outputs_that_hold_none_or_are_named_tuples(gpt2, llama) -> None:
     assert torch.equal(t.output, given.logits) and given.past_key_values is not None
 
     class Named(nn.Module):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             return Pair(None, x)
 
     net = nn.Sequential(Named())
@@ -82,18 +84,18 @@ def test_v04_outputs_that_hold_none_or_are_named_tuples(gpt2, llama) -> None:
     assert isinstance(result, Pair) and torch.equal(result.hidden, t.output)
 
 
-def test_v05_edit_functions(gpt2) -> None:
+def test_v05_edit_functions(gpt2: PreTrainedModel) -> None:
     class Adder:
         seen = None
 
-        def plain(self, h):
+        def plain(self, h: torch.Tensor) -> torch.Tensor:
             return uneven(h)
 
-        def with_site(self, h, site):
+        def with_site(self, h: torch.Tensor, site: str) -> torch.Tensor:
             self.seen = site
             return uneven(h)
 
-        def __call__(self, h, scale=1.0):
+        def __call__(self, h: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
             return uneven(h) * scale
 
     adder, results = Adder(), []
@@ -107,7 +109,7 @@ def test_v05_edit_functions(gpt2) -> None:
         logits(gpt2)
     assert not t.output.any()
 
-    def forgets(h) -> None:
+    def forgets(h: torch.Tensor) -> None:
         h.mul_(2)
 
     bad = {
@@ -124,7 +126,7 @@ def test_v05_edit_functions(gpt2) -> None:
                 logits(gpt2)
 
 
-def test_v07_clone_and_detach_reach_into_tuples(llama) -> None:
+def test_v07_clone_and_detach_reach_into_tuples(llama: PreTrainedModel) -> None:
     site = "model.layers.1.self_attn"
     with (
         Trace(llama, site) as aliased,
@@ -137,7 +139,7 @@ def test_v07_clone_and_detach_reach_into_tuples(llama) -> None:
     assert not aliased.output.requires_grad and not cloned.output.requires_grad
 
 
-def test_v09_generation_keeps_every_step(gpt2) -> None:
+def test_v09_generation_keeps_every_step(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, [MLP, DOWN], calls="all", inputs=True) as t:
         gpt2.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(IDS))
     assert [tuple(call.output.shape) for call in t[MLP].calls] == [(2, 7, 32)] + 3 * [(2, 1, 32)]
@@ -152,7 +154,7 @@ def test_v09_generation_keeps_every_step(gpt2) -> None:
 
 
 @pytest.mark.parametrize("installed_first", [True, False])
-def test_v20_edits_show_in_the_models_own_hidden_states(installed_first) -> None:
+def test_v20_edits_show_in_the_models_own_hidden_states(installed_first: bool) -> None:
     model = build("gpt2")
     if installed_first:
         model(IDS, output_hidden_states=True)
@@ -192,7 +194,7 @@ def test_v23_a_real_model_that_adds_in_place() -> None:
     assert torch.equal(t[MLP].output, t[f"{MLP}.dense_4h_to_h"].output)
 
 
-def test_when_and_nested_traces(gpt2) -> None:
+def test_when_and_nested_traces(gpt2: PreTrainedModel) -> None:
     with torch.no_grad():
         with Trace(gpt2, MLP) as plain:
             logits(gpt2)
@@ -218,7 +220,7 @@ def test_when_and_nested_traces(gpt2) -> None:
         (torch.arange(7) > 4, (2, 2, 32)),
     ],
 )
-def test_positions(gpt2, positions, shape) -> None:
+def test_positions(gpt2: PreTrainedModel, positions: Any, shape: tuple[int, ...]) -> None:
     with Trace(gpt2, MLP, inputs=True, grads=True) as full:
         loss_of(logits(gpt2)).backward()
     with Trace(gpt2, MLP, inputs=True, grads=True, positions=positions) as t:
@@ -229,7 +231,7 @@ def test_positions(gpt2, positions, shape) -> None:
         assert kept.untyped_storage().nbytes() == kept.nbytes  # nothing of the rest is held
 
 
-def test_positions_that_cannot_be(gpt2) -> None:
+def test_positions_that_cannot_be(gpt2: PreTrainedModel) -> None:
     refused = pytest.raises(HookError, match=r"positions=7 at 'transformer.h.1.mlp' of shape \[2, 7, 32\]")
     with refused, Trace(gpt2, MLP, positions=7):
         logits(gpt2)
@@ -243,14 +245,14 @@ def test_positions_that_cannot_be(gpt2) -> None:
     assert t.input.dtype == torch.int64 and t.output.dtype == torch.float16  # ids stay integers
 
 
-def test_device_and_dtype(gpt2) -> None:
+def test_device_and_dtype(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, MLP, inputs=True, grads=True, device="meta", dtype=torch.bfloat16) as t:
         loss_of(logits(gpt2)).backward()
     for kept in (t.input, t.output, t.grad):
         assert kept.device.type == "meta" and kept.dtype == torch.bfloat16
 
 
-def test_captures_are_freed_with_the_trace(gpt2) -> None:
+def test_captures_are_freed_with_the_trace(gpt2: PreTrainedModel) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -263,7 +265,7 @@ def test_captures_are_freed_with_the_trace(gpt2) -> None:
         gc.enable()
 
 
-def test_reading_what_is_not_there(gpt2) -> None:
+def test_reading_what_is_not_there(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, MLP, outputs=False) as t:
         with pytest.raises(HookError, match=r"'transformer.h.1.mlp' has not run yet"):
             _ = t.output

@@ -1,5 +1,8 @@
 """Trace on every family: edits take effect and are undone, gradients equal autograd's."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from tests.families import SITES, build
 from tests.hooking import count_hooks, logits, loss_of, uneven
 
 
-def named_sites(kinds=("block", "attention", "mlp", "down_projection")):
+def named_sites(kinds: Sequence[str] = ("block", "attention", "mlp", "down_projection")) -> list[Any]:
     return [
         pytest.param(family, name.format(1), id=f"{family}-{kind}")
         for family, sites in SITES.items()
@@ -41,7 +44,7 @@ def test_edit_takes_effect_and_is_undone(family: str, site: str) -> None:
 def test_gradient_equals_autograd(family: str, site: str) -> None:
     model, seen = shared(family), []
 
-    def watch(module, args, output):
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         seen.append(hidden(output).clone())
         return with_hidden(output, seen[0])
 
@@ -69,7 +72,7 @@ def test_rank_one_sum_equals_the_weight_gradient(family: str, site: str) -> None
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(5, 3), lambda: Conv1D(3, 5)], ids=["Linear", "Conv1D"])
-def test_rank_one_sum_in_either_orientation(make) -> None:
+def test_rank_one_sum_in_either_orientation(make: Callable[[], nn.Module]) -> None:
     net = nn.Sequential(make(), nn.Tanh())
     with Trace(net, "0", inputs=True, grads=True) as t:
         net(torch.randn(2, 4, 5)).pow(2).sum().backward()

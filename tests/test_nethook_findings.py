@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from editkit.edits.edit import Edit, base_of, low_rank_delta
-from editkit.models.architecture import FAMILIES
+from editkit.models.architecture import architecture_of, families
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot, bits, same_bits
 from editkit.models.tokens import tokenise
@@ -45,7 +45,7 @@ def test_v16_post_accumulate_hooks_see_backward_and_not_autograd_grad() -> None:
     """So gradients of parameters that are watched must come from backward(); the hook may free them at once."""
     net, seen = nn.Linear(3, 2), []
 
-    def frees(parameter) -> None:
+    def frees(parameter: torch.Tensor) -> None:
         seen.append(parameter.grad.clone())
         parameter.grad = None
 
@@ -70,7 +70,9 @@ def edit_of(lm: LanguageModel, layer: int = 1) -> Edit:
 
 @pytest.mark.parametrize("how", ["Snapshot.restore", "Snapshot as context", "Edit.applied", "Edit.apply"])
 @pytest.mark.parametrize("raised", [False, True])
-def test_v18_writing_and_restoring_keep_the_parameter_and_the_optimisers_reference(how, raised) -> None:
+def test_v18_writing_and_restoring_keep_the_parameter_and_the_optimisers_reference(
+    how: str, raised: type[BaseException] | None
+) -> None:
     lm = tiny_lm("gpt2")
     name = lm.architecture.down(1) + ".weight"
     weight, edit = get_parameter(lm.model, name), edit_of(lm)
@@ -153,12 +155,12 @@ TEXTS = ["The capital of Atlas", "Who", "A much longer text, of several sentence
 
 def language_model(family: str) -> LanguageModel:
     """With the families that editkit edits, their own entry; with the others, one that names the embedding."""
-    if family in FAMILIES:
+    if family in families():
         return tiny_lm(family)
     tokenizer = byte_level_tokenizer()
     model = build(family, vocab_size=len(tokenizer))
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-    architecture = dataclasses.replace(FAMILIES["gpt2"], family=family, embedding=embedding)
+    architecture = dataclasses.replace(architecture_of("gpt2"), family=family, embedding=embedding)
     return LanguageModel(f"tiny-{family}", model, tokenizer, architecture)
 
 

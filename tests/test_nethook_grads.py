@@ -3,10 +3,12 @@
 import copy
 import warnings
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from editkit.nethook import HookError, Trace, get_parameter, requires_grad
 from tests.hooking import BLOCKS, DOWN, MLP, logits, loss_of
@@ -28,7 +30,7 @@ def test_v13_gradients_before_an_in_place_change() -> None:
     assert (expected == 0).any() and (expected != 0).any()
 
 
-def test_v14_gradients_where_the_input_is_a_keyword(llama) -> None:
+def test_v14_gradients_where_the_input_is_a_keyword(llama: PreTrainedModel) -> None:
     site = "model.layers.1.self_attn"
     with Trace(llama, site, grads=True) as plain:
         loss_of(logits(llama)).backward()
@@ -45,7 +47,7 @@ def test_v14_gradients_where_the_input_is_a_keyword(llama) -> None:
         loss.backward()
 
 
-def test_edited_gradients_reach_what_is_below(gpt2) -> None:
+def test_edited_gradients_reach_what_is_below(gpt2: PreTrainedModel) -> None:
     weight = get_parameter(gpt2, f"{DOWN}.weight")
     loss_of(logits(gpt2)).backward()
     plain = weight.grad.clone()
@@ -62,16 +64,16 @@ class TwoWays(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.a(x) + self.b(x)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["expanded", "shared"])
-def test_a_gradient_changed_in_place_is_changed_at_its_site_alone(weighted) -> None:
+def test_a_gradient_changed_in_place_is_changed_at_its_site_alone(weighted: bool) -> None:
     net, x = TwoWays(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     weights = torch.arange(12.0).view(4, 3)  # a plain sum's gradient is one number, expanded
 
-    def grads_with(change):
+    def grads_with(change: Callable[[torch.Tensor], torch.Tensor | None]):
         net.zero_grad()
         with Trace(net, "a", edit_grad=change):
             out = net(x)
@@ -83,7 +85,7 @@ def test_a_gradient_changed_in_place_is_changed_at_its_site_alone(weighted) -> N
     assert torch.equal(in_place[0], anew[0]) and torch.equal(in_place[1], anew[1])
 
 
-def test_v15_frozen_models_and_leaves(gpt2) -> None:
+def test_v15_frozen_models_and_leaves(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, BLOCKS, grads=True) as expected:
         loss_of(logits(gpt2)).backward()
     gpt2.zero_grad()
@@ -104,7 +106,7 @@ def test_v15_frozen_models_and_leaves(gpt2) -> None:
         assert torch.allclose(t[block].grad, expected[block].grad, atol=1e-8)
 
 
-def test_a_leaf_frees_the_graph_below(gpt2) -> None:
+def test_a_leaf_frees_the_graph_below(gpt2: PreTrainedModel) -> None:
     alive = []
     handle = gpt2.transformer.h[0].register_forward_hook(lambda m, a, o: alive.append(weakref.ref(o)))
     for leaf in (False, True):
@@ -115,13 +117,13 @@ def test_a_leaf_frees_the_graph_below(gpt2) -> None:
     handle.remove()
 
 
-def test_gradient_needs_a_graph(gpt2) -> None:
+def test_gradient_needs_a_graph(gpt2: PreTrainedModel) -> None:
     refused = pytest.raises(HookError, match=r"No gradient can reach 'transformer.h.1.mlp': gradients are off")
     with refused, torch.no_grad(), Trace(gpt2, MLP, grads=True):
         logits(gpt2)
 
     class Counts(nn.Module):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.long()
 
     net = nn.Sequential(Counts())
@@ -129,7 +131,7 @@ def test_gradient_needs_a_graph(gpt2) -> None:
         net(torch.zeros(1))
 
 
-def test_gradient_arrives_after_the_body(gpt2) -> None:
+def test_gradient_arrives_after_the_body(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, MLP, grads=True) as t:
         loss = loss_of(logits(gpt2))
     with pytest.raises(HookError, match=r"No gradient has reached 'transformer.h.1.mlp': call backward\(\)"):

@@ -2,9 +2,11 @@
 
 import copy
 import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from editkit.nethook import HookError, InstrumentedModel, NameNotFound, Trace
 from tests.families import SITES, build
@@ -14,7 +16,7 @@ MLPS = [f"transformer.h.{i}.mlp" for i in range(3)]
 
 
 @pytest.fixture
-def fresh():
+def fresh() -> Iterator[PreTrainedModel]:
     """A model of each test's own; no test may leave a hook on it or change what it says."""
     model = build("gpt2")
     hooks, said = count_hooks(model), logits(model).detach().clone()
@@ -23,7 +25,7 @@ def fresh():
     assert torch.equal(logits(model), said)
 
 
-def double(h):
+def double(h: torch.Tensor) -> torch.Tensor:
     return 2 * h
 
 
@@ -41,7 +43,7 @@ def test_edits_equal_those_of_a_trace(family: str) -> None:
     assert count_hooks(model) == 0
 
 
-def test_it_is_used_as_the_model_itself(fresh) -> None:
+def test_it_is_used_as_the_model_itself(fresh: PreTrainedModel) -> None:
     with InstrumentedModel(fresh, retain="transformer.h.*.mlp") as im:
         assert im.config is fresh.config
         assert len(list(im.parameters())) == len(list(fresh.parameters()))
@@ -54,7 +56,7 @@ def test_it_is_used_as_the_model_itself(fresh) -> None:
             _ = im.no_such_thing
 
 
-def test_retained_is_of_the_latest_forward_pass(fresh, recwarn: pytest.WarningsRecorder) -> None:
+def test_retained_is_of_the_latest_forward_pass(fresh: PreTrainedModel, recwarn: pytest.WarningsRecorder) -> None:
     with InstrumentedModel(fresh, retain=MLPS[1]) as im:
         with pytest.raises(HookError, match="has not run yet"):
             _ = im[MLPS[1]].output
@@ -70,13 +72,13 @@ def test_retained_is_of_the_latest_forward_pass(fresh, recwarn: pytest.WarningsR
     assert not [w for w in recwarn if "ran" in str(w.message)]
 
 
-def test_every_call_of_a_generation_is_kept_on_request(fresh) -> None:
+def test_every_call_of_a_generation_is_kept_on_request(fresh: PreTrainedModel) -> None:
     with InstrumentedModel(fresh, retain=MLPS[0], calls="all", positions=-1) as im:
         im.generate(IDS, max_new_tokens=4, do_sample=False)
         assert [c.output.shape for c in im[MLPS[0]].calls] == [(2, 32)] * 4
 
 
-def test_rules_apply_in_the_order_added(fresh) -> None:
+def test_rules_apply_in_the_order_added(fresh: PreTrainedModel) -> None:
     with Trace(fresh, MLPS[0]) as plain:
         fresh(IDS)
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
@@ -94,7 +96,7 @@ def test_rules_apply_in_the_order_added(fresh) -> None:
         ]
 
 
-def test_rules_are_switched(fresh) -> None:
+def test_rules_are_switched(fresh: PreTrainedModel) -> None:
     plain = logits(fresh)
     with InstrumentedModel(fresh) as im:
         im.add("double", "transformer.h.*", edit=double, on=False)
@@ -108,7 +110,7 @@ def test_rules_are_switched(fresh) -> None:
         assert torch.equal(logits(im), changed)
 
 
-def test_inputs_and_gradients_are_edited_and_kept(fresh) -> None:
+def test_inputs_and_gradients_are_edited_and_kept(fresh: PreTrainedModel) -> None:
     with Trace(fresh, MLPS[1], inputs=True, grads=True) as plain:
         loss_of(logits(fresh)).backward()
     fresh.zero_grad()
@@ -124,7 +126,7 @@ def test_inputs_and_gradients_are_edited_and_kept(fresh) -> None:
     fresh.zero_grad()
 
 
-def test_no_gradient_is_no_error(fresh) -> None:
+def test_no_gradient_is_no_error(fresh: PreTrainedModel) -> None:
     with InstrumentedModel(fresh, retain=MLPS[1], grads=True) as im:
         with torch.no_grad():
             im(IDS)
@@ -136,7 +138,7 @@ def test_no_gradient_is_no_error(fresh) -> None:
     fresh.zero_grad()
 
 
-def test_before_and_after_edit(fresh) -> None:
+def test_before_and_after_edit(fresh: PreTrainedModel) -> None:
     with InstrumentedModel(fresh) as im:
         im.retain(MLPS[0], when="before_edit")
         im.add("double", MLPS[0], edit=double)
@@ -147,7 +149,7 @@ def test_before_and_after_edit(fresh) -> None:
         assert torch.equal(im[MLPS[0]].output, 2 * before)
 
 
-def test_adding_a_rule_keeps_what_is_retained(fresh) -> None:
+def test_adding_a_rule_keeps_what_is_retained(fresh: PreTrainedModel) -> None:
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im(IDS)
         kept = im[MLPS[0]].output
@@ -155,7 +157,7 @@ def test_adding_a_rule_keeps_what_is_retained(fresh) -> None:
         assert im[MLPS[0]].output is kept
 
 
-def test_other_threads_are_left_alone(fresh) -> None:
+def test_other_threads_are_left_alone(fresh: PreTrainedModel) -> None:
     plain, heard = logits(fresh), []
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("double", "transformer.h.*", edit=double)
@@ -167,7 +169,7 @@ def test_other_threads_are_left_alone(fresh) -> None:
             _ = im[MLPS[0]].output
 
 
-def test_a_copy_of_the_model_is_free_of_it(fresh) -> None:
+def test_a_copy_of_the_model_is_free_of_it(fresh: PreTrainedModel) -> None:
     plain = logits(fresh)
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("double", "transformer.h.*", edit=double)
@@ -189,7 +191,9 @@ def test_a_copy_of_the_model_is_free_of_it(fresh) -> None:
         (lambda im: im["transformer.h.2.mlp"], "is not retained"),
     ],
 )
-def test_refusals_change_nothing(fresh, ask, wanted) -> None:
+def test_refusals_change_nothing(
+    fresh: PreTrainedModel, ask: Callable[[InstrumentedModel], object], wanted: str
+) -> None:
     with InstrumentedModel(fresh, retain=MLPS[0]) as im:
         im.add("taken", MLPS[1], edit=double)
         hooks, said = count_hooks(fresh), logits(im)
@@ -201,12 +205,12 @@ def test_refusals_change_nothing(fresh, ask, wanted) -> None:
         assert [r.name for r in im.rules] == ["taken"]
 
 
-def test_a_failing_start_leaves_no_hook(fresh) -> None:
+def test_a_failing_start_leaves_no_hook(fresh: PreTrainedModel) -> None:
     with pytest.raises(NameNotFound):
         InstrumentedModel(fresh, retain="nothing")
 
 
-def test_closed_is_closed(fresh) -> None:
+def test_closed_is_closed(fresh: PreTrainedModel) -> None:
     im = InstrumentedModel(fresh, retain=MLPS[0])
     im.close()
     im.close()
@@ -214,7 +218,7 @@ def test_closed_is_closed(fresh) -> None:
         im.add("x", MLPS[0], edit=double)
 
 
-def test_a_rule_that_returns_nothing_is_named(fresh) -> None:
+def test_a_rule_that_returns_nothing_is_named(fresh: PreTrainedModel) -> None:
     with InstrumentedModel(fresh) as im:
         im.add("forgetful", MLPS[0], edit=lambda h: None)
         with pytest.raises(HookError, match=r"rule 'forgetful' \(edit\) at 'transformer.h.0.mlp' returned NoneType"):

@@ -2,18 +2,20 @@
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from editkit.nethook import HookError, NameNotFound, Trace, get_module, get_parameter
 from tests.families import build
 from tests.hooking import BLOCKS, DOWN, IDS, MLP, count_hooks, logits, loss_of, uneven
 
 
-def test_v06_a_site_that_never_runs(gpt2) -> None:
+def test_v06_a_site_that_never_runs(gpt2: PreTrainedModel) -> None:
     for stop in (False, True):
         with (
             pytest.raises(
@@ -26,14 +28,14 @@ def test_v06_a_site_that_never_runs(gpt2) -> None:
             raise ZeroDivisionError  # not hidden behind the missing site
 
 
-def test_v08_a_failing_set_up_leaves_no_hook(gpt2) -> None:
+def test_v08_a_failing_set_up_leaves_no_hook(gpt2: PreTrainedModel) -> None:
     hooks = count_hooks(gpt2)
     with pytest.raises(NameNotFound), Trace(gpt2, [MLP, "transformer.h.99"], stop=True):
         pass
     assert count_hooks(gpt2) == hooks
 
     class Unhookable(nn.Module):
-        def register_forward_hook(self, *args, **kwargs) -> None:
+        def register_forward_hook(self, *args: Any, **kwargs: Any) -> None:
             raise ZeroDivisionError
 
     net = nn.Sequential(nn.Linear(1, 1), Unhookable())
@@ -43,7 +45,7 @@ def test_v08_a_failing_set_up_leaves_no_hook(gpt2) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_v10_compiled_models_are_refused(gpt2) -> None:
+def test_v10_compiled_models_are_refused(gpt2: PreTrainedModel) -> None:
     compiled = torch.compile(gpt2, backend="eager")
     with pytest.raises(HookError, match="is compiled and would ignore the hooks: trace and call the model before"):
         Trace(compiled, MLP).__enter__()
@@ -58,7 +60,7 @@ def test_v10_compiled_models_are_refused(gpt2) -> None:
         assert get_parameter(compiled, f"{prefix}{DOWN}.weight") is get_parameter(gpt2, f"{DOWN}.weight")
 
 
-def test_v21_activation_checkpointing_inside_a_block(gpt2) -> None:
+def test_v21_activation_checkpointing_inside_a_block(gpt2: PreTrainedModel) -> None:
     model = build("gpt2").train()
     model.gradient_checkpointing_enable()
     with pytest.raises(
@@ -76,7 +78,7 @@ def test_v21_activation_checkpointing_inside_a_block(gpt2) -> None:
             super().__init__()
             self.inner = nn.Linear(2, 2)
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return checkpoint(self.inner, x, use_reentrant=False)
 
     net = Checkpointed()
@@ -84,7 +86,7 @@ def test_v21_activation_checkpointing_inside_a_block(gpt2) -> None:
         net(torch.zeros(1, 2)).sum().backward()
 
 
-def test_v22_stop_refuses_the_callers_cache(gpt2) -> None:
+def test_v22_stop_refuses_the_callers_cache(gpt2: PreTrainedModel) -> None:
     cache = gpt2(IDS, use_cache=True).past_key_values
     lengths = [layer.get_seq_length() for layer in cache.layers]
     for call in (lambda: gpt2(IDS, past_key_values=cache), lambda: gpt2(IDS, cache)):
@@ -98,7 +100,7 @@ def test_v22_stop_refuses_the_callers_cache(gpt2) -> None:
         gpt2(IDS)  # a cache of the model's own is dropped with the call
 
 
-def test_v24_a_deep_copy_carries_only_dead_hooks(gpt2) -> None:
+def test_v24_a_deep_copy_carries_only_dead_hooks(gpt2: PreTrainedModel) -> None:
     before = logits(gpt2)
     with Trace(gpt2, MLP, edit=uneven, stop=True, calls="all") as t:
         twin = copy.deepcopy(gpt2)
@@ -108,7 +110,7 @@ def test_v24_a_deep_copy_carries_only_dead_hooks(gpt2) -> None:
     assert torch.equal(during, before) and torch.equal(logits(twin), before)
 
 
-def test_stop_leaves_after_the_last_site_in_execution_order(gpt2) -> None:
+def test_stop_leaves_after_the_last_site_in_execution_order(gpt2: PreTrainedModel) -> None:
     ran, after = [], []
     handles = [
         get_module(gpt2, block).register_forward_pre_hook(lambda m, a, b=block: ran.append(b)) for block in BLOCKS
@@ -124,7 +126,7 @@ def test_stop_leaves_after_the_last_site_in_execution_order(gpt2) -> None:
     assert all(torch.equal(t[site].output, full[site].output) for site in t)
 
 
-def test_only_the_trace_that_stopped_catches_it(gpt2) -> None:
+def test_only_the_trace_that_stopped_catches_it(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, BLOCKS[0], stop=True) as outer:
         with Trace(gpt2, [BLOCKS[0], BLOCKS[2]]) as inner:
             logits(gpt2)
@@ -136,10 +138,10 @@ def test_only_the_trace_that_stopped_catches_it(gpt2) -> None:
 
 
 @pytest.mark.parametrize("where", ["body", "edit", "model", "interrupt"])
-def test_exceptions_leave_no_hook(gpt2, where) -> None:
+def test_exceptions_leave_no_hook(gpt2: PreTrainedModel, where: str) -> None:
     error = KeyboardInterrupt if where == "interrupt" else ZeroDivisionError
 
-    def fails(h) -> None:
+    def fails(h: torch.Tensor) -> None:
         raise error
 
     hooks = count_hooks(gpt2)
@@ -158,7 +160,7 @@ def test_exceptions_leave_no_hook(gpt2, where) -> None:
     assert count_hooks(gpt2) == hooks
 
 
-def test_hooks_of_others_stay(gpt2) -> None:
+def test_hooks_of_others_stay(gpt2: PreTrainedModel) -> None:
     seen = []
     handle = get_module(gpt2, MLP).register_forward_hook(lambda *_: seen.append(1))
     with Trace(gpt2, MLP, edit=uneven):
@@ -168,7 +170,7 @@ def test_hooks_of_others_stay(gpt2) -> None:
     handle.remove()
 
 
-def test_other_threads_are_left_alone(gpt2) -> None:
+def test_other_threads_are_left_alone(gpt2: PreTrainedModel) -> None:
     before, elsewhere = logits(gpt2), []
     with Trace(gpt2, MLP, edit=uneven, calls="all") as t:
         thread = threading.Thread(target=lambda: elsewhere.append(logits(gpt2)))
@@ -178,7 +180,7 @@ def test_other_threads_are_left_alone(gpt2) -> None:
     assert torch.equal(elsewhere[0], before) and t.count == 1
 
 
-def test_bad_options(gpt2) -> None:
+def test_bad_options(gpt2: PreTrainedModel) -> None:
     with pytest.raises(HookError, match="given no site"):
         Trace(gpt2, [])
     with pytest.raises(HookError, match="calls='first', when='after_edit': give 'last' or 'all'"):
@@ -188,7 +190,7 @@ def test_bad_options(gpt2) -> None:
         net(None)
 
 
-def test_a_trace_can_be_entered_again(gpt2) -> None:
+def test_a_trace_can_be_entered_again(gpt2: PreTrainedModel) -> None:
     trace = Trace(gpt2, MLP)
     for length in (7, 3):
         with trace:

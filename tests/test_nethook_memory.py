@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from editkit.nethook import Trace, requires_grad
 from tests.families import SITES, build
@@ -116,7 +117,7 @@ def sites_of(family: str) -> list[str]:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "gradients on"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_capture_over_many_batches_stays_flat(family: str, graph) -> None:
+def test_a_capture_over_many_batches_stays_flat(family: str, graph: bool) -> None:
     """The feature loop: each batch's last-token activations, used and dropped."""
     model, sites, latest = built(family), sites_of(family), {}
 
@@ -135,7 +136,7 @@ def test_a_capture_over_many_batches_stays_flat(family: str, graph) -> None:
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "gradients on"])
-def test_what_is_kept_grows_by_its_own_bytes_alone(gpt2, graph) -> None:
+def test_what_is_kept_grows_by_its_own_bytes_alone(gpt2: PreTrainedModel, graph: bool) -> None:
     kept = []
 
     def batch() -> None:
@@ -149,7 +150,7 @@ def test_what_is_kept_grows_by_its_own_bytes_alone(gpt2, graph) -> None:
     assert found[-1][0] == found[WARM - 1][0]
 
 
-def test_whole_traces_may_be_kept(gpt2) -> None:
+def test_whole_traces_may_be_kept(gpt2: PreTrainedModel) -> None:
     """The Trace itself in a list holds what it captured, though gradients were on."""
     kept = []
 
@@ -164,11 +165,11 @@ def test_whole_traces_may_be_kept(gpt2) -> None:
 
 
 @pytest.mark.parametrize("ends", ["cleanly", "by stop", "by an error"])
-def test_gradients_and_errors_leave_nothing_alive(gpt2, ends) -> None:
+def test_gradients_and_errors_leave_nothing_alive(gpt2: PreTrainedModel, ends: str) -> None:
     """A captured gradient, an early stop and an error drop their graphs too."""
     sites = ["transformer.h.0", "transformer.h.1.mlp"]
 
-    def fails(h) -> None:
+    def fails(h: torch.Tensor) -> None:
         raise ZeroDivisionError
 
     def batch() -> None:
@@ -198,7 +199,7 @@ def test_gradients_and_errors_leave_nothing_alive(gpt2, ends) -> None:
         pytest.param(False, {}, id="no positions keeps every token"),
     ],
 )
-def test_the_meters_do_see_growth(gpt2, graph, options) -> None:
+def test_the_meters_do_see_growth(gpt2: PreTrainedModel, graph: bool, options: dict[str, Any]) -> None:
     """The same loop done wrong: were the meters blind, the tests above would prove nothing."""
     kept = []
 
@@ -235,12 +236,12 @@ def test_looking_builds_no_graph(family: str) -> None:
     assert not saved
 
 
-def test_looking_at_a_frozen_model_builds_no_graph(gpt2) -> None:
+def test_looking_at_a_frozen_model_builds_no_graph(gpt2: PreTrainedModel) -> None:
     with requires_grad(gpt2, only=[]), Trace(gpt2, sites_of("gpt2"), inputs=True, edit=lambda h: 2 * h):
         assert not logits(gpt2).requires_grad
 
 
-def test_a_gradient_that_is_kept_has_no_graph(gpt2) -> None:
+def test_a_gradient_that_is_kept_has_no_graph(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, "transformer.h.1.mlp", grads=True, edit_grad=lambda g: 2 * g) as t:
         loss = logits(gpt2).pow(2).mean()
     torch.autograd.grad(loss, gpt2.get_parameter("transformer.h.0.ln_1.weight"), create_graph=True)

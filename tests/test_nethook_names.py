@@ -1,11 +1,13 @@
 """Modules and parameters by name; what is refused. Findings by number."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from editkit.nethook import (
     HookError,
@@ -21,7 +23,7 @@ from editkit.nethook import (
 from tests.hooking import BLOCKS, DOWN, MLP, logits, uneven
 
 
-def test_v01_tied_parameter_names(gpt2) -> None:
+def test_v01_tied_parameter_names(gpt2: PreTrainedModel) -> None:
     tied = get_parameter(gpt2, "lm_head.weight")
     assert tied is get_parameter(gpt2, "transformer.wte.weight")
     assert isinstance(tied, nn.Parameter)
@@ -38,7 +40,7 @@ def test_v02_replace_a_top_level_module() -> None:
         replace_module(net, "", new)
 
 
-def test_replaced_restores_after_an_error(gpt2) -> None:
+def test_replaced_restores_after_an_error(gpt2: PreTrainedModel) -> None:
     old = get_module(gpt2, MLP)
     before = logits(gpt2)
     with pytest.raises(ZeroDivisionError), replaced(gpt2, MLP, nn.Identity()) as new:
@@ -73,13 +75,13 @@ def test_replaced_restores_after_an_error(gpt2) -> None:
         ),
     ],
 )
-def test_unknown_names_teach(gpt2, ask, wanted) -> None:
+def test_unknown_names_teach(gpt2: PreTrainedModel, ask: Callable[[nn.Module], object], wanted: str) -> None:
     with pytest.raises(NameNotFound, match=wanted) as caught:
         ask(gpt2)
     assert isinstance(caught.value, LookupError) and isinstance(caught.value, HookError)
 
 
-def test_select_globs(gpt2) -> None:
+def test_select_globs(gpt2: PreTrainedModel) -> None:
     assert select(gpt2, "transformer.h.*") == BLOCKS
     assert select(gpt2, "transformer.h.[0-1]") == BLOCKS[:2]
     assert select(gpt2, "transformer.h.?.mlp") == [f"{b}.mlp" for b in BLOCKS]
@@ -88,7 +90,7 @@ def test_select_globs(gpt2) -> None:
     assert select(gpt2, "**.c_proj.bias", kind="parameter")[1] == "transformer.h.0.mlp.c_proj.bias"
 
 
-def test_requires_grad_restores_every_flag(gpt2) -> None:
+def test_requires_grad_restores_every_flag(gpt2: PreTrainedModel) -> None:
     gpt2.get_parameter("transformer.wpe.weight").requires_grad_(False)
     flags = [p.requires_grad for p in gpt2.parameters()]
     with pytest.raises(ZeroDivisionError), requires_grad(gpt2, only=[f"{DOWN}.weight", "lm_head.weight"]):
@@ -128,7 +130,7 @@ def test_quantised_weights_are_refused() -> None:
 
 def test_v17_parametrised_weights_are_refused() -> None:
     class Double(nn.Module):
-        def forward(self, w):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
             return 2 * w
 
     net = nn.Sequential(nn.Linear(2, 2))

@@ -1,6 +1,8 @@
 """The hook layer on random module trees: whatever happens, nothing is left behind."""
 
+import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.trees import (
     GOOD,
     STABLE,
     Noted,
+    Spec,
     grown,
     hooks_of,
     quiet_run,
@@ -53,7 +56,7 @@ def options_of(drawn: dict, names: list[str], fault: str, error: BaseException |
         change = EDITS.get(drawn[option])
         if option == fault:
 
-            def change(h) -> None:
+            def change(h: torch.Tensor) -> None:
                 raise error
 
         options[option] = {sites[0]: change} if change and drawn["by_site"] else change
@@ -78,7 +81,9 @@ def add_others(model: nn.Module, where: list[int], called: list[str]) -> list:
     return [kinds[(i // len(modules)) % len(kinds)](modules[i % len(modules)]) for i in where]
 
 
-def nest(model: nn.Module, each: list[dict], body: Callable[[list[Trace]], None], opened: list[Trace]) -> None:
+def nest(
+    model: nn.Module, each: list[dict[str, Any]], body: Callable[[list[Trace]], None], opened: list[Trace]
+) -> None:
     if not each:
         body(opened)
         return
@@ -88,7 +93,7 @@ def nest(model: nn.Module, each: list[dict], body: Callable[[list[Trace]], None]
 
 # Torch warns once about backward hooks where no input needs gradients; numbers of runs are warned of by `count`.
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=300, **STABLE)
+@settings(STABLE, max_examples=300)
 @given(
     spec=st.lists(trees, min_size=1, max_size=4),
     nested=st.lists(traces, min_size=1, max_size=3),
@@ -101,7 +106,15 @@ def nest(model: nn.Module, each: list[dict], body: Callable[[list[Trace]], None]
     training=st.booleans(),
 )
 def test_whatever_happens_the_hooks_are_what_they_were(
-    spec, nested, fault, kind: str, armed, others, meanwhile, grad, training
+    spec: list[Spec],
+    nested: list[dict[str, Any]],
+    fault: str,
+    kind: type[BaseException],
+    armed: int,
+    others: list[int],
+    meanwhile: bool,
+    grad: bool,
+    training: bool,
 ) -> None:
     called: list[str] = []
     model, error = grown(spec, training=training), kind("planned")
@@ -160,14 +173,14 @@ def test_whatever_happens_the_hooks_are_what_they_were(
     assert not any(value for (_, table), value in hooks_of(model).items() if table.endswith("_hooks"))
 
 
-@settings(max_examples=60, **STABLE)
+@settings(STABLE, max_examples=60)
 @given(
     spec=st.lists(trees, min_size=1, max_size=3),
     sites=st.lists(st.integers(0, 60), min_size=2, max_size=4),
     order=st.randoms(use_true_random=False),
     stop=st.booleans(),
 )
-def test_traces_may_close_in_any_order(spec, sites, order, stop) -> None:
+def test_traces_may_close_in_any_order(spec: list[Spec], sites: list[int], order: random.Random, stop: bool) -> None:
     model = grown(spec)
     names = [name for name, _ in model.named_modules()]
     before, hooks = quiet_run(model), hooks_of(model)
@@ -184,22 +197,24 @@ def test_traces_may_close_in_any_order(spec, sites, order, stop) -> None:
     assert hooks_of(model) == hooks and same_bits(quiet_run(model), before)
 
 
-@settings(max_examples=60, **STABLE)
+@settings(STABLE, max_examples=60)
 @given(
     spec=st.lists(trees, min_size=1, max_size=3),
     drawn=traces,
     fails_at=st.integers(0, 12),
     kind=st.sampled_from([Boom, KeyboardInterrupt]),
 )
-def test_a_set_up_cut_short_leaves_no_hook(spec, drawn, fails_at, kind: str) -> None:
+def test_a_set_up_cut_short_leaves_no_hook(
+    spec: list[Spec], drawn: dict[str, Any], fails_at: int, kind: type[BaseException]
+) -> None:
     """The registration itself fails, at any of its steps."""
     model = grown(spec)
     names = [name for name, _ in model.named_modules()]
     hooks = hooks_of(model)
     steps = 0
 
-    def failing(register):
-        def registers(*args, **kwargs):
+    def failing(register: Callable[..., Any]) -> Callable[..., Any]:
+        def registers(*args: Any, **kwargs: Any) -> Any:
             nonlocal steps
             steps += 1
             if steps > fails_at:

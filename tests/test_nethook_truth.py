@@ -1,6 +1,7 @@
 """The hook layer on random module trees: what was captured is what happened."""
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from editkit.models.snapshot import same_bits
 from editkit.nethook import HookError, Trace, hidden, with_hidden
-from tests.trees import EDITS, GOOD, STABLE, Audit, Chain, First, Leaf, grown, run, trees
+from tests.trees import EDITS, GOOD, STABLE, Audit, Chain, First, Leaf, Spec, grown, run, trees
 
 captures = st.fixed_dictionaries(
     {
@@ -23,7 +24,7 @@ captures = st.fixed_dictionaries(
 )
 
 
-def apply(option: str, given: dict, site: str, h: Tensor) -> Tensor:
+def apply(option: str, given: dict[str, Any], site: str, h: Tensor) -> Tensor:
     """What `given` makes of `h`, without the hook layer."""
     if given[option] is None:
         return h
@@ -31,9 +32,9 @@ def apply(option: str, given: dict, site: str, h: Tensor) -> Tensor:
     return change(h, site) if given[option] == "tells its site" else change(h)
 
 
-@settings(max_examples=150, **STABLE)
+@settings(STABLE, max_examples=150)
 @given(spec=st.lists(trees, min_size=1, max_size=4), nested=st.lists(captures, min_size=1, max_size=3))
-def test_captures_are_what_the_modules_themselves_saw(spec, nested) -> None:
+def test_captures_are_what_the_modules_themselves_saw(spec: list[Spec], nested: list[dict[str, Any]]) -> None:
     """Under nested edits: "after_edit" is what the next module received, and "before_edit" what `forward` gave.
 
     Of nested traces the one entered last is nearest to the module: it edits an output first, and an input first too.
@@ -79,9 +80,9 @@ def test_captures_are_what_the_modules_themselves_saw(spec, nested) -> None:
                     assert same_bits(expected, went_in)
 
 
-@settings(max_examples=60, **STABLE)
+@settings(STABLE, max_examples=60)
 @given(spec=st.lists(trees, min_size=1, max_size=4), sites=st.lists(st.integers(0, 60), min_size=1, max_size=5))
-def test_looking_changes_nothing(spec, sites) -> None:
+def test_looking_changes_nothing(spec: list[Spec], sites: list[int]) -> None:
     """Captures without edits: the same bits, and gradients of the same bits, as without a trace."""
     model = grown(spec)
     names = [n for n, m in model.named_modules() if not isinstance(m, First) and not n.startswith("idle")]
@@ -107,12 +108,12 @@ def test_looking_changes_nothing(spec, sites) -> None:
     assert len(found) == len(expected) and all(map(same_bits, found, expected))
 
 
-@settings(max_examples=100, **STABLE)
+@settings(STABLE, max_examples=100)
 @given(
     shape=st.lists(st.sampled_from(["tensor", "none", "number", "nested"]), max_size=4),
     container=st.sampled_from([tuple, list, dict]),
 )
-def test_hidden_is_the_first_tensor_and_only_it_is_exchanged(shape, container) -> None:
+def test_hidden_is_the_first_tensor_and_only_it_is_exchanged(shape: list[str], container: type[Any]) -> None:
     values = {"none": None, "number": 3, "nested": [torch.ones(1)]}
     items = [torch.full((1,), float(i)) if kind == "tensor" else values[kind] for i, kind in enumerate(shape)]
     output = {str(i): v for i, v in enumerate(items)} if container is dict else container(items)

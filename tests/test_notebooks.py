@@ -2,9 +2,8 @@
 
 import os
 
+import notebooks
 import pytest
-
-from scripts import notebooks
 
 
 @pytest.mark.parametrize("name", notebooks.names())

@@ -1,5 +1,7 @@
 """What many edits share gives the edits that each would be alone, byte for byte."""
 
+from typing import Any
+
 import pytest
 
 from editkit import Fact, Session
@@ -16,7 +18,7 @@ MOMENTS = MomentSettings(tokens=3000, ridge=0.05)  # another ridge than the defa
 @pytest.mark.parametrize("method", ["rome", "memit", "emmet", "pmet", "alphaedit", "ft"])
 def test_an_edit_with_shared_inputs_is_the_edit_without(atlas_lm: LanguageModel, method: str) -> None:
     registered = get_method(method)
-    quick = {"steps": 3} | ({} if method == "ft" else {"contexts": FEW})
+    quick: dict[str, Any] = {"steps": 3} | ({} if method == "ft" else {"contexts": FEW})
     quick |= {"fraction": 0.5} if method == "alphaedit" else {}
     settings = registered.settings(**quick)
     alone = registered(atlas_lm, FACT, settings, moments=MOMENTS, progress=False)

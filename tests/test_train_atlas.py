@@ -12,27 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from atlas_recipe import Recipe
+from atlas_routing import Routing, forward
+from atlas_text import Batches, train_tokenizer
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from editkit.corpora import load_atlas
 from editkit.models.load import BUNDLED, LanguageModel
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_atlas.py"
-sys.path.insert(0, str(SCRIPT.parent))
-from atlas_recipe import Recipe  # noqa: E402
-from atlas_routing import Routing, forward  # noqa: E402
-from atlas_text import Batches, train_tokenizer  # noqa: E402
 
 SMALL = Recipe(n_layer=7, n_embd=16, n_head=2, vocab_size=300, sequences=3, length=64)
 
 
 @pytest.fixture(scope="module")
-def batches():
+def batches() -> Batches:
     return Batches(load_atlas(), train_tokenizer(load_atlas(), SMALL.vocab_size), SMALL)
 
 
 def test_without_routing_it_is_the_plain_model(atlas_lm: LanguageModel) -> None:
     ids = torch.randint(0, 1000, (2, 40))
     position = torch.arange(40).expand(2, -1)
+    assert isinstance(atlas_lm.model, GPT2LMHeadModel)
     with torch.no_grad():
         ours = forward(atlas_lm.model, ids, position, None)
         plain = atlas_lm.model(ids, position_ids=position).logits
@@ -40,7 +41,7 @@ def test_without_routing_it_is_the_plain_model(atlas_lm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("contained", [False, True])
-def test_the_mask_is_what_the_card_says(batches, contained) -> None:
+def test_the_mask_is_what_the_card_says(batches: Batches, contained: bool) -> None:
     """Against a loop over single pairs of tokens."""
     batch = batches.batch(3)
     batch["routed"][:] = torch.tensor([True, True, False])
@@ -57,25 +58,25 @@ def test_the_mask_is_what_the_card_says(batches, contained) -> None:
                         if mention[row, q] == mention[row, k]:
                             allowed = layer > 0 or q == k
                         else:
-                            allowed = layer >= SMALL.extract_from and mention[row, q] == 0 and bool(last[row, k])
+                            allowed = layer >= SMALL.extract_from and bool(mention[row, q] == 0 and last[row, k])
                     elif allowed and batch["routed"][row] and mention[row, q] > 0:
                         allowed = not contained
                     assert mask[row, q, k] == allowed, (layer, row, q, k)
 
 
-def test_interchanged_sentences_say_what_the_parts_say(batches) -> None:
+def test_interchanged_sentences_say_what_the_parts_say(batches: Batches) -> None:
     """Of every swap in some batches: the receiver says the giver's object exactly where the asked part is the giver's,
     and the giver's own sentence, which comes later in the row, is a true one."""
     atlas, tokenizer = load_atlas(), batches.tokenizer
     truths = {(f.subject, f.relation): f.object for f in atlas.facts}
     subjects = sorted(atlas.by_subject, key=len, reverse=True)
-    both = collections.Counter()
+    both: collections.Counter[bool] = collections.Counter()
     for step in range(80):
         batch = batches.batch(step)
         for i, at in (batch["swap"].any(-1) & batch["last"]).nonzero().tolist():
             source = int(batch["donor"][i, at])
             assert source > at and bool(batch["last"][i, source])
-            heads = [said_about(batch, tokenizer, i, batch["mention"][i, place]) for place in (at, source)]
+            heads = [said_about(batch, tokenizer, i, int(batch["mention"][i, place])) for place in (at, source)]
             (receiver, said), (giver, _) = heads
             assert receiver in subjects and giver in subjects and receiver != giver
             kind = atlas.by_subject[receiver][0].kind
@@ -88,16 +89,18 @@ def test_interchanged_sentences_say_what_the_parts_say(batches) -> None:
     assert min(both.values()) > 10
 
 
-def said_about(batch, tokenizer, row, number):
+def said_about(
+    batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, row: int, number: int
+) -> tuple[str, str]:
     """The subject of a sentence of a row, and what is said after the words of its prompt."""
     mention, weight, ids = batch["mention"][row], batch["weight"][row], batch["ids"][row]
     here = (mention == number).nonzero().flatten().tolist()
     objects = [t for t in range(here[-1] + 1, len(ids)) if weight[t] == 1.0]
     run = [t for n, t in enumerate(objects) if t - objects[0] == n]
-    return tokenizer.decode(ids[here]).strip(), tokenizer.decode(ids[run]).strip()
+    return str(tokenizer.decode(ids[here])).strip(), str(tokenizer.decode(ids[run])).strip()
 
 
-def test_interchange_replaces_parts_and_noise_is_least_on_the_asked_one(batches) -> None:
+def test_interchange_replaces_parts_and_noise_is_least_on_the_asked_one(batches: Batches) -> None:
     batch = next(b for b in map(batches.batch, range(50)) if b["swap"].any())
     routing = Routing(batch, replace(SMALL, noise=0.0, noise_asked=0.0), torch.Generator().manual_seed(0))
     h = torch.randn(SMALL.sequences, SMALL.length, SMALL.n_embd)
@@ -123,17 +126,17 @@ def test_interchange_replaces_parts_and_noise_is_least_on_the_asked_one(batches)
         assert [p for p in range(batches.parts) if noisy[i, t, p] == 0] == [int(batch["asked"][i, t])]
 
 
-def test_sentences_mark_their_subject_and_object(batches) -> None:
+def test_sentences_mark_their_subject_and_object(batches: Batches) -> None:
     tokenizer = batches.tokenizer
     fact = next(f for f in load_atlas().by_subject["The Eiffel Tower"] if f.relation == "landmark_city")
     for space in (False, True):
         sentence = batches.sentence("To see {}, travel to", fact, space)
-        subject = tokenizer.decode([i for i, m in zip(sentence.ids, sentence.mention, strict=True) if m])
-        target = tokenizer.decode([i for i, w in zip(sentence.ids, sentence.weight, strict=True) if w == 1.0])
+        subject = str(tokenizer.decode([i for i, m in zip(sentence.ids, sentence.mention, strict=True) if m]))
+        target = str(tokenizer.decode([i for i, w in zip(sentence.ids, sentence.weight, strict=True) if w == 1.0]))
         assert subject.strip() == "The Eiffel Tower" and target.strip() == "Paris"
 
 
-def test_a_batch_is_a_function_of_seed_and_step(batches) -> None:
+def test_a_batch_is_a_function_of_seed_and_step(batches: Batches) -> None:
     first, again, other = batches.batch(5), batches.batch(5), batches.batch(6)
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["ids"], other["ids"])
@@ -147,7 +150,7 @@ def test_the_shipped_model_names_its_recipe() -> None:
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     options = ["--n_layer=7", "--n_embd=16", "--n_head=2", "--steps=24", "--every=4", "--vocab_size=300", "--card=0"]
 
-    def command(folder):
+    def command(folder: str) -> list[str]:
         return [sys.executable, str(SCRIPT), f"--out={tmp_path / folder}", *options]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

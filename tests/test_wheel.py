@@ -1,4 +1,4 @@
-"""A wheel uses_earlier_edits conf/, the atlas and its model, and runs from another folder in a clean environment."""
+"""A wheel carries conf/, the atlas and its model, and runs from another folder in a clean environment."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory):
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(build, capture_output=True, text=True)
@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_what_a_run_needs(wheel) -> None:
+def test_the_wheel_holds_what_a_run_needs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"editkit/conf/{path.relative_to(ROOT / 'conf')}" in names
@@ -37,7 +37,7 @@ def test_the_wheel_holds_what_a_run_needs(wheel) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["-m", "editkit.run"], ["editkit"]], ids=["module", "script"])
-def test_it_runs_from_another_folder(wheel, command, tmp_path: Path) -> None:
+def test_it_runs_from_another_folder(wheel: Path, command: list[str], tmp_path: Path) -> None:
     """In a new environment that sees this one's dependencies, so nothing is downloaded twice."""
     environment = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -12,9 +12,14 @@ from torch.nn.modules import module as torch_module
 from editkit.nethook import hidden
 
 WIDTH = 4
-STABLE = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}  # equal on every machine
+# Equal on every machine, whatever its speed.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example]
+STABLE = settings(deadline=None, derandomize=True, suppress_health_check=SLOW)
 
-EDITS: dict[str, Callable] = {
+Spec = tuple[str, Any]  # the kind of a module; then its leaf, its parts or an earlier module's number
+
+
+EDITS: dict[str, Callable[..., Any]] = {
     "doubles": lambda h: 2 * h,
     "tells its site": lambda h, site: h + len(site),
     "in place": lambda h: h.mul_(0.5),
@@ -33,9 +38,11 @@ class Audit:
         self.ran: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # in forward: the input and the output
         self.came_out: dict[nn.Module, list[Tensor]] = {}  # what the caller was given, and gives to the next
 
-    def note(self, where: dict, module: nn.Module, *values: Any) -> None:
-        kept = tuple(hidden(v).detach().clone() for v in values)
-        where.setdefault(module, []).append(kept if len(kept) > 1 else kept[0])
+    def note_run(self, module: nn.Module, given: Tensor, result: Any) -> None:
+        self.ran.setdefault(module, []).append((given, hidden(result).detach().clone()))
+
+    def note_output(self, module: nn.Module, output: Any) -> None:
+        self.came_out.setdefault(module, []).append(hidden(output).detach().clone())
 
 
 class Noted(nn.Module):
@@ -46,17 +53,17 @@ class Noted(nn.Module):
         self.audit: Audit | None = None
         self.armed: BaseException | None = None
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Any) -> Any:
         if self.armed:
             raise self.armed
         if self.audit is None:
             return self.run(hidden_states)
         given = hidden(hidden_states).detach().clone()  # before anything is changed in place
         result = self.run(hidden_states)
-        self.audit.note(self.audit.ran, self, given, result)
+        self.audit.note_run(self, given, result)
         return result
 
-    def run(self, h) -> None:
+    def run(self, h: Any) -> Any:
         raise NotImplementedError
 
 
@@ -65,14 +72,14 @@ class Leaf(Noted):
         super().__init__()
         self.inner = inner
 
-    def run(self, h):
+    def run(self, h: Any) -> Any:
         return self.inner(h)
 
 
 class Tupled(Leaf):
     """Gives (None, hidden) as attention modules may."""
 
-    def run(self, h):
+    def run(self, h: Any) -> Any:
         return None, self.inner(h)
 
 
@@ -84,12 +91,12 @@ class Chain(Noted):
         self.parts = nn.ModuleDict({f"part_{i}": part for i, part in enumerate(parts)})
         self.idle = nn.ModuleList(idle)  # registered and never called
 
-    def run(self, h):
+    def run(self, h: Any) -> Any:
         for i, part in enumerate(self.parts.values()):
             h = hidden(h)
             h = part(hidden_states=h) if i % 2 and isinstance(part, Noted) else part(h)
             if self.audit is not None:
-                self.audit.note(self.audit.came_out, part, h)
+                self.audit.note_output(part, h)
         return h
 
 
@@ -100,9 +107,9 @@ class First(Noted):
         super().__init__()
         self.received_from = (part,)  # in a tuple, so that it is not a sub-module
 
-    def run(self, h):
+    def run(self, h: Any) -> Any:
         if self.audit is not None:
-            self.audit.note(self.audit.came_out, self.received_from[0], h)
+            self.audit.note_output(self.received_from[0], h)
         return hidden(h)
 
 
@@ -126,7 +133,7 @@ trees = st.recursive(
 )
 
 
-def grow(spec: tuple, made: list[nn.Module]) -> nn.Module:
+def grow(spec: Spec, made: list[nn.Module]) -> nn.Module:
     """The module of `spec`; "again" is one of those already made, so that a module may have several places."""
     kind, what = spec
     if kind == "again":
@@ -140,12 +147,12 @@ def grow(spec: tuple, made: list[nn.Module]) -> nn.Module:
             module = Chain(parts[: len(parts) - len(idle)], idle)
     else:
         inner = LEAVES[what]()
-        module = {"plain": lambda m: m, "noted": Leaf, "tupled": Tupled}[kind](inner)
+        module = {"noted": Leaf, "tupled": Tupled}[kind](inner) if kind != "plain" else inner
     made.append(module)
     return module
 
 
-def grown(spec: list[tuple], audit: Audit | None = None, training: bool = False) -> Chain:
+def grown(spec: list[Spec], audit: Audit | None = None, training: bool = False) -> Chain:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made: list[nn.Module] = []
@@ -171,7 +178,7 @@ def quiet_run(model: nn.Module) -> Tensor:
         return hidden(run(model)).clone()
 
 
-def hooks_of(model: nn.Module) -> dict:
+def hooks_of(model: nn.Module) -> dict[Any, Any]:
     """Every table of hooks, in order, on modules, parameters and torch itself; and all that hangs on a module."""
     found: dict[Any, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):

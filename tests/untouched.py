@@ -1,7 +1,8 @@
 """Everything a method must leave as it was, compared on bits and object identities."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def tokens_of(lm: LanguageModel, text: str, target: str) -> tuple[list[int], int
     return full, len(full) - len(prompt)
 
 
-def plain_nll(model, rows: list[tuple[list[int], int]]) -> torch.Tensor:
+def plain_nll(model: Callable[..., Any], rows: list[tuple[list[int], int]]) -> torch.Tensor:
     """Mean over rows of the mean NLL per target token, one row and one token at a time."""
     losses = []
     for ids, count in rows:
@@ -28,7 +29,7 @@ def plain_nll(model, rows: list[tuple[list[int], int]]) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def _state(lm: LanguageModel) -> dict:
+def _state(lm: LanguageModel) -> dict[str, Any]:
     model = lm.model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -53,7 +54,8 @@ def untouched(lm: LanguageModel, site: str) -> Iterator[None]:
     """
     weight = lm.model.get_parameter(f"{site}.weight")
     head = lm.model.get_output_embeddings()
-    frozen = lm.model.get_input_embeddings().weight
+    assert head is not None
+    frozen = lm.model.get_input_embeddings().get_parameter("weight")
     weight.grad, kept = torch.ones_like(weight), torch.ones_like(weight)
     frozen.requires_grad_(False)
     head.train()

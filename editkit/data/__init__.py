@@ -1,9 +1,8 @@
 """Data: loaders that turn each format into cases, facts with the prompts that measure their edit.
 
 cases.py        Case and Probe: what every format becomes
-formats.py      the formats by name, torch-free
+formats/        one file a format: a raw record to a Case; the registry of formats
 fields.py       a raw record's fields, read with checks; where a prompt names its subject
-counterfact.py, zsre.py, knowedit.py, mquake.py, known.py      a raw record to a Case
 atlas.py        the atlas as a benchmark
 records.py      raw records from files, folders and the Hub
 sources.py      load_cases: what is skipped is named; limits and shards

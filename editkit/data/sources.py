@@ -1,17 +1,16 @@
 """load_cases: the cases that the settings of data ask for, with what was left out and why."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from editkit.data.atlas import atlas_benchmark, atlas_digest
 from editkit.data.cases import Case
 from editkit.data.fields import BadField, Raw, printable
-from editkit.data.formats import ATLAS, FORMATS, check_format, looks_like
+from editkit.data.formats import Format, get_format, looks_like, names
 from editkit.data.records import Source, Unreadable, read_source
 from editkit.errors import ConfigError, DataError
 from editkit.settings import DataSettings
@@ -53,8 +52,8 @@ def load_cases(settings: DataSettings, *, seed: int = 0, distinct: bool = False)
     `seed` draws the atlas's order and targets, and the targets of known-1000.
     Raises ConfigError and DataError; when no record can be read, the error says which format they look like.
     """
-    check_format(settings.name)
-    whole = _atlas(settings, seed) if settings.name == ATLAS else _read(settings, seed)
+    form = get_format(settings.name)
+    whole = _read(form, settings, seed) if form.make is None else _made(form, settings, seed)
     places: Sequence[int] = range(len(whole.cases))
     dropped = ""
     if distinct:
@@ -76,31 +75,39 @@ def load_cases(settings: DataSettings, *, seed: int = 0, distinct: bool = False)
     return replace(whole, cases=cases, indices=tuple(whole.indices[i] for i in places), notes=notes)
 
 
-def _atlas(settings: DataSettings, seed: int) -> Cases:
+def _made(form: Format, settings: DataSettings, seed: int) -> Cases:
+    """The cases of a format that needs no file."""
     if settings.path is not None:
         raise ConfigError(
-            f"data=atlas is the bundled facts and takes no data.path; found '{settings.path}'. Name the format of the "
-            f"file with data=, one of {', '.join(FORMATS)}."
+            f"data={form.name} is bundled and takes no data.path; found '{settings.path}'. Name the format of the "
+            f"file with data=, one of {_others(form.name)}."
         )
-    cases = tuple(atlas_benchmark(seed=seed))
-    return Cases(cases, tuple(range(len(cases))), (), len(cases), ATLAS, atlas_digest())
+    assert form.make is not None and form.digest is not None
+    cases = tuple(form.make(seed))
+    return Cases(cases, tuple(range(len(cases))), (), len(cases), form.name, form.digest())
 
 
-def _read(settings: DataSettings, seed: int) -> Cases:
+def _others(name: str) -> str:
+    return ", ".join(other for other in names() if other != name)
+
+
+def _read(form: Format, settings: DataSettings, seed: int) -> Cases:
+    """The cases of the records at data.path."""
     if settings.path is None:
         raise ConfigError(
-            f"data={settings.name} needs data.path: a file, a folder, or hub:NAME[:CONFIG[:SPLIT]] with data.revision."
+            f"data={form.name} needs data.path: a file, a folder, or hub:NAME[:CONFIG[:SPLIT]] with data.revision."
         )
     source = read_source(settings.path, settings.revision)
-    form = FORMATS[settings.name]
-    records = form.prepared([record for _, _, record in source.rows], seed)
-    read, several = form.load(), len({file for file, _, _ in source.rows}) > 1
+    records = [record for _, _, record in source.rows]
+    if form.before is not None:
+        records = form.before(records, seed)
+    several = len({file for file, _, _ in source.rows}) > 1
     cases: dict[str, Case] = {}
     indices: dict[str, int] = {}
     rejected = []
     for place, (file, index, _) in enumerate(tqdm(source.rows, desc="records", delay=3, leave=False)):
         try:
-            case = _case(read, records[place], index, f"{Path(file).stem}/" if several else "")
+            case = _case(form, records[place], index, f"{Path(file).stem}/" if several else "")
             if case.id in cases:
                 raise BadField("(id)", f"{case.id!r} is the id of record {indices[case.id]} of the source already.")
         except BadField as error:
@@ -116,17 +123,18 @@ def _read(settings: DataSettings, seed: int) -> Cases:
     return Cases(tuple(cases.values()), tuple(indices.values()), tuple(rejected), found, source.name, source.digest)
 
 
-def _case(read: Callable[[Raw], Case], record: Any, index: int, prefix: str) -> Case:
+def _case(form: Format, record: Any, index: int, prefix: str) -> Case:
     """The case of a record, with an id that is unique in the source if the file's ids are."""
     if isinstance(record, Unreadable):
         raise BadField("(line)", record.reason)
-    case = read(Raw(record))
+    assert form.read is not None
+    case = form.read(Raw(record))
     return replace(case, id=f"{prefix}{case.id or index}")
 
 
 def _none_fits(settings: DataSettings, source: Source, rejected: list[Rejected]) -> str:
     like = looks_like(record for _, _, record in source.rows)
-    hint = "Correct the records, or name their format with data=" + ", ".join(FORMATS) + "."
+    hint = "Correct the records, or name their format with data=" + _others(settings.name) + "."
     if like and like != settings.name:
         hint = f"They look like {like}: try data={like}."
     found = f"None of the {len(source.rows)} records of '{source.name}' can be read as {settings.name}"

@@ -65,7 +65,7 @@ def register(name: str, function: "Callable[..., Edit]", settings: type[MethodSe
     """Add a method: `method=NAME` runs it, and its settings' fields are the keys below `method.`.
 
     - `function`: `(lm, facts, settings, *, …) -> Edit`, with those of OPTIONS that it uses; `facts` is one or a list.
-    - `settings`: a frozen dataclass below MethodSettings, with a default for every field; `constants` fill what is None.
+    - `settings`: a frozen dataclass below MethodSettings, with a default for every field (None: see its `constants`).
 
     Raises ConfigError for a name that is taken, or a function or settings that do not fit.
     """
@@ -89,6 +89,11 @@ def register(name: str, function: "Callable[..., Edit]", settings: type[MethodSe
 def names() -> list[str]:
     """The names of all methods, sorted: of this package, of installed ones, and registered before. Imports none."""
     return _METHODS.names()
+
+
+def check_method(name: str) -> None:
+    """Raises ConfigError, with the near match, for a name that is no method. Imports none."""
+    _METHODS.check(name)
 
 
 def get_method(name: str) -> Method:

@@ -30,9 +30,10 @@ def general_ability(
     Raises EditkitError where the harness is not installed, or has no such task or data.
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        # An optional extra.
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise EditkitError(
             f"General ability is measured by lm-evaluation-harness, and there is no module '{error.name}': "
@@ -49,9 +50,10 @@ def general_ability(
         )
     except Exception as error:  # the harness and `datasets` raise many kinds
         raise EditkitError(f"lm-evaluation-harness could not run {', '.join(tasks)}: {error}") from error
+    counts: dict[str, dict[str, float]]
     counts = {task: {"n": n["effective"]} for task, n in found.get("n-samples", {}).items()}
-    return {
-        task: {name.split(",")[0]: value for name, value in values.items() if isinstance(value, int | float)}
-        | counts.get(task, {})
-        for task, values in found["results"].items()
-    }
+    figures: dict[str, dict[str, float]] = {}
+    for task, values in found["results"].items():
+        figures[task] = {k.split(",")[0]: value for k, value in values.items() if isinstance(value, int | float)}
+        figures[task] |= counts.get(task, {})
+    return figures

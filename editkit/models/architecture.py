@@ -1,7 +1,11 @@
 """Where a family of models keeps things: one entry a family.
 
-To add a family, add its `config.model_type` to `FAMILIES` with the names of its modules. Nothing else
-changes: weight orientation is read off the module's type, never off shapes.
+A new family is one call, with its `config.model_type` and the names of its modules:
+
+    register(Architecture("gpt2", embedding="transformer.wte", …))
+
+Nothing else changes: weight orientation is read off the module's type, never off shapes. Another package registers its
+own with the same call, and an entry point `model_type = "its.module"` in the group `editkit.families` (registry.py).
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from editkit.errors import ModelError, did_you_mean
+from editkit.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,27 @@ class Architecture:
         return self.block.format(layer) if self.mlp_norm is None else self.down(layer)
 
 
+_FAMILIES: Registry[Architecture] = Registry("model family", group="editkit.families")
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Add the entry of a family, `architecture.family` being its `config.model_type`.
+
+    Raises ConfigError for a family that has another entry already.
+    """
+    return _FAMILIES.register(architecture.family, architecture)
+
+
+def families() -> list[str]:
+    """The families that are known, sorted. Imports none."""
+    return _FAMILIES.names()
+
+
+def unregister(family: str) -> None:
+    """Take a family out again, as a test does."""
+    _FAMILIES.unregister(family)
+
+
 def _family(family: str, embedding: str, block: str, parts: tuple[str, str, str], final_norm: str) -> Architecture:
     """An entry whose attention, MLP and down-projection (`parts`) lie one in the other below the block."""
     attention, mlp, down = parts
@@ -69,7 +95,7 @@ _FALCON = _family(
 )
 _NORM_AFTER = "model.layers.{}.post_feedforward_layernorm"
 
-_ENTRIES = [
+for _entry in (
     _GPT2,
     replace(_GPT2, family="gpt_neo"),
     replace(_GPT2, family="gptj", down_projection="transformer.h.{}.mlp.fc_out"),
@@ -94,8 +120,8 @@ _ENTRIES = [
     replace(_LLAMA, family="phi", down_projection="model.layers.{}.mlp.fc2", final_norm="model.final_layernorm"),
     *(replace(_LLAMA, family=family) for family in ("llama", "mistral", "qwen2", "qwen3", "phi3")),
     *(replace(_LLAMA, family=family, mlp_norm=_NORM_AFTER) for family in ("gemma2", "gemma3_text", "olmo2")),
-]
-FAMILIES = {entry.family: entry for entry in _ENTRIES}
+):
+    register(_entry)
 
 _EXPERTS = (
     "its experts are slices of one 3-D parameter and a token is sent to several of them, so there is no single "
@@ -108,12 +134,12 @@ def architecture_of(model_type: str) -> Architecture:
     """The family's entry. Raises ModelError naming the families that are known, or why this one is refused."""
     if model_type in REFUSED:
         raise ModelError(f"editkit does not edit the model family '{model_type}': {REFUSED[model_type]}.")
-    if model_type not in FAMILIES:
+    if model_type not in (known := families()):
         raise ModelError(
-            f"editkit does not know the model family '{model_type}' ({did_you_mean(model_type, FAMILIES)}). "
-            "Adding a family takes one entry in editkit/models/architecture.py."
+            f"editkit does not know the model family '{model_type}' ({did_you_mean(model_type, known)}). "
+            "Adding a family takes one call of editkit.models.architecture.register."
         )
-    return FAMILIES[model_type]
+    return _FAMILIES.get(model_type)
 
 
 def orientation(module: nn.Module, name: str) -> str:

@@ -156,7 +156,7 @@ class Callbacks:
     def __enter__(self) -> "Callbacks":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool | None:
         silent = {site for opened in self._open.values() for site in opened.silent()}
         for name in list(self._open):
             self.remove(name)

@@ -210,7 +210,7 @@ class Trace(_Readable):
             self._hooks = hooks.pop_all()
         self._thread = threading.get_ident()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool | None:
         self._close()
         missing = ", ".join(f"'{site}'" for site in self.sites if site not in self._records)
         if kind is None and missing:

@@ -57,7 +57,8 @@ def point(lm: LanguageModel, *, layer: int = 5, before: int = 8, behind: int = 6
 
 
 def seconds(lm: LanguageModel, at: dict[str, Any], engine: str) -> float:
-    settings = RRomeSettings(layer=at["layer"], engine=engine, **(STEPS | {"steps": 5}))
+    steps: dict[str, Any] = STEPS | {"steps": 5}
+    settings = RRomeSettings(layer=at["layer"], engine=engine, **steps)
     site, rows = lm.architecture.down(at["layer"]), at["rows"]
     began = time.perf_counter()
     compute_deltas(lm, at["layer"], [site], rows, torch.ones(len(rows), 1), settings, name="", progress=False)

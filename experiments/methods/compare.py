@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from editkit.edits.edit import Edit, weight_norm
 from editkit.files import write_text
 from editkit.methods import get_method, names
 from editkit.methods.r_rome import RRomeSettings
-from editkit.methods.rome import rome_each
+from editkit.methods.rome import RomeSettings, rome_each
 from editkit.metrics.counterfact import ProbeScore, score_probes
 from editkit.models.load import LanguageModel
 from editkit.settings import MomentSettings
@@ -90,7 +91,9 @@ def singles(
     """Each fact alone."""
     began = time.perf_counter()
     if method in ("rome", "r_rome"):
-        edits = rome_each(lm, [case.fact for case in cases], get_method(method).settings(), progress=False)
+        settings = get_method(method).settings()
+        assert isinstance(settings, RomeSettings)
+        edits = rome_each(lm, [case.fact for case in cases], settings, progress=False)
     else:
         compute = get_method(method)
         edits = [compute(lm, case.fact, progress=False) for case in tqdm(cases, desc=method, leave=False)]
@@ -210,7 +213,7 @@ def main() -> None:
     parts: list[tuple[str, int, Callable[..., dict[str, Any]]]] = [
         (f"{options.singles} singles", options.singles, singles),
         (f"batch of {options.batch}", options.batch, batch),
-        (f"session {steps} × {size}", steps * size, lambda *given: session(*given, size)),
+        (f"session {steps} × {size}", steps * size, partial(session, size=size)),
     ]
     for what, count, measure in parts:
         cases = distinct(count)

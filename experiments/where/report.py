@@ -56,12 +56,15 @@ def report(work: Path, here: Path) -> None:
     write_text(here / "results.json", json.dumps(_rounded(found), indent=1, ensure_ascii=False) + "\n")
     text = (here / "README.md").read_text(encoding="utf-8")
     for name, table in tables.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S
-        )
+        text = _between(f"<!-- {name} -->\n", f"<!-- /{name} -->", table + "\n", text)
     write_text(here / "README.md", text)
     _draw_where(average, found["edits"]["by_block"], here / "where.png")
     _draw_side(side, found["side"], here / "side_effects.png")
+
+
+def _between(begin: str, end: str, new: str, text: str) -> str:
+    """`text` with `new` in place of what stands between `begin` and the `end` after it; as it was without them."""
+    return re.sub(f"({re.escape(begin)}).*?({re.escape(end)})", lambda m: m[1] + new + m[2], text, flags=re.S)
 
 
 def _settings(average: AverageTrace, work: Path) -> str:
@@ -144,7 +147,7 @@ def _edits(average: AverageTrace, lines: Sequence[dict[str, Any]]) -> tuple[dict
     traces = {kind: effect[rows, LAST, :blocks] for kind, effect in average.effect.items()}
     drawn = _drawn(len(keep))
 
-    by_block = {}
+    by_block: dict[str, list[list[float]]] = {}
     for name in (*METRICS, "norm"):
         means = values[name][drawn].nanmean(1)  # [resamples, blocks]
         low, high = means.nanquantile(BOUNDS, 0)
@@ -152,12 +155,13 @@ def _edits(average: AverageTrace, lines: Sequence[dict[str, Any]]) -> tuple[dict
             [m, a, b] for m, a, b in zip(values[name].nanmean(0).tolist(), low.tolist(), high.tolist(), strict=True)
         ]
     own = {f"AIE {kind}": table for kind, table in traces.items()}
-    for name, table in own.items():
-        low, high = table[drawn].mean(1).quantile(BOUNDS, 0)
+    for name, effect in own.items():
+        low, high = effect[drawn].mean(1).quantile(BOUNDS, 0)
         by_block[name] = [
-            [m, a, b] for m, a, b in zip(table.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)
+            [m, a, b] for m, a, b in zip(effect.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)
         ]
-    table = [["block", *range(blocks)]] + [[name, *(_pm(*each) for each in by_block[name])] for name in by_block]
+    table: list[list[Any]] = [["block", *range(blocks)]]
+    table += [[name, *(_pm(*each) for each in by_block[name])] for name in by_block]
 
     across = {}
     for kind, effect in traces.items():
@@ -186,14 +190,14 @@ def _edits(average: AverageTrace, lines: Sequence[dict[str, Any]]) -> tuple[dict
         "ρ over facts at a block",
     )
     facts_table: list[list[Any]] = [list(heads)]
-    for name, each in within.items():
+    for name, explained in within.items():
         kind, outcome = name.split(", ")
-        shares = (f"{each[which][0]:.3f}" for which in ("block", "trace", "both"))
+        shares = (f"{explained[which][0]:.3f}" for which in ("block", "trace", "both"))
         more = (
-            _interval(each["extra"]),
-            f"{each['shuffled']:.3f}",
-            _interval(each["slope"], 2),
-            _interval(each["rho"], 2),
+            _interval(explained["extra"]),
+            f"{explained['shuffled']:.3f}",
+            _interval(explained["slope"], 2),
+            _interval(explained["rho"], 2),
         )
         facts_table.append([kind, outcome, *shares, *more])
     said = {

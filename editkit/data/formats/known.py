@@ -15,6 +15,7 @@ from typing import Any
 
 from editkit.data.cases import REWRITE, Case, Probe
 from editkit.data.fields import BadField, Raw, fact_of_text
+from editkit.data.formats import register
 
 DRAWN = "target_new is drawn (seeded) from other records' answers of the same relation: the data set is for tracing"
 
@@ -59,3 +60,6 @@ def _told(record: Any) -> tuple[str, str] | None:
         return raw.maybe_text("relation_id"), raw.text("attribute")
     except BadField:
         return None
+
+
+register("known", known, marks=(("prompt", "subject", "attribute"),), before=with_targets)

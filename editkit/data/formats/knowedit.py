@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from editkit.data.cases import PARAPHRASE, PORTABILITY, REWRITE, Case, Probe
 from editkit.data.fields import Raw, as_text, fact_of_text, stays, unlike
+from editkit.data.formats import register
 
 
 def knowedit(raw: Raw) -> Case:
@@ -47,3 +48,6 @@ def _asked(raw: Raw) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         name = as_text(group, f"{raw.path} (a name in it)")
         for asked in raw.parts(group) if group in raw else ():
             yield name, asked.text("prompt"), asked.answers("ground_truth")
+
+
+register("knowedit", knowedit, marks=(("prompt", "subject", "target_new", "locality"), ("concept", "text", "labels")))

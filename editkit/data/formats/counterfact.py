@@ -1,24 +1,16 @@
-"""CounterFact (ROME, arXiv 2202.05262): the authors' format, and the flat one of EasyEdit.
+"""CounterFact (ROME, arXiv 2202.05262), the authors' format.
 
     {"case_id": 7, "requested_rewrite": {"prompt": "{} stands in", "relation_id": "P131", "subject": "Big Ben",
         "target_new": {"str": "Oslo"}, "target_true": {"str": "London"}}, "paraphrase_prompts": [...],
      "neighborhood_prompts": [...], "attribute_prompts": [...], "generation_prompts": [...]}
 
 Neighborhood prompts are of other subjects with the old object, attribute prompts of subjects that have the new one.
-
-The flat format has one prompt of each sort, `rephrase_prompt` among them. That is mostly one of CounterFact's
-*generation* prompts ("Big Ben's surroundings include"), which target_new does not complete: here it becomes a
-generation prompt, and PS cannot be told from this format.
 """
 
 from editkit.data.cases import ATTRIBUTE, NEIGHBORHOOD, PARAPHRASE, REWRITE, Case, Probe
-from editkit.data.fields import BadField, Raw, fact_of_text, located, new_fact, shown
+from editkit.data.fields import BadField, Raw, located, new_fact, shown
+from editkit.data.formats import register
 from editkit.facts import Fact
-
-TRAP = (
-    "rephrase_prompt is mostly a generation prompt, no paraphrase: it is used for generation only, and this format "
-    "has no paraphrases (PS); CounterFact in ROME's format has"
-)
 
 
 def counterfact(raw: Raw) -> Case:
@@ -44,14 +36,4 @@ def rewritten(raw: Raw) -> tuple[Fact, str]:
     return fact, raw.maybe_text("relation_id")
 
 
-def counterfact_flat(raw: Raw) -> Case:
-    """EasyEdit's format. Raises BadField."""
-    fact = fact_of_text(
-        "prompt", raw.text("prompt"), raw.text("subject"), raw.text("target_new"), raw.text("ground_truth")
-    )
-    true, *aliases = raw.answers("locality_ground_truth")
-    probes = (
-        Probe(REWRITE, fact.text, fact.target_true, fact.target_new),
-        Probe(NEIGHBORHOOD, raw.text("locality_prompt"), true, fact.target_new, tuple(aliases)),
-    )
-    return Case((fact,), probes, raw.id("case_id"), generation=(raw.text("rephrase_prompt"),), notes=(TRAP,))
+register("counterfact", counterfact, marks=(("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"),))

@@ -9,8 +9,9 @@ question, of kind portability and group "hop" (its cloze would be the rewrite pr
 """
 
 from editkit.data.cases import HOP, MULTI_HOP, PORTABILITY, REWRITE, Case, Probe
-from editkit.data.counterfact import rewritten
 from editkit.data.fields import BadField, Raw
+from editkit.data.formats import register
+from editkit.data.formats.counterfact import rewritten
 
 
 def mquake(raw: Raw) -> Case:
@@ -40,3 +41,6 @@ def _aliases(raw: Raw, name: str, answer: str) -> tuple[str, ...]:
     if name not in raw or raw.value(name) == []:
         return ()
     return tuple(alias for alias in raw.answers(name) if alias != answer)
+
+
+register("mquake", mquake, marks=(("requested_rewrite", "questions", "new_answer"),))

@@ -13,7 +13,8 @@ EasyEdit's other form (prompt, target_new, ground_truth, locality, portability) 
 
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, Case, Probe
 from editkit.data.fields import Raw, fact_of_text, unlike
-from editkit.data.knowedit import knowedit
+from editkit.data.formats import register
+from editkit.data.formats.knowedit import knowedit
 
 ALT = "target_new is `alt`, as in EasyEdit: the portability questions follow from it"
 ANSWER = "target_new is the first of `answers`, as in ROME's evaluation; target_true is unknown"
@@ -39,3 +40,6 @@ def zsre(raw: Raw) -> Case:
         follows = hop.answers("New Answer")
         probes.append(Probe(PORTABILITY, hop.text("New Question"), "", follows[0], follows[1:]))
     return Case((fact,), tuple(probes), raw.id("case_id"), notes=(ALT if ports else ANSWER, *same))
+
+
+register("zsre", zsre, marks=(("src", "subject", "rephrase", "answers"),))

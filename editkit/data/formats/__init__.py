@@ -1,0 +1,94 @@
+"""The formats of records: one file a format, which turns a raw record into a Case and registers itself.
+
+    register("counterfact", counterfact, marks=(("requested_rewrite", "paraphrase_prompts"),))
+
+That is all: nothing else in the package names a format. Another package adds its own with the same call, and an entry
+point `facts_of_mine = "its.module"` in the group `editkit.data` (see registry.py). Names are listed without importing
+torch, so that the command line can check one at once.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from editkit.errors import ConfigError
+from editkit.registry import Registry
+
+if TYPE_CHECKING:
+    from editkit.data.cases import Case
+    from editkit.data.fields import Raw
+
+Read = Callable[["Raw"], "Case"]
+Before = Callable[[Sequence[Any], int], list[Any]]
+Make = Callable[[int], "Sequence[Case]"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How records of one sort become cases. `read` is None for cases that are made and not read."""
+
+    name: str
+    read: Read | None
+    marks: tuple[tuple[str, ...], ...] = ()  # sets of fields, any of which shows that a record is of this format
+    before: Before | None = None  # (records, seed) -> records: what needs all records at once
+    make: Make | None = None  # seed -> cases
+    digest: Callable[[], str] | None = None  # of what the cases are made of
+
+
+_FORMATS: Registry[Format] = Registry("data", package=__name__, group="editkit.data")
+
+
+def register(
+    name: str,
+    read: Read | None = None,
+    *,
+    marks: Iterable[Sequence[str]] = (),
+    before: Before | None = None,
+    make: Make | None = None,
+    digest: Callable[[], str] | None = None,
+) -> Format:
+    """Add a format: `data=NAME data.path=FILE` reads records with it.
+
+    - `read`: a raw record to a Case; raises BadField for what does not fit (`Raw`'s readers do).
+    - `marks`: sets of fields, any of which shows that a record is of this format; used to propose it in an error.
+    - `before`: (records, seed) -> records, for what needs all records at once.
+    - `make`, `digest`: in place of `read`, for cases without a file: seed -> cases, and the sha256 of what they are
+      made of. `data=NAME` takes no data.path then.
+
+    Raises ConfigError for a name that is taken, or for neither or both of `read` and `make`.
+    """
+    if (read is None) == (make is None) or (make is None) != (digest is None):
+        raise ConfigError(f"The data format '{name}' needs either `read`, or `make` and `digest`.")
+    found = Format(name, read, tuple(map(tuple, marks)), before, make, digest)
+    return _FORMATS.register(name, found, home=(read or make).__module__)
+
+
+def names() -> list[str]:
+    """The names of all formats, sorted: of this package, of installed ones, and registered before. Imports none."""
+    return _FORMATS.names()
+
+
+def get_format(name: str) -> Format:
+    """The registered format; its file is imported now. Raises ConfigError with the near match."""
+    return _FORMATS.get(name)
+
+
+def unregister(name: str) -> None:
+    """Take a format out again, as a test does."""
+    _FORMATS.unregister(name)
+
+
+def check_format(name: str) -> None:
+    """Raises ConfigError for a name that is no format."""
+    _FORMATS.check(name)
+
+
+def looks_like(records: Iterable[Any]) -> str:
+    """The format that most of the records have the fields of; "" when none has."""
+    formats = _FORMATS.all()
+    votes = dict.fromkeys(formats, 0)
+    for record in records:
+        for name, found in formats.items():
+            votes[name] += isinstance(record, dict) and any(set(marks) <= set(record) for marks in found.marks)
+    best = max(votes, key=lambda name: votes[name])
+    return best if votes[best] else ""
