@@ -33,11 +33,12 @@ from editkit.edits import Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.mend import Mend
+from editkit.methods.r_rome import RRomeSettings
 from editkit.models.load import LanguageModel, load
 from editkit.models.snapshot import digest
 from editkit.moments import SecondMoment
 from editkit.session import Session
-from editkit.settings import ContextSettings, MomentSettings, RRomeSettings
+from editkit.settings import ContextSettings, MomentSettings
 from editkit.tensorfiles import SEAL
 
 OUTCOMES = ("clear error", "equal contents", "traceback", "other values")

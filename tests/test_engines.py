@@ -1,7 +1,9 @@
 """The value optimisation: replayed equals full depth, a batch equals one by one, and what happens in between."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from editkit.methods.pmet import PmetSettings, pmet
 from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import RomeSettings, rome, rome_each
 from editkit.methods.shared import value
-from editkit.methods.shared.engine import Batch, FullDepth, Replayed, rows_of
+from editkit.methods.shared.engine import Batch, FullDepth, Replayed, bytes_of, rows_of
+from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
+from editkit.nethook import get_module
 from editkit.settings import MomentSettings
 from tests.conftest import tiny_lm
 from tests.families import SITES
@@ -33,11 +37,11 @@ FACTS = [
     Fact("{} was born in", "Marie Curie", "the United Kingdom of old"),  # a target of many tokens
     Fact("The mother tongue of {} is", "Victor Hugo", "English"),
 ]
-VALUE = {"steps": 6, "lr": 0.3, "weight_decay": 0.1, "clamp": 2.0, "stop_loss": 0.0}
+VALUE: dict[str, Any] = {"steps": 6, "lr": 0.3, "weight_decay": 0.1, "clamp": 2.0, "stop_loss": 0.0}
 
 
-def computed(lm, method, settings, facts, **options) -> Edit:
-    return method(lm, facts, settings, moments=NO_MOMENTS, contexts=CONTEXTS, progress=False, **options)
+def computed(lm: LanguageModel, method: Callable[..., Edit], settings: Any, facts: Fact | list[Fact]) -> Edit:
+    return method(lm, facts, settings, moments=NO_MOMENTS, contexts=CONTEXTS, progress=False)
 
 
 def losses(edit: Edit) -> list[float]:
@@ -55,8 +59,12 @@ def same(one: Edit, other: Edit, tolerance: float) -> None:
         assert a["clamp_hit"] == b["clamp_hit"]
 
 
-def by_both(lm, settings, fact) -> list[Edit]:
-    return [computed(lm, rome, replace(settings, engine=engine), fact) for engine in ("replay", "full")]
+def by_both(
+    lm: LanguageModel, settings: Any, facts: Fact | list[Fact], method: Callable[..., Edit] = rome
+) -> tuple[Edit, Edit]:
+    """The edit by replay and by full depth."""
+    fast, slow = (computed(lm, method, replace(settings, engine=engine), facts) for engine in ("replay", "full"))
+    return fast, slow
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,10 +104,8 @@ def test_at_the_first_block_and_the_last(family: str) -> None:
     ids=["memit", "emmet", "pmet"],
 )
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "opt", "bloom"])
-def test_methods_of_many_facts(family: str, method: str, settings) -> None:
-    lm = tiny_lm(family)
-    edits = [computed(lm, method, replace(settings, engine=engine), FACTS) for engine in ("replay", "full")]
-    same(*edits, tolerance=1e-4)
+def test_methods_of_many_facts(family: str, method: Callable[..., Edit], settings: Any) -> None:
+    same(*by_both(tiny_lm(family), settings, FACTS, method), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bloom"])
@@ -107,7 +113,7 @@ def test_a_batch_equals_one_by_one(family: str) -> None:
     """Facts of other lengths, targets and ends: some stop sooner, and leave."""
     lm = tiny_lm(family)
     settings = RRomeSettings(layer=1, steps=25, lr=0.5, weight_decay=0.01, clamp=8.0, stop_loss=0.0)
-    options = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
+    options: dict[str, Any] = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
     reached = [min(losses(edit)) for edit in rome_each(lm, FACTS, settings, **options)]
     settings = replace(settings, stop_loss=sorted(reached)[2])
     together = rome_each(lm, FACTS, settings, **options)
@@ -141,17 +147,18 @@ def test_the_gradient_of_the_losses_is_that_of_log_softmax() -> None:
     up, other = (torch.randn(shape, dtype=torch.float64, generator=draw) for shape in ((3,), (2, 11)))
     log_p = torch.log_softmax(logits, -1)
     (wanted,) = torch.autograd.grad((log_p[torch.arange(3), token] * up).sum() + (log_p[3:] * other).sum(), logits)
-    of_token, likeliest, after, _ = value._LogP.apply(logits * 1, token)
+    log_softmax: Callable[..., tuple[torch.Tensor, ...]] = value._LogP.apply
+    of_token, likeliest, after, _ = log_softmax(logits * 1, token)
     (found,) = torch.autograd.grad((of_token * up).sum() + (after * other).sum(), logits)
     assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
     assert torch.allclose(after, log_p[3:]) and likeliest.tolist() == (logits[:3].argmax(-1) == token).tolist()
 
 
 @pytest.mark.parametrize("every", [2, 4])
-def test_looking_at_the_losses_less_often_changes_nothing(every, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_at_the_losses_less_often_changes_nothing(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     settings = RRomeSettings(layer=1, steps=11, lr=0.5, weight_decay=0.01, clamp=8.0, stop_loss=7.0)
-    options = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
+    options: dict[str, Any] = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
     wanted = rome_each(lm, FACTS, settings, **options)
     steps = {len(losses(edit)) for edit in wanted}
     monkeypatch.setitem(value.READ_EVERY, "cpu", every)
@@ -163,14 +170,15 @@ def test_looking_at_the_losses_less_often_changes_nothing(every, monkeypatch: py
 def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     settings = RRomeSettings(layer=1, **VALUE)
-    options = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
-    wanted, sizes = rome_each(lm, FACTS, settings, **options), []
+    options: dict[str, Any] = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
+    wanted = rome_each(lm, FACTS, settings, **options)
+    sizes: list[int] = []
 
-    def small(*given, ready=None):
-        sizes.append(len(given[-1].facts))
+    def small(lm: LanguageModel, layer: int, sites: list[str], batch: Batch) -> Replayed:
+        sizes.append(len(batch.facts))
         if sizes[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return Replayed(*given, ready)
+        return Replayed(lm, layer, sites, batch)
 
     monkeypatch.setattr(value, "Replayed", small)
     monkeypatch.setattr(value, "LIKE", 100)
@@ -182,7 +190,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_batch_is_sized_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     jobs = [rows_of(lm, FACTS[0], "subject_last", CONTEXTS)] * 4
-    for room, fits in [(1, 1), (value.bytes_of(lm, jobs[:2], 1), 2), (value.bytes_of(lm, jobs, 1), 4)]:
+    for room, fits in [(1, 1), (bytes_of(lm, jobs[:2], 1), 2), (bytes_of(lm, jobs, 1), 4)]:
         monkeypatch.setattr(value, "CPU_BYTES", room)
         assert value._fitting(lm, 1, jobs) == fits
 
@@ -198,10 +206,10 @@ def test_what_cannot_be_replayed_runs_at_full_depth_and_says_so_once() -> None:
     lm = tiny_lm("gpt2")
     settings = RRomeSettings(layer=1, engine="full", **VALUE)
 
-    def scaled(module, args, output) -> None:
+    def scaled(module: torch.nn.Module, args: Any, output: Any) -> None:
         output.last_hidden_state = 1.5 * output.last_hidden_state
 
-    handle = lm.model.transformer.register_forward_hook(scaled)
+    handle = get_module(lm.model, "transformer").register_forward_hook(scaled)
     wanted = computed(lm, rome, settings, FACTS[0])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
@@ -220,7 +228,7 @@ def test_both_engines_give_the_gradient_of_autograd() -> None:
     delta = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
     leaf = delta.clone().requires_grad_()
 
-    def add(module, args, output):
+    def add(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.index_put((torch.arange(len(batch.lookup)), batch.lookup), leaf[0][batch.of_row], accumulate=True)
 
     handle = lm.model.get_submodule(site).register_forward_hook(add)
@@ -242,13 +250,12 @@ def test_alphaedit_takes_the_engine_too() -> None:
     lm = tiny_lm("gpt2")
     k = torch.randn(40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moments = {1: SecondMoment(lm.architecture.down(1), k.T @ k / 40, 40, "")}
-    edits = [
-        alphaedit(
-            lm, FACTS, AlphaEditSettings(layers=[1], l2=1.0, engine=e, **VALUE), moments=moments, contexts=CONTEXTS
-        )
-        for e in ("replay", "full")
-    ]
-    same(*edits, tolerance=1e-4)
+    settings = AlphaEditSettings(layers=[1], l2=1.0, **VALUE)
+    fast, slow = (
+        alphaedit(lm, FACTS, replace(settings, engine=engine), moments=moments, contexts=CONTEXTS)
+        for engine in ("replay", "full")
+    )
+    same(fast, slow, tolerance=1e-4)
 
 
 def test_the_keyword_is_checked() -> None:

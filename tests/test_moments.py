@@ -77,7 +77,11 @@ def test_one_pass_for_all_layers_equals_a_pass_a_layer_and_a_loop_over_keys(fami
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_keys_in_half_precision_are_summed_in_float64(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*less exact")
+def test_keys_in_half_precision_are_summed_in_float64(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("editkit.models.precision.SHARE", 0.0)  # as on a GPU, where a half model runs in half
     lm = any_family_lm(family, dtype)
     with keys_seen(lm, [1]) as seen:
         moment = second_moments(lm, [1], SETTINGS, progress=False, cache=tmp_path)[1]
@@ -197,12 +201,19 @@ def test_bad_input(tmp_path: Path) -> None:
         second_moments(lm, [0], MomentSettings(source=str(short), block=32), progress=False, cache=tmp_path)
 
 
-def test_a_key_that_is_not_finite_ends_the_collection(tmp_path: Path) -> None:
+def test_a_key_that_is_not_finite_ends_the_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2", dtype=torch.float16)
-    lm.model.get_submodule("transformer.h.1.mlp.c_fc").weight.data *= 6e4
+    weight = lm.model.get_submodule("transformer.h.1.mlp.c_fc").weight.data
+    weight *= 6e4
+    second_moments(lm, [0, 1], SETTINGS, progress=False, cache=tmp_path / "float32")  # float32 holds what half cannot
+    monkeypatch.setattr("editkit.models.precision.SHARE", 0.0)  # so that it runs in half
     with pytest.raises(EditkitError, match=r"h\.1\.mlp\.c_proj is not finite in float16.*bfloat16 or float32"):
-        second_moments(lm, [0, 1], SETTINGS, progress=False, cache=tmp_path)
-    assert not list(tmp_path.rglob("*.safetensors"))
+        second_moments(lm, [0, 1], SETTINGS, progress=False, cache=tmp_path / "half")
+    monkeypatch.undo()
+    weight[0, 0] = torch.inf
+    with pytest.raises(EditkitError, match=r"not finite in float32: no second moment can be collected\. Check its we"):
+        second_moments(lm, [0, 1], SETTINGS, progress=False, cache=tmp_path / "half")
+    assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:

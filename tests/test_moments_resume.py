@@ -5,19 +5,25 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from editkit.models.load import LanguageModel
 from editkit.moments import cache as moments_cache
 from editkit.moments import collect as moments_collect
 from editkit.moments import second_moments
 from editkit.moments.collect import Sums
 from editkit.moments.moment import PARTIAL_FILE
+from editkit.nethook import get_module
 from editkit.settings import MomentSettings
 from editkit.tensorfiles import read_header
 from tests.conftest import tiny_lm
+
+Interrupt = tuple[int, Callable[[], None]]  # batches that are kept, and what takes the interrupt away
 
 SETTINGS = MomentSettings(tokens=12_800, block=32)
 BATCH = 64  # tokens a forward pass, so that there are 200 of them
@@ -28,7 +34,7 @@ PROCESSES.set_forkserver_preload(["tests.test_moments_resume"])
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c_interrupts():
+def ctrl_c_interrupts() -> Iterator[None]:
     """A job that a shell started in the background ignores SIGINT, and so would the tests that send it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -41,7 +47,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_one_go(tmp_path_factory: pytest.TempPathFactory):
+def in_one_go(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments_collect, "BATCH", BATCH)
         found = second_moments(
@@ -51,20 +57,20 @@ def in_one_go(tmp_path_factory: pytest.TempPathFactory):
 
 
 @contextlib.contextmanager
-def forwards(lm):
+def forwards(lm: LanguageModel) -> Iterator[list[int]]:
     """How many forward passes the model makes meanwhile."""
-    count = []
+    count: list[int] = []
     handle = lm.model.register_forward_pre_hook(lambda *_: count.append(1))
     yield count
     handle.remove()
 
 
-def collect_and_save_each_batch(cache) -> None:
+def collect_and_save_each_batch(cache: Path) -> None:
     moments_collect.BATCH, moments_collect.SAVE_EVERY, moments_collect.SAVE_SHARE = BATCH, 0, 0
     second_moments(tiny_lm("gpt2"), [0, 2], SETTINGS, progress=False, cache=cache)
 
 
-def killed_after(cache, keys):
+def killed_after(cache: Path, keys: int) -> int:
     """Start a collection in a process of its own and kill it once `keys` are saved; the number of saved keys."""
     process = PROCESSES.Process(target=collect_and_save_each_batch, args=(cache,))
     process.start()
@@ -72,17 +78,17 @@ def killed_after(cache, keys):
     while time.monotonic() < deadline:
         for path in cache.rglob("*.partial"):
             if read_header(path, PARTIAL_FILE)["count"] >= keys:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 process.join()
                 assert process.exitcode == -signal.SIGKILL
-                return read_header(path, PARTIAL_FILE)["count"]
+                return int(read_header(path, PARTIAL_FILE)["count"])
         time.sleep(0.002)
     process.kill()
     raise AssertionError("nothing was saved within a minute")
 
 
 def test_killed_twice_and_resumed_gives_the_digest_of_one_go(
-    tmp_path: Path, in_one_go, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, in_one_go: dict[int, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = killed_after(tmp_path, 1)
     second = killed_after(tmp_path, first + 640)
@@ -98,24 +104,25 @@ def test_killed_twice_and_resumed_gives_the_digest_of_one_go(
     assert ".safetensors" in left and left <= {".safetensors", ".lock"}  # no .partial, no .part
 
 
-def interrupt_in_forward(lm, patch):
+def interrupt_in_forward(lm: LanguageModel, patch: pytest.MonkeyPatch) -> Interrupt:
     """Ctrl-C in the tenth forward pass."""
-    calls = []
+    calls: list[int] = []
 
-    def hook(*_) -> None:
+    def hook(*_: object) -> None:
         calls.append(1)
         if len(calls) == 10:
             os.kill(os.getpid(), signal.SIGINT)
 
-    handle = lm.model.transformer.h[1].register_forward_hook(hook)
+    handle = get_module(lm.model, "transformer.h.1").register_forward_hook(hook)
     return 9, handle.remove
 
 
-def interrupt_between_sums(lm, patch):
+def interrupt_between_sums(lm: LanguageModel, patch: pytest.MonkeyPatch) -> Interrupt:
     """Ctrl-C after one layer's sum has had the tenth batch and another's has not."""
-    calls, add = [], Sums.add
+    calls: list[int] = []
+    add = Sums.add
 
-    def added(self, module, k) -> None:
+    def added(self: Sums, module: str, k: torch.Tensor) -> None:
         add(self, module, k)
         calls.append(1)
         if len(calls) == 19:  # two layers a batch
@@ -126,7 +133,9 @@ def interrupt_between_sums(lm, patch):
 
 
 @pytest.mark.parametrize("interrupt", [interrupt_in_forward, interrupt_between_sums])
-def test_ctrl_c_keeps_what_was_collected(interrupt, tmp_path: Path, in_one_go) -> None:
+def test_ctrl_c_keeps_what_was_collected(
+    interrupt: Callable[[LanguageModel, pytest.MonkeyPatch], Interrupt], tmp_path: Path, in_one_go: dict[int, str]
+) -> None:
     lm = tiny_lm("gpt2")
     with pytest.MonkeyPatch.context() as patch:
         batches, remove = interrupt(lm, patch)
@@ -142,9 +151,11 @@ def test_ctrl_c_keeps_what_was_collected(interrupt, tmp_path: Path, in_one_go) -
     assert not list(tmp_path.rglob("*.part*"))
 
 
-def test_a_killed_pass_serves_those_who_ask_for_less(tmp_path: Path, in_one_go) -> None:
+def test_a_killed_pass_serves_those_who_ask_for_less(
+    tmp_path: Path, in_one_go: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = tiny_lm("gpt2")
-    _, remove = interrupt_in_forward(lm, None)
+    _, remove = interrupt_in_forward(lm, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         second_moments(lm, [0, 2], SETTINGS, progress=False, cache=tmp_path)
     remove()
@@ -155,17 +166,17 @@ def test_a_killed_pass_serves_those_who_ask_for_less(tmp_path: Path, in_one_go) 
         assert len(list(tmp_path.rglob("*.partial"))) == (layer == 2)  # layer 0 still needs it after layer 2
 
 
-def collect_with_others(cache, layers, everyone, told) -> None:
+def collect_with_others(cache: Path, layers: list[int], everyone: Any, told: Any) -> None:
     """One of several: logs that it collects, waits long enough for others to notice, and tells its digests."""
-    real = moments_cache.collect
+    real = moments_collect.collect
 
-    def logged(*arguments, **options):
+    def logged(*arguments: Any, **options: Any) -> Sums:
         with (cache / "log").open("a") as log:
             log.write("collected\n")
         time.sleep(2)
         return real(*arguments, **options)
 
-    moments_cache.collect = logged
+    moments_cache.collect = logged  # noqa: B010: it is imported there, not exported
     lm = tiny_lm("gpt2")
     everyone.wait()
     with (cache / f"stderr-{os.getpid()}").open("w") as stderr, contextlib.redirect_stderr(stderr):

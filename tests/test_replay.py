@@ -1,11 +1,16 @@
 """Replay: the same as the whole model, in every family, from every block; and a refusal where it is not."""
 
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
+from editkit.models.load import LanguageModel
 from editkit.models.replay import CannotReplay, columns, logits_of, replay
-from editkit.models.tokens import tokenise
-from editkit.nethook import Trace, requires_grad
+from editkit.models.tokens import Rows, tokenise
+from editkit.nethook import Trace, get_module, get_parameter, requires_grad
 from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import count_hooks
@@ -21,23 +26,26 @@ TEXTS = [
 CLOSE = 5e-6  # of the largest logit; both are float32
 
 
-def ragged(lm):
+def ragged(lm: LanguageModel) -> tuple[Rows, list[int], list[int]]:
     """(rows, first, last): changes at a row's very start, in its middle (behind a window of 8), and at its end."""
     rows = tokenise(lm, TEXTS)
     last = [rows.last(row) for row in range(len(TEXTS))]
     return rows, [3, last[1] - 4, 0, last[3]], last
 
 
-def whole(lm, rows, site, first, change):
+def whole(lm: LanguageModel, rows: Rows, site: str, first: list[int], change: Tensor) -> Tensor:
     """Logits of the whole model with `change` added to what enters `site` at token `first` of each row."""
 
-    def add(h):
+    def add(h: Tensor) -> Tensor:
         h = h.clone()
         h[torch.arange(len(first)), torch.tensor(first)] += change
         return h
 
-    with torch.no_grad(), Trace(lm.model, site, outputs=False, edit_input=add):
-        return lm.model(**rows.inputs(), use_cache=False).logits
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(Trace(lm.model, site, outputs=False, edit_input=add))
+        logits: Tensor = lm.model(**rows.inputs(), use_cache=False).logits
+    return logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,13 +88,13 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
     each = torch.arange(len(last))
     block = lm.architecture.block.format(1)
     with Trace(lm.model, block, outputs=False, grads=True) as trace:
-        lm.model(**rows.inputs(), use_cache=False).logits[each, at].logsumexp(-1).sum().backward()
+        torch.autograd.backward(lm.model(**rows.inputs(), use_cache=False).logits[each, at].logsumexp(-1).sum())
     wanted = torch.stack([trace.grad[row, begin] for row, begin in enumerate(first)])
     ready = replay(lm, rows, first, last, 2)
     stream = ready.stream.clone().requires_grad_()
     final = ready.run(stream)[ready.at(each, at)]
-    logits_of(lm, final).logsumexp(-1).sum().backward()
-    assert (stream.grad[:, 0] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    (gradient,) = torch.autograd.grad(logits_of(lm, final).logsumexp(-1).sum(), stream)
+    assert (gradient[:, 0] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     lm.model.zero_grad()
 
 
@@ -107,7 +115,7 @@ def test_columns_give_the_logits_of_whole_rows(family: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_backends(attention) -> None:
+def test_attention_backends(attention: str) -> None:
     lm = tiny_lm("llama")
     lm.model.set_attn_implementation(attention)
     rows, first, last = ragged(lm)
@@ -137,31 +145,31 @@ def test_a_head_in_pieces_gives_what_it_gives_whole(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("editkit.models.replay.PIECE", 100)  # the last piece is a shorter one
     lm = tiny_lm("gpt2")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    up = torch.randn(5, lm.model.lm_head.out_features, generator=torch.Generator().manual_seed(1))
+    weight = get_parameter(lm.model, "lm_head.weight").detach().double()
+    up = torch.randn(5, len(weight), generator=torch.Generator().manual_seed(1))
     given = x.clone().requires_grad_()
     with requires_grad(lm.model, only=[]):
         found = logits_of(lm, given)
-        (found * up).sum().backward()
-    weight = lm.model.lm_head.weight.detach().double()
+        (gradient,) = torch.autograd.grad((found * up).sum(), given)
     assert len(weight) % 100 and (found.double() - x.double() @ weight.T).abs().max() < 1e-5
-    assert (given.grad.double() - up.double() @ weight).abs().max() < 1e-4
+    assert (gradient.double() - up.double() @ weight).abs().max() < 1e-4
 
 
 def test_a_head_that_learns_or_is_watched_is_called() -> None:
     lm = tiny_lm("gpt2")
     x = torch.randn(5, 32)
-    logits_of(lm, x).sum().backward()
-    assert lm.model.lm_head.weight.grad.abs().sum() > 0
+    (gradient,) = torch.autograd.grad(logits_of(lm, x).sum(), get_parameter(lm.model, "lm_head.weight"))
+    assert gradient.abs().sum() > 0
     with torch.no_grad(), Trace(lm.model, "lm_head") as trace:
-        logits = logits_of(lm, x)
-    assert torch.equal(logits, trace.output)
+        assert torch.equal(logits_of(lm, x), trace.output)
 
 
 def test_a_text_before_the_change_is_run_once() -> None:
     lm = tiny_lm("gpt2")
     rows = tokenise(lm, [TEXTS[0]] * 3)
-    seen = []
-    handle = lm.model.transformer.wte.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    seen: list[tuple[int, ...]] = []
+    embedding = get_module(lm.model, "transformer.wte")
+    handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     replay(lm, rows, [4, 4, 5], [6, 6, 6], 1)
     handle.remove()
     assert seen[:2] == [(2, 5), (3, 3)]  # two distinct prefixes, then the columns of every row
@@ -172,10 +180,10 @@ def test_a_model_that_does_something_between_its_parts_is_refused() -> None:
     rows, first, last = ragged(lm)
     before = everything(lm.model)
 
-    def doubled(module, args, output) -> None:
+    def doubled(module: nn.Module, args: Any, output: Any) -> None:
         output.last_hidden_state = 2 * output.last_hidden_state
 
-    handle = lm.model.transformer.register_forward_hook(doubled)
+    handle = get_module(lm.model, "transformer").register_forward_hook(doubled)
     with pytest.raises(CannotReplay, match="other logits than as a whole"):
         replay(lm, rows, first, last, 1)
     handle.remove()

@@ -9,17 +9,18 @@ from torch import nn
 
 from editkit.edits import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError, ReversalError
+from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot, bits, digest, model_digest, same_bits, tensors_of, uninterrupted
 from tests.conftest import tiny_lm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def everything(model) -> dict[str, torch.Tensor]:
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: bits(t).clone() for name, t in tensors_of(model).items()}
 
 
-def random_edit(lm, layer=1, rank=2) -> Edit:
+def random_edit(lm: LanguageModel, layer: int = 1, rank: int = 2) -> Edit:
     site = lm.architecture.down(layer)
     weight = lm.model.get_parameter(f"{site}.weight")
     rows, columns = weight.shape if type(lm.model.get_submodule(site)) is nn.Linear else weight.shape[::-1]
@@ -31,7 +32,7 @@ def random_edit(lm, layer=1, rank=2) -> Edit:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("raised", [None, ValueError, KeyboardInterrupt, SystemExit])
-def test_every_bit_is_back(family: str, dtype: torch.dtype, raised) -> None:
+def test_every_bit_is_back(family: str, dtype: torch.dtype, raised: type[BaseException] | None) -> None:
     lm = tiny_lm(family, dtype=dtype)
     weight = lm.model.get_parameter(lm.architecture.down(1) + ".weight")
     with torch.no_grad():  # values that ordinary comparison cannot tell apart, or calls unequal
@@ -47,7 +48,7 @@ def test_every_bit_is_back(family: str, dtype: torch.dtype, raised) -> None:
     except BaseException as error:
         assert type(error) is raised
     else:
-        assert applied.reversal.exact and applied.reversal.tensors == len(before)
+        assert applied.reversal is not None and applied.reversal.exact and applied.reversal.tensors == len(before)
     after = everything(lm.model)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n], before[n]) for n in before)
@@ -76,9 +77,11 @@ def test_integer_views_tell_what_equality_does_not() -> None:
 
 
 def test_what_else_moved_is_named() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    norm = nn.BatchNorm1d(3)
+    net = nn.Sequential(nn.Linear(3, 3), norm)
     snapshot = Snapshot.take(net, ["0.weight"])
-    net[1].running_mean += 1
+    assert norm.running_mean is not None
+    norm.running_mean += 1
     found = snapshot.verify()
     assert found.unequal == ("1.running_mean",) and found.touched == ("0.weight",)
     with pytest.raises(ReversalError, match=r"1\.running_mean"):
@@ -97,7 +100,7 @@ def test_tied_weights_are_found_by_both_names_and_counted_once() -> None:
     snapshot = Snapshot.take(lm.model, ["lm_head.weight"])
     assert "transformer.wte.weight" not in snapshot.others
     with torch.no_grad():
-        lm.model.transformer.wte.weight.zero_()
+        lm.model.get_parameter("transformer.wte.weight").zero_()
     assert snapshot.verify().unequal == ("lm_head.weight",)
     snapshot.restore()
     assert snapshot.verify().exact

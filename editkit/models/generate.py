@@ -70,9 +70,10 @@ def generate_batch(
         options["eos_token_id"] = lm.model.config.get_text_config().vocab_size  # no token ends it
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), _plainly(lm.model), widened(lm):
         torch.manual_seed(seed)
-        out = lm.model.generate(ids, attention_mask=mask, max_new_tokens=most, pad_token_id=pad_id, **options)
+        run: Any = lm.model.generate
+        out = run(ids, attention_mask=mask, max_new_tokens=most, pad_token_id=pad_id, **options)
     new = [row[width : width + count] for row, count in zip(out, counts, strict=True)]
-    return [lm.tokenizer.decode(row, skip_special_tokens=True) for row in new]
+    return [str(lm.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
 
 
 def generate(
@@ -90,7 +91,8 @@ def generate(
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = lm.tokenizer(prompt)["input_ids"] or [start]
-            out = lm.model.generate(
+            run: Any = lm.model.generate
+            out = run(
                 torch.tensor([ids], device=lm.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=lm.device),
                 max_new_tokens=new_tokens,

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
 from editkit.models.snapshot import model_digest
-from editkit.nethook import get_module
+from editkit.nethook import get_parameter
 
 BUNDLED = {"atlas": Path(__file__).parent / "atlas"}
 
@@ -37,16 +37,19 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding."""
-        return get_module(self.model, self.architecture.embedding).weight.device  # type: ignore[return-value]
+        return get_parameter(self.model, f"{self.architecture.embedding}.weight", allow_meta=True).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        """That of the weights and activations (inside `widened`, float32)."""
+        found: torch.dtype = self.model.dtype
+        return found
 
     @property
     def layers(self) -> int:
         """The number of blocks."""
-        return self.model.config.get_text_config().num_hidden_layers
+        count: int = self.model.config.get_text_config().num_hidden_layers
+        return count
 
     @property
     def digest(self) -> str:
@@ -94,7 +97,7 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         architecture = architecture_of(config.model_type)
         with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype=_resolve_dtype(dtype),
@@ -102,6 +105,7 @@ def load(
                 output_loading_info=True,
                 **options,
             )
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_not_loaded(str(name_or_path), path, error)) from error

@@ -9,12 +9,12 @@ tokens stand in for them. Rows are laid out around their first token that runs a
     run             blocks `start`, … on columns 0, 1, …, called as in pass 2, then the final norm; logits where asked
 
 Masks, positions, windows and cache rules are those that transformers itself made in pass 2, so no family has code
-here. Whether that holds for the model at hand is measured each time: one row is compared with the whole model.
+here. Whether that holds for a model is measured each time: one row is compared with the whole model.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Rows, unflatten
-from editkit.nethook import Trace, get_module, hidden, with_input
+from editkit.nethook import Record, Trace, get_module, hidden, with_input
 
 # How far a replayed row may be from the whole model, relative to its largest logit; some families attend in float32.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -43,7 +43,7 @@ class CannotReplay(ModelError):
 
 
 class _Prefix:
-    """In place of a cache: the keys and values of earlier columns, in front of those given. `seen` takes the whole."""
+    """Stands for a cache: puts the keys and values of earlier columns in front of those given, and both into `seen`."""
 
     def __init__(self, kept: KeysAndValues, seen: KeysAndValues | None) -> None:
         self._kept, self._seen = kept, seen
@@ -79,7 +79,7 @@ class Replay(Columns):
 
     start: int
     stream: Tensor  # [rows, columns, d_model] that entered block `start`; after the last block where start = layers
-    calls: list[tuple[tuple, dict[str, Any]]]  # of the blocks from `start` on
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # arguments of the blocks from `start` on
     kept: KeysAndValues  # before column 0
     column0: dict[str, tuple[Tensor, Tensor]]  # of the modules that were asked for: input and output, [rows, d] each
 
@@ -88,7 +88,8 @@ class Replay(Columns):
 
         `seen` is filled with the keys and values of all columns, those before column 0 in front.
         """
-        return get_module(self.lm.model, self.lm.architecture.final_norm)(self.through(stream, seen))
+        final: Tensor = get_module(self.lm.model, self.lm.architecture.final_norm)(self.through(stream, seen))
+        return final
 
     def through(self, stream: Tensor, seen: KeysAndValues | None = None) -> Tensor:
         """The same before the final norm: what leaves the last of the blocks."""
@@ -107,7 +108,7 @@ class Replay(Columns):
         return replace(self, calls=self.calls[:1], kept=kept, final=nothing, stream=nothing)
 
     def of(self, rows: Tensor) -> "Replay":
-        """The same for some of the rows, [kept] indices."""
+        """The replay of the rows with these indices, [kept]."""
         count = len(self.first)
 
         def pick(value: Any) -> Any:
@@ -149,7 +150,8 @@ class Replay(Columns):
 def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
     """[.., vocabulary] from the residual stream after the final norm, [.., d_model]."""
     head = get_module(lm.model, lm.architecture.head)
-    logits = _InPieces.apply(final, head.weight) if _by_pieces(head, final) else head(final)
+    product: Callable[..., Tensor] = _InPieces.apply
+    logits: Tensor = product(final, head.weight) if _by_pieces(head, final) else head(final)
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -166,8 +168,8 @@ class _InPieces(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.saved_tensors[0], None
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        return grad_outputs[0] @ ctx.saved_tensors[0], None
 
 
 def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
@@ -180,21 +182,28 @@ def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
 
 @torch.no_grad()
 def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns:
-    """One clean run of `rows` up to token `last[row]`, each distinct text before token `first[row]` (1 or more) once.
+    """One clean run of `rows` up to token `last[row]`, which runs each distinct text before token `first[row]` once.
 
-    Column 0 is the token before `first[row]`. Raises CannotReplay for a model that does not give the same so.
+    `first[row]` is 1 or more, and column 0 is the token before it. Raises CannotReplay for a model that gives other
+    logits this way.
     """
     ids = rows.ids.tolist()
-    of, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
-    final = before.last_hidden_state[of, -1:]
+
+    # 1) The texts up to column 0, each distinct one once.
+    which, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
+    final = before.last_hidden_state[which, -1:]  # [rows, 1, d_model]
+
+    # 2) Columns 1, 2, … of the rows that have them.
     longer = [row for row in range(len(ids)) if last[row] >= first[row]]
     if longer:
         cache, begins = before.past_key_values, [first[row] for row in longer]
-        cache.batch_select_indices(of[longer].to(lm.device))
+        cache.batch_select_indices(which[longer].to(lm.device))
         parts = [ids[row][first[row] : last[row] + 1] for row in longer]
-        after = _second_pass(lm, parts, begins, seen[of[longer]], cache)
+        after = _second_pass(lm, parts, begins, seen[which[longer]], cache)
         final = torch.cat((final, final.new_zeros(len(ids), after.shape[1], after.shape[2])), 1)
         final[longer, 1:] = after
+
+    # 3) Check one row against the whole model.
     clean = Columns(lm, torch.tensor(first, device=lm.device) - 1, final)
     row = longer[0] if longer else 0
     _check(clean, rows, last, row, final[row, last[row] - first[row] + 1])
@@ -205,61 +214,87 @@ def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[
 def replay(
     lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int], start: int, sites: Sequence[str] = ()
 ) -> Replay:
-    """Get ready to run blocks `start`, … again from token `first[row]` to `last[row]`.
+    """Get ready to run blocks `start`, … again on tokens `first[row]` to `last[row]` of each row.
 
-    What passes through the modules `sites` at column 0 is kept beside.
-    Raises CannotReplay for a model that does not give the same so.
+    - `rows`: the texts. `first`, `last`: a position for each row.
+    - `start`: the first block to run again; the number of blocks for the final norm alone.
+    - `sites`: modules whose input and output at column 0 are kept as well.
+
+    Raises CannotReplay for a model that gives other logits this way.
     """
     ids = rows.ids.tolist()
-    of, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
+
+    # 1) Clean pass over the texts before column 0, each distinct one once: keys and values of every block.
+    which, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
     cache, kept = None, {}
     if before is not None:
         cache = before.past_key_values
-        cache.batch_select_indices(of.to(lm.device))
+        cache.batch_select_indices(which.to(lm.device))
         kept = {layer: (each.keys, each.values) for layer, each in enumerate(cache.layers) if layer >= start}
+
+    # 2) Clean pass over columns 0, 1, … behind them, with the arguments of each block's call.
     blocks = [lm.architecture.block.format(layer) for layer in range(start, lm.layers)]
-    with ExitStack() as traces:
-        trace = traces.enter_context(Trace(lm.model, [*blocks, lm.architecture.final_norm], inputs=True, outputs=False))
-        if sites:  # copies: Falcon adds to an output in place
-            at_sites = traces.enter_context(Trace(lm.model, sites, inputs=True, clone=True))
-        parts = [ids[row][begin : end + 1] for row, (begin, end) in enumerate(zip(first, last, strict=True))]
-        final = _second_pass(lm, parts, first, seen[of], cache)
+    trace = Trace(lm.model, [*blocks, lm.architecture.final_norm], inputs=True, outputs=False)
+    # Copies, since Falcon adds to an output in place.
+    captured = Trace(lm.model, sites, inputs=True, clone=True) if sites else None
+    parts = [ids[row][begin : end + 1] for row, (begin, end) in enumerate(zip(first, last, strict=True))]
+    final = _while_traced([trace, captured], lambda: _second_pass(lm, parts, first, seen[which], cache))
+
+    # 3) What a replay needs: the stream that enters the first block, the calls without it and without the cache.
     stream = trace[next(iter(trace))].input
     calls = [with_input(*trace[block].inputs, lambda _: stream.new_empty(0)) for block in blocks]
     calls = [_mapped(call, lambda value: _CACHE if hasattr(value, "get_seq_length") else value) for call in calls]
-    count = len(first)
-    column0 = {
-        site: (unflatten(at_sites[site].input, count)[:, 0], unflatten(at_sites[site].output, count)[:, 0])
-        for site in sites
-    }
+    column0 = {} if captured is None else {site: _first_column(captured[site], len(first)) for site in sites}
     ready = Replay(lm, torch.tensor(first, device=lm.device), final, start, stream, calls, kept, column0)
-    row = max(range(len(first)), key=first.__getitem__)  # of the longest prefix
+
+    # 4) Check the row with the longest text before column 0 against the whole model.
+    row = max(range(len(first)), key=first.__getitem__)
     one = ready.of(torch.tensor([row], device=lm.device))
     _check(ready, rows, last, row, one.run(one.stream)[0, last[row] - first[row]])
     return ready
 
 
+def _while_traced(traces: Sequence[Trace | None], run: Callable[[], Tensor]) -> Tensor:
+    """The result of `run`, with the traces (those that are not None) open meanwhile."""
+    with contextlib.ExitStack() as stack:
+        for trace in traces:
+            if trace is not None:
+                stack.enter_context(trace)
+        return run()
+
+
+def _first_column(record: Record, rows: int) -> tuple[Tensor, Tensor]:
+    """A module's input and output at column 0, [rows, d] each."""
+    return unflatten(record.input, rows)[:, 0], unflatten(record.output, rows)[:, 0]
+
+
 def _first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Any]:
-    """Each distinct text once: which one each row has, their mask [distinct, tokens], and the output with its cache."""
+    """Run each distinct text once. Returns which of them each row has [rows], their mask [distinct, tokens], and the
+    output with its cache (None where all texts are empty). Raises CannotReplay for a model without such a cache."""
     number = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
-    of = torch.tensor([number[tuple(text)] for text in texts])
+    which = torch.tensor([number[tuple(text)] for text in texts])
     ids, seen = _padded(list(number), left=True)
     if not ids.shape[1]:
-        return of, seen, None
+        return which, seen, None
     output = lm.model.base_model(**_inputs(lm, ids, seen, (seen.cumsum(1) - 1).clamp_min(0)), use_cache=True)
     if not isinstance(getattr(output, "past_key_values", None), DynamicCache):
         raise CannotReplay("it keeps no keys and values of earlier tokens")
-    return of, seen, output
+    return which, seen, output
 
 
 def _second_pass(
     lm: LanguageModel, parts: Sequence[Sequence[int]], first: Sequence[int], seen: Tensor, cache: Any
 ) -> Tensor:
-    """[rows, columns, d_model] after the final norm, of `parts` that follow what `cache` holds under mask `seen`."""
+    """[rows, columns, d_model] after the final norm.
+
+    - `parts`: the token ids of each row's columns. `first`: the position of its column 0.
+    - `cache`, `seen`: keys and values of the earlier tokens, and their mask [rows, tokens].
+    """
     ids, live = _padded(parts)
     positions = torch.tensor(first)[:, None] + (live.cumsum(1) - 1).clamp_min(0)  # padding stays within the model's
     given = _inputs(lm, ids, torch.cat((seen, live), 1), positions)
-    return lm.model.base_model(**given, past_key_values=cache, use_cache=True).last_hidden_state
+    final: Tensor = lm.model.base_model(**given, past_key_values=cache, use_cache=True).last_hidden_state
+    return final
 
 
 def _inputs(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
@@ -280,8 +315,12 @@ def _padded(texts: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tens
 
 
 def _check(clean: Columns, rows: Rows, last: Sequence[int], row: int, final: Tensor) -> None:
-    """Raise CannotReplay unless `final` [d_model] gives the logits of the whole model for the last token of `row`, and
-    every row is finite: where softmax takes a row of padding amiss, it is not."""
+    """Raise CannotReplay unless one row is as in the whole model and every row is finite (a softmax over padding alone
+    gives NaN).
+
+    - `clean`: the run to check. `rows`, `last`: as it was given them.
+    - `row`, `final`: the row to compare, and its last token after the final norm [d_model].
+    """
     at = clean.at(torch.arange(len(last), device=clean.first.device), torch.tensor(last, device=clean.first.device))
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(clean.lm.model.forward).parameters else {}
     wanted = clean.lm.model(input_ids=rows.ids[row : row + 1, : last[row] + 1], use_cache=False, **few).logits[0, -1]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from editkit.corpora import running_text
 from editkit.errors import EditkitError, OutputError
 from editkit.models.load import LanguageModel
-from editkit.models.precision import widened
+from editkit.models.precision import HALF, widened
 from editkit.models.snapshot import uninterrupted
 from editkit.moments.moment import PARTIAL_FILE, SecondMoment
 from editkit.nethook import Trace
@@ -37,7 +37,9 @@ SAVE_SHARE = 20  # times as long as the last save took: 48 layers of GPT-2 XL ar
 class Blocks(Iterator[Tensor]):
     """Token blocks [length] without padding: documents joined, an end token between them.
 
-    `documents` and `waiting` are the place in the text: Blocks made with them go on with the next block.
+    - `texts`: the documents, from the first on. `length`: tokens a block.
+    - `documents`: how many of them have been read. `waiting`: their tokens that no block has had yet. Blocks made with
+      these two of another continue with its next block.
     """
 
     def __init__(
@@ -138,9 +140,12 @@ def collect(
 ) -> Sums:
     """Go over the text until `settings.tokens` keys have been summed at each of `modules`, or the text ends.
 
-    `start` is the state to go on from; the result has the same bits as that of a pass in one go. `save` is called
-    with the state every SAVE_EVERY seconds, and on Ctrl-C, which waits for the sums of a batch but not for its
-    forward pass. Raises EditkitError when the text is shorter than one block, or a key is not finite.
+    - `seed`: of the order of the text.
+    - `start`: the state to continue from; the result has the same bits as that of a pass without a break.
+    - `save`: called with the state every SAVE_EVERY seconds, and on Ctrl-C, which waits for the sums of a batch but
+      not for its forward pass.
+
+    Raises EditkitError when the text is shorter than one block, or a key is not finite.
     """
     sums = start or Sums({}, {})
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or settings.block
@@ -205,7 +210,8 @@ def saver(path: Path, described: dict[str, Any]) -> Callable[[Sums], None]:
 def _require_finite(keys: dict[str, Tensor], lm: LanguageModel) -> None:
     for module, k in keys.items():
         if not k.isfinite().all():
+            remedy = "Load the model in bfloat16 or float32 (model.dtype), and check" if lm.dtype in HALF else "Check"
             raise EditkitError(
                 f"A key at {module} is not finite in {str(lm.dtype).removeprefix('torch.')}: no second moment can be "
-                "collected. Load the model in bfloat16 or float32 (model.dtype), and check its weights."
+                f"collected. {remedy} its weights."
             )

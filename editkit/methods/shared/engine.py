@@ -1,10 +1,11 @@
-"""How a value is tried out: logits under a δ for each fact, and the gradient of δ.
+"""Two engines that run the model with a δ added for each fact, and give logits and the gradient of δ.
 
-`FullDepth` does what the reference does: every row, token, block and logit. `Replayed` gives the same from the edited
-block and the lookup token on (replay.py).
+`FullDepth` runs what the reference code runs: every row, token, block and logit. `Replayed` gives the same logits, but
+runs only the blocks from the edited one on, and only the tokens from the lookup token on (replay.py).
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -28,12 +29,12 @@ class FactRows:
     """The rows of one fact's optimisation: contexts × (prompt + target), then the KL row."""
 
     scored: Scored
-    lookup: list[int]  # of each row, the position of its lookup token
+    lookup: list[int]  # the position of each row's lookup token
     contexts: int  # rows before the KL row
 
     @cached_property
     def last(self) -> list[int]:
-        """Of each row, the last token whose logits or value are used."""
+        """The last token of each row whose logits or value are used."""
         asked = [max([at - 1 for at in found], default=0) for found in self.scored.positions]
         return [max(pair) for pair in zip(asked, self.lookup, strict=True)]
 
@@ -60,7 +61,7 @@ class Batch:
         self.rows = Rows.joined([each.scored.rows for each in facts])
         device = self.rows.ids.device
         counts = [len(each.lookup) for each in facts]
-        self.begins = [sum(counts[:i]) for i in range(len(counts))]  # of each fact, its first row
+        self.begins = [sum(counts[:i]) for i in range(len(counts))]  # the first row of each fact
         picks, kl = [], []
         for number, (begin, each) in enumerate(zip(self.begins, facts, strict=True)):
             for row, found in enumerate(each.scored.positions):
@@ -68,28 +69,28 @@ class Batch:
                 picks += [(begin + row, at - 1, number, share) for at in found]
             kl.append((begin + each.contexts, each.lookup[-1]))
         read = [(row, at) for row, at, *_ in picks] + kl  # the targets', then one a fact for the KL
-        self.row, self.at = torch.tensor(read, device=device).T  # of each logit that is read
+        self.row, self.at = torch.tensor(read, device=device).T  # where logits are read: [targets + facts] each
         self.fact = torch.tensor([fact for *_, fact, _ in picks], device=device)  # [targets]
-        self.share = torch.tensor([share for *_, share in picks], device=device)  # [targets] of a fact's mean NLL
+        self.share = torch.tensor([share for *_, share in picks], device=device)  # [targets], weight in the mean NLL
         self.token = self.rows.ids[self.row[: len(picks)], self.at[: len(picks)] + 1]
         self.lookup = torch.tensor([at for each in facts for at in each.lookup], device=device)  # [rows]
         self.of_row = torch.arange(len(facts), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
     def of_facts(self, given: Tensor, gave: Tensor) -> "list[AtLookup]":
-        """Of each fact, its part of [rows, d] without the KL row."""
+        """Split the module's inputs and outputs [rows, d] by fact, dropping KL rows."""
         both = given.double().cpu(), gave.double().cpu()
         spans = [slice(begin, begin + each.contexts) for begin, each in zip(self.begins, self.facts, strict=True)]
         return [AtLookup(*(each[span] for each in both)) for span in spans]
 
     def some(self, kept: Sequence[int]) -> tuple["Batch", Tensor]:
-        """The batch of some of the facts, and which rows those are."""
+        """The batch of the facts at places `kept`, and the indices of their rows in this one."""
         rows = [self.begins[i] + row for i in kept for row in range(len(self.facts[i].lookup))]
         return Batch([self.facts[i] for i in kept]), torch.tensor(rows, device=self.lookup.device)
 
 
 class AtLookup(NamedTuple):
-    """What passes through a module at the lookup token, [facts, templates, d] in float64 on the CPU; of one fact
-    [templates, d]."""
+    """A module's input and output at the lookup token, in float64 on the CPU: [facts, templates, d], or
+    [templates, d] for one fact."""
 
     input: Tensor
     output: Tensor
@@ -101,19 +102,19 @@ class Engine(Protocol):
     batch: Batch
 
     def clean(self) -> list[AtLookup]:
-        """What passes through the last site while there is no δ, of each fact [contexts, d]."""
+        """Input and output of the last site without δ, [contexts, d] for each fact."""
         ...
 
     def logits(self, delta: Tensor) -> Tensor:
-        """[logits that are read, vocabulary], as `batch.row` and `batch.at` list them."""
+        """The logits at the places that `batch.row` and `batch.at` list, [places, vocabulary]."""
         ...
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient of δ, [sites, facts, d_model]; `loss` comes from the latest logits."""
+        """The gradient of δ [sites, facts, d_model], from a `loss` of the latest logits; once for each."""
         ...
 
     def some(self, kept: Sequence[int]) -> "Engine":
-        """The engine of some of the facts."""
+        """The engine for the facts at places `kept`."""
         ...
 
 
@@ -124,7 +125,10 @@ class _Hooked:
         self._lm, self._sites, self._batch, self._at = lm, list(sites), batch, at
         self._rows = torch.arange(len(at), device=at.device)
 
-    def traced(self, delta: Tensor) -> Trace:
+    @contextlib.contextmanager
+    def added(self, delta: Tensor) -> Iterator[None]:
+        """In the body the outputs have δ [sites, facts, d_model] added, each row that of its fact."""
+
         def add(output: Tensor, site: str) -> Tensor:
             changed = output.clone()
             each = delta[self._sites.index(site)].detach()[self._batch.of_row]
@@ -133,10 +137,11 @@ class _Hooked:
 
         self._like = delta
         self._trace = Trace(self._lm.model, self._sites, outputs=False, grads=True, edit=add, leaf=True)
-        return self._trace
+        with self._trace:
+            yield
 
     def gradient(self, loss: Tensor) -> Tensor:
-        loss.backward()
+        torch.autograd.backward(loss)
         found = [unflatten(self._trace[site].grad, len(self._at))[self._rows, self._at] for site in self._sites]
         grad = torch.zeros_like(self._like)
         return grad.index_add(1, self._batch.of_row, torch.stack(found).to(grad.dtype))
@@ -150,8 +155,8 @@ class FullDepth:
         self._hooked = _Hooked(lm, sites, batch, batch.lookup)
 
     def logits(self, delta: Tensor) -> Tensor:
-        with self._hooked.traced(delta):
-            logits = self._lm.model(**self.batch.rows.inputs(), use_cache=False).logits
+        with self._hooked.added(delta):
+            logits: Tensor = self._lm.model(**self.batch.rows.inputs(), use_cache=False).logits
         return logits[self.batch.row, self.batch.at]
 
     @torch.no_grad()
@@ -196,7 +201,7 @@ class Replayed:
             here = stream[:, :1].to(delta.dtype) + self._delta[0][self.batch.of_row][:, None]
             final = self._ready.run(torch.cat((here.to(stream.dtype), stream[:, 1:]), 1))
         else:
-            with self._hooked.traced(delta):
+            with self._hooked.added(delta):
                 final = self._ready.run(stream)
         return logits_of(self._lm, final[self._picks])
 
@@ -212,11 +217,12 @@ class Replayed:
 
 
 def bytes_of(lm: LanguageModel, facts: Sequence[FactRows], layer: int) -> int:
-    """About what a replayed batch takes: what backward keeps of each block, earlier keys and values, and logits."""
+    """About how much memory a replayed batch of `facts` takes, in bytes: what backward keeps of each block from `layer`
+    on, the keys and values of earlier tokens, and the logits."""
     config = lm.model.config.get_text_config()
     itemsize, d = wide(lm.dtype).itemsize, config.hidden_size
     rows = sum(len(each.lookup) for each in facts)
     columns, prefix = max(each.columns for each in facts), max(max(each.lookup) for each in facts)
     logits = sum(sum(map(len, each.scored.positions)) + 1 for each in facts)
     kept = rows * ((lm.layers - layer) * (48 * columns + 4 * prefix) + 4 * lm.layers * prefix) * d
-    return kept * lm.dtype.itemsize + logits * config.vocab_size * itemsize * 5
+    return int(kept * lm.dtype.itemsize + logits * config.vocab_size * itemsize * 5)

@@ -161,7 +161,8 @@ def _in_batches(
 
 def _bare_norm(clean: AtLookup) -> Tensor:
     """‖v0‖ [1] of one fact: the norm of the site's output for the bare prompt, which is the first template."""
-    return clean.output[:1].norm(dim=-1)
+    norm: Tensor = clean.output[:1].norm(dim=-1)
+    return norm
 
 
 class _Bar:
@@ -311,7 +312,7 @@ class _LogP(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
         ctx.mark_dirty(logits)
         ctx.set_materialize_grads(False)
-        for part in logits.split(8 if logits.device.type == "cpu" else len(logits)):
+        for part in torch.split(logits, 8 if logits.device.type == "cpu" else len(logits)):
             part.copy_(log_softmax(part, -1))
         ctx.save_for_backward(logits, token)
         targets, after = logits[: len(token)], logits[len(token) :].clone()
@@ -322,7 +323,9 @@ class _LogP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_token: Tensor, _: None, after: Tensor, __: None) -> tuple[Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, of_token: Tensor, _: None, after: Tensor, __: None
+    ) -> tuple[Tensor, None]:
         log_p, token = ctx.saved_tensors
         # d log p_i / d logit_j = [i = j] − p_j
         grad = log_p.detach().exp_().mul_(-torch.cat((of_token, after.sum(-1)))[:, None])
@@ -338,7 +341,8 @@ def _answers(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     Nothing here waits for an accelerator.
     """
     count = len(batch.facts)
-    of_token, likeliest, after, _ = _LogP.apply(logits, batch.token)
+    log_p: Callable[..., tuple[Tensor, ...]] = _LogP.apply
+    of_token, likeliest, after, _ = log_p(logits, batch.token)
     missed = logits.new_zeros(count).index_add(0, batch.fact, (~likeliest).to(logits.dtype))
     share = batch.share.to(logits.dtype)
     return -logits.new_zeros(count).index_add(0, batch.fact, of_token * share), after, missed == 0
@@ -360,7 +364,7 @@ def _read(unread: list[tuple[Tensor, Tensor]], batch: _Deltas, kept: list[int], 
                 results[fact].steps.append(dict(zip(("loss", "nll", "kl", "weight_decay"), own, strict=True)))
         if place not in kept:
             results[fact].delta, results[fact].clamp_hit = deltas[:, place].clone(), hits[place]
-    losses = values[-1][0]
+    losses: list[float] = values[-1][0]
     return sum(losses) / len(losses)
 
 
