@@ -6,7 +6,7 @@ Each is a short use of `nethook.Trace`; hooks are removed on every exit. A name 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class ActivationPenalty:
         self._trace = Trace(model, sites, calls="all", detach=False)
         self._taken = 0
 
-    def __enter__(self) -> "ActivationPenalty":
+    def __enter__(self) -> Self:
         self._taken = 0
         self._trace.__enter__()
         return self
