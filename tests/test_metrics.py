@@ -25,11 +25,11 @@ from editkit.data.cases import (
     Probe,
 )
 from editkit.facts import Fact
-from editkit.metrics.counterfact import score_probes
-from editkit.metrics.drift import Drift
 from editkit.metrics.fluency import consistency, ngram_entropy, words
 from editkit.metrics.generation import exact
 from editkit.metrics.measure import look, rows_of, values_of_rows
+from editkit.metrics.running_text import Drift
+from editkit.metrics.scoring import score_probes
 from editkit.metrics.summary import RESAMPLES, summary
 from editkit.models.architecture import architecture_of
 from editkit.models.generate import generate, generate_batch

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from editkit.metrics.metric import Average
 from editkit.numbers import number
 from editkit.report.svg import SERIES, WIDTH, Drawing, Scale, clip, covering, text_width
-from editkit.runs.read import Average
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROW_NAME = 130  # units: the widest name of a heat map's row
