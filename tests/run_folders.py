@@ -39,7 +39,7 @@ def copied(source: Path, target: Path, change: Callable[[dict[str, Any]], object
     found = record_of(target)
     if change is not None:
         change(found)
-        (target / "record.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+        (target / "record.json").write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

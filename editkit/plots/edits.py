@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editkit.data.kinds import HEADINGS, heading
 from editkit.errors import EditkitError
 from editkit.numbers import finite
 from editkit.plots.canvas import COLOURS, SIZE, blank, done, every, headed, label, legend, plain, series, token
 from editkit.plots.heat import Panel, panels
-from editkit.report import aggregate, glossary
+from editkit.report import aggregate
 from editkit.report.svg import text_width
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def probe_bars(rows: Any, *, title: str = "Probability of the answers", path: st
 
     listed = rows.to_dict("records") if isinstance(rows, DataFrame) else [dict(row) for row in rows]
     kinds = aggregate.by(listed, "kind")
-    ordered = [k for k in glossary.KINDS if k in kinds] + [k for k in kinds if k not in glossary.KINDS]
+    ordered = [k for k in HEADINGS if k in kinds] + [k for k in kinds if k not in HEADINGS]
     found = []
     for which in ("new", "true"):
         for kind in ordered:
@@ -227,7 +228,7 @@ def probe_bars(rows: Any, *, title: str = "Probability of the answers", path: st
         raise EditkitError("No probe has a probability: give the rows of a run's cases.parquet.")
     frame = DataFrame(found, columns=["answer", "kind", "when", "mean", "low", "high", "cases"])
     ordered = [kind for kind in ordered if kind in set(frame.kind)]
-    names = [label(glossary.kind(kind), 2.6) for kind in ordered]
+    names = [label(heading(kind), 2.6) for kind in ordered]
     margin = max(text_width(name, SIZE) for name in names) / 72
     figure = blank(margin + 4.9, 0.42 * len(ordered) + 1.35)
     both = figure.subplots(1, 2, sharey=True)

@@ -8,7 +8,7 @@ from editkit.errors import EditkitError
 from editkit.numbers import number
 from editkit.plots.canvas import SIZE, blank, done, every, headed, label, legend, plain, series, token
 from editkit.plots.heat import Panel, panels
-from editkit.report.glossary import place_kind
+from editkit.tracing.files import place_kind
 
 if TYPE_CHECKING:
     from editkit.tracing import AverageTrace, Proposal, Traced

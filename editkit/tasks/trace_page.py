@@ -16,25 +16,10 @@ from editkit.report import charts
 from editkit.report.html import Body, Charts, Fold, Section, Table, Text
 from editkit.runs import names
 from editkit.runs.read import Run
-from editkit.tracing.files import AVERAGE_AXES, AVERAGE_FIELDS, ONE_AXES, ONE_FIELDS, read_arrays
+from editkit.tracing.files import AVERAGE_AXES, AVERAGE_FIELDS, ONE_AXES, ONE_FIELDS, place_kind, read_arrays
 
 LINES = ("last subject token", "last token")  # drawn; all kinds of token are in the maps
 SHOWN_SKIPPED = 100
-
-# What a trace puts back.
-PLACES = {
-    "state": "state",
-    "mlp": "MLP outputs",
-    "attention": "attention outputs",
-    "severed_mlp": "state, later MLPs severed",
-    "severed_attention": "state, later attention severed",
-}
-
-
-def place_kind(name: str, window: int) -> str:
-    """What is put back, with the blocks that are put back together."""
-    title = PLACES.get(name, name.replace("_", " "))
-    return f"{title}, window of {window}" if name in ("mlp", "attention") and window > 1 else title
 
 
 @dataclass(frozen=True)

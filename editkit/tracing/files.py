@@ -23,6 +23,22 @@ ONE_FIELDS = ("tokens", "subject", "answer", "clean", "corrupted", "window", "ot
 AVERAGE_FIELDS = ("window", "skipped", "complete", "how")
 
 
+# What a trace puts back.
+PLACES = {
+    "state": "state",
+    "mlp": "MLP outputs",
+    "attention": "attention outputs",
+    "severed_mlp": "state, later MLPs severed",
+    "severed_attention": "state, later attention severed",
+}
+
+
+def place_kind(name: str, window: int) -> str:
+    """What is put back, with the blocks that are put back together."""
+    title = PLACES.get(name, name.replace("_", " "))
+    return f"{title}, window of {window}" if name in ("mlp", "attention") and window > 1 else title
+
+
 def json_of(settings: TraceSettings) -> dict[str, Any]:
     """The settings as JSON gives them back."""
     return asdict(settings) | {"kinds": list(settings.kinds)}
