@@ -156,6 +156,15 @@ def test_one_edit(real_runs: dict[str, Path], tmp_path: Path) -> None:
     assert "Every compared bit is what it was before." in shown.text and "said before" not in shown.text
 
 
+def test_a_page_says_whether_the_edit_landed_and_what_to_try(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    """The fixture takes four steps only: whatever came of it, record and page say the same."""
+    found = copied(real_runs["edit"], tmp_path / "run")["verdict"]
+    shown = page(tmp_path / "run")
+    assert found["summary"].startswith("The edit ") and found["summary"] in shown.text
+    assert found["landed"] or (found["reasons"] and found["try_"])
+    assert all(text in shown.text for text in (*found["reasons"], *found["try_"]))
+
+
 def test_one_edit_is_a_benchmark_of_one_case(real_runs: dict[str, Path]) -> None:
     one, many = (pandas.read_parquet(real_runs[task] / "cases.parquet") for task in ("edit", "benchmark"))
     texts_only = {"text_before", "text_after"}  # of sampled texts: a column where there are any
@@ -237,7 +246,19 @@ def test_odd_texts(real_runs: dict[str, Path], tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f]", text) and "\ufffd" in text
 
 
-PARTS = ["scores", "metrics", "edit", "timings", "texts", "environment", "data", "reversal", "config", "series"]
+PARTS = [
+    "scores",
+    "metrics",
+    "verdict",
+    "edit",
+    "timings",
+    "texts",
+    "environment",
+    "data",
+    "reversal",
+    "config",
+    "series",
+]
 
 
 @pytest.mark.parametrize("missing", PARTS)

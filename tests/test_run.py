@@ -55,6 +55,7 @@ def test_the_run_folder_is_named_on_the_last_line_and_complete(finished: Path) -
     es = [score_of(record, "counterfact.ES", when)["mean"] for when in ("before", "after")]
     assert record["reversal"]["exact"] and es == [0.0, 1.0]
     assert record["environment"]["packages"]["torch"] and record["timings"]["total"] > 0
+    assert record["verdict"]["landed"] and record["verdict"]["summary"] in finished[1]
     steps = record["edit"]["provenance"]["reports"][0]["steps"]
     assert {"loss", "nll", "kl", "weight_decay"} <= set(steps[0])
     config = yaml.safe_load((found / "config.yaml").read_text())

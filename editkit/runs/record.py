@@ -35,6 +35,7 @@ class Record:
     timings: dict[str, float]  # seconds
     texts: dict[str, Any] = field(default_factory=dict)
     series: list[dict[str, Any]] = field(default_factory=list)  # the points of a lifelong run, each with its scores
+    verdict: dict[str, Any] | None = None  # of one edit: landed, summary, reasons, try_ (metrics.verdict)
     trace: dict[str, Any] | None = None  # of a trace: kind (one, average), the proposal
     data: dict[str, Any] = field(default_factory=dict)  # source, digest, and what was left out
     environment: dict[str, Any] = field(default_factory=dict)

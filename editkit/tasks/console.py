@@ -12,6 +12,7 @@ from editkit.metrics.audit import Audit
 from editkit.metrics.counterfact import ES, NS, PORTABLE, PS
 from editkit.metrics.drift import KL, PERPLEXITY
 from editkit.metrics.metric import AFTER, RETENTION, UNTOUCHED, Average, Metric, Score
+from editkit.metrics.verdict import Verdict
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal
 from editkit.runs.read import Sides, sides_of
@@ -150,6 +151,11 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
             text += f", condition {moments['condition']:.2g}"
         lines += _wrapped("  ", text)
     return "\n".join(lines)
+
+
+def verdict(found: Verdict) -> str:
+    """Whether the edit landed; if not, why and what to try."""
+    return "\n".join(["", *(line for text in found.lines() for line in textwrap.wrap(text, WIDTH))])
 
 
 def trace_heading(lm: LanguageModel, what: str) -> str:

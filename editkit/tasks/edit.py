@@ -19,6 +19,7 @@ from editkit.metrics.audit import audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.scoring import continuation, top_next
 from editkit.metrics.summary import summary
+from editkit.metrics.verdict import verdict
 from editkit.models.load import LanguageModel
 from editkit.runs import names
 from editkit.runs import record as results
@@ -61,6 +62,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     say(console.probes(case.fact, rows, scores))
     say(console.texts(case.fact, before.texts, after.texts))
     say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None)))
+    judged = verdict(rows, edit.provenance)
+    say(console.verdict(judged))
     if audited is not None:
         say(console.audit(audited))
         results.write_table(folder / names.AUDIT, audited.rows())
@@ -85,6 +88,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         },
         reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
         timings=clock.all(),
+        verdict=asdict(judged),
         texts={"before": before.texts, "after": after.texts},
         environment=results.environment(lm),
         **measured(scores),

@@ -25,7 +25,7 @@ def body(run: Run) -> Body:
     named = isinstance(edit, dict) and edit.get("subject")
     title = f"{edit['subject']} → {edit.get('target_new', '?')}" if isinstance(edit, dict) and named else None
     sections = [
-        Section("fact", "The fact", _fact(run)),
+        Section("fact", "The fact", [*_fact(run), *_verdict(run)]),
         Section("probabilities", "Before and after", _probes(run)),
         Section("says", "What the model says", _says(run)),
         Section("update", "The update", _update(run)),
@@ -40,6 +40,17 @@ def _fact(run: Run) -> list[Any]:
     prompt = str(edit.get("prompt") or "").replace("{}", str(edit.get("subject") or "{}"))
     answers = f"{edit.get('target_true') or '?'} → {edit.get('target_new') or '?'}"
     return [Text(f"{prompt} … {answers}", "lead")]
+
+
+def _verdict(run: Run) -> list[Any]:
+    """Whether the edit landed; if not, why and what to try."""
+    found = run.record["verdict"]
+    if not found.get("summary"):
+        return []
+    listed = {name: found[name] if isinstance(found.get(name), list) else [] for name in ("reasons", "try_")}
+    rows = [("why", str(text)) for text in listed["reasons"]] + [("try", str(text)) for text in listed["try_"]]
+    told = Text(str(found["summary"]), "good" if found.get("landed") else "bad")
+    return [told, *([Table(("", "what the run shows"), rows, stacked=True)] if rows else [])]
 
 
 def _probes(run: Run) -> list[Any]:
