@@ -69,7 +69,7 @@ def _restored(run: Run) -> list[Any]:
     found = run.record["reversal"]
     exact = found.get("exact")
     verdict = "Every compared bit is what it was before." if exact else "NOT EQUAL to what it was before."
-    items = [(name, cell(found[name])) for name in ("tensors", "bytes", "digested", "touched") if name in found]
+    items = [(name, cell(found[name])) for name in ("tensors", "bytes", "digested", "touched") if found.get(name)]
     unequal = found.get("unequal") or []
     blocks: list[Any] = [Text(verdict, "good" if exact else "bad"), Pairs(items)]
     return blocks + ([Table(("not equal",), [(str(name),) for name in unequal])] if unequal else [])
