@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from editkit.metrics.metric import Average
 from editkit.report import charts, svg
-from editkit.runs.read import Average
 
 NS = "{http://www.w3.org/2000/svg}"
 

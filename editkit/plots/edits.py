@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editkit.data.kinds import HEADINGS, heading
 from editkit.errors import EditkitError
 from editkit.numbers import finite
 from editkit.plots import register
 from editkit.plots.shared.canvas import COLOURS, SIZE, blank, done, headed, label, legend, plain, series
-from editkit.report import aggregate, glossary
+from editkit.report import aggregate
 from editkit.report.svg import text_width
 
 if TYPE_CHECKING:
@@ -149,10 +150,10 @@ def probe_bars(rows: Any, *, title: str = "Probability of the answers", path: st
     """
     from pandas import DataFrame
 
-    # 1) means, in the order of the glossary
+    # 1) means, in the order of the headings
     listed = rows.to_dict("records") if isinstance(rows, DataFrame) else [dict(row) for row in rows]
     by_kind = aggregate.by(listed, "kind")
-    ordered = [k for k in glossary.KINDS if k in by_kind] + [k for k in by_kind if k not in glossary.KINDS]
+    ordered = [k for k in HEADINGS if k in by_kind] + [k for k in by_kind if k not in HEADINGS]
     means = []
     for which in ("new", "true"):
         for kind in ordered:
@@ -164,7 +165,7 @@ def probe_bars(rows: Any, *, title: str = "Probability of the answers", path: st
     frame = DataFrame(means, columns=["answer", "kind", "when", "mean", "low", "high", "cases"])
     kinds = [kind for kind in ordered if kind in set(frame.kind)]
     # 2) layout: a row for each kind, a panel for each answer
-    names = [label(glossary.kind(kind), 2.6) for kind in kinds]
+    names = [label(heading(kind), 2.6) for kind in kinds]
     margin = max(text_width(name, SIZE) for name in names) / 72
     figure = blank(margin + 4.9, 0.42 * len(kinds) + 1.35)
     both = figure.subplots(1, 2, sharey=True)

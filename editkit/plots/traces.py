@@ -9,7 +9,7 @@ from editkit.numbers import number
 from editkit.plots import register
 from editkit.plots.shared.canvas import SIZE, blank, done, every, headed, label, legend, plain, series, token
 from editkit.plots.shared.panels import Panel, panels
-from editkit.report.glossary import place_kind
+from editkit.tracing.files import place_kind
 
 if TYPE_CHECKING:
     from pandas import DataFrame

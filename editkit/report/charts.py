@@ -10,11 +10,11 @@ Here are charts of named quantities; `curves.py` draws quantities over steps, `h
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from editkit.metrics.metric import Average
 from editkit.numbers import number
 from editkit.report.curves import Line, lines, spectrum
 from editkit.report.heat import heat_map
 from editkit.report.svg import SERIES, WIDTH, Chart, Drawing, Scale, clip, covering, text_width
-from editkit.runs.read import Average
 
 __all__ = [
     "Chart",

@@ -17,7 +17,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.settings import TraceSettings
 from editkit.tracing.corruption import embedding_std
-from editkit.tracing.files import json_of, read_arrays, write_arrays
+from editkit.tracing.files import AVERAGE_AXES, AVERAGE_FIELDS, json_of, read_arrays, write_arrays
 from editkit.tracing.prompt import PARTS, Traced, trace
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class AverageTrace:
     Averages are over facts.
     """
 
-    axes: ClassVar[tuple[str, str, str]] = ("fact", "part", "block")
+    axes: ClassVar[tuple[str, str, str]] = AVERAGE_AXES
 
     texts: tuple[str, ...]  # of the facts that were traced
     clean: Tensor  # [facts], P(answer)
@@ -100,7 +100,7 @@ class AverageTrace:
     def save(self, path: str | Path) -> Path:
         """Write PATH.npz (the arrays) and PATH.json (axes, names along them, everything else)."""
         along = {"fact": self.texts, "part": PARTS, "block": list(range(self.layers))}
-        said = {name: getattr(self, name) for name in _SAID} | {"axes": self.axes, "along": along}
+        said = {name: getattr(self, name) for name in AVERAGE_FIELDS} | {"axes": self.axes, "along": along}
         # For readers without torch, who could not draw the same samples of the facts; NaN as null.
         bounds = {
             kind: dict(zip(("low", "high"), map(_listed, self.interval(kind)), strict=True)) for kind in self.effect
@@ -111,14 +111,12 @@ class AverageTrace:
     @classmethod
     def load(cls, path: str | Path) -> "AverageTrace":
         """What `save` wrote. Raises EditkitError for files that are not there or not an average trace's."""
-        arrays, said = read_arrays(Path(path), cls.axes)
-        kept: dict[str, Any] = {name: said[name] for name in _SAID}
+        read, said = read_arrays(Path(path), cls.axes, AVERAGE_FIELDS)
+        arrays = {name: torch.from_numpy(array) for name, array in read.items()}
+        kept: dict[str, Any] = {name: said[name] for name in AVERAGE_FIELDS}
         kept["skipped"] = tuple((text, why) for text, why in kept["skipped"])
         clean, corrupted = arrays.pop("clean"), arrays.pop("corrupted")
         return cls(tuple(said["along"]["fact"]), clean, corrupted, arrays, **kept)
-
-
-_SAID = ("window", "skipped", "complete", "how")
 
 
 def _listed(table: Tensor) -> list[list[float | None]]:

@@ -17,7 +17,7 @@ from editkit.models.tokens import tokenise
 from editkit.settings import TraceSettings
 from editkit.tracing.corruption import embedding_std, noised, swapped
 from editkit.tracing.engines import places_of, started
-from editkit.tracing.files import json_of, read_arrays, write_arrays
+from editkit.tracing.files import ONE_AXES, ONE_FIELDS, json_of, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -40,7 +40,7 @@ class Traced:
     `probability[kind]` is [tokens, blocks]: P(answer) with the clean activation of that token and block put back.
     """
 
-    axes: ClassVar[tuple[str, str]] = ("token", "block")
+    axes: ClassVar[tuple[str, str]] = ONE_AXES
 
     tokens: list[str]
     subject: tuple[int, int]  # its first and last token
@@ -87,23 +87,21 @@ class Traced:
 
     def save(self, path: str | Path) -> Path:
         """Write PATH.npz (the arrays, by kind) and PATH.json (axes, names along them, everything else)."""
-        said = {name: getattr(self, name) for name in _SAID}
+        said = {name: getattr(self, name) for name in ONE_FIELDS}
         axes = {"axes": self.axes, "along": {"token": self.tokens, "block": list(range(self._blocks))}}
         return write_arrays(Path(path), self.probability, axes | said)
 
     @classmethod
     def load(cls, path: str | Path) -> "Traced":
         """What `save` wrote. Raises EditkitError for files that are not there or not a trace's."""
-        arrays, said = read_arrays(Path(path), cls.axes)
-        said = {name: tuple(said[name]) if name in ("subject", "others") else said[name] for name in _SAID}
+        read, said = read_arrays(Path(path), cls.axes, ONE_FIELDS)
+        arrays = {name: torch.from_numpy(array) for name, array in read.items()}
+        said = {name: tuple(said[name]) if name in ("subject", "others") else said[name] for name in ONE_FIELDS}
         return cls(probability=arrays, **said)
 
     @property
     def _blocks(self) -> int:
         return next(iter(self.probability.values())).shape[1]
-
-
-_SAID = ("tokens", "subject", "answer", "clean", "corrupted", "window", "others", "how")
 
 
 def parts_of(tokens: int, subject: tuple[int, int]) -> dict[str, list[int]]:
