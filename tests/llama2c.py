@@ -1,8 +1,7 @@
 """A llama2.c model of our own: its two files, and a slow forward pass that reads them as llama2.c's `run.c` does.
 
-The model is trained here on three sentences, so that it has a story to tell and the name depends on the
-animal: seconds on a CPU. `forward` and `encode`
-share no code with scripts/convert_llama2c.py nor with transformers.
+The model is trained here on three sentences, so that it has a story to tell: seconds on a
+CPU. `forward` and `encode` share no code with scripts/convert_llama2c.py nor with transformers.
 """
 
 import struct
