@@ -114,12 +114,5 @@ def inputs_of(lm: LanguageModel, fact: Fact, templates: Sequence[str]) -> FactRo
     return rows, (kl.ids[0].tolist(), lookup_position(kl, 0, "{} is a", fact.subject))
 
 
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """Real data beside the checkout, not part of the project."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("needs the folder shared/data beside the checkout")
-    return SHARED_DATA
+# Real data, not part of the project: beside the checkout, or where the variable says.
+SHARED_DATA = Path(os.environ.get("EDITKIT_SHARED_DATA") or Path(__file__).parent.parent.parent / "shared" / "data")
