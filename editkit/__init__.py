@@ -34,7 +34,7 @@ _PUBLIC = {
     "TraceSettings": "editkit.settings",
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
-    "apply_files": "editkit.edits.arithmetic",
+    "apply_files": "editkit.edits.edit",
     "attention_to_subject": "editkit.lenses",
     "average_trace": "editkit.tracing",
     "emmet": "editkit.methods.emmet",
@@ -56,8 +56,8 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
-    from editkit.edits.arithmetic import apply_files as apply_files
     from editkit.edits.edit import Edit as Edit
+    from editkit.edits.edit import apply_files as apply_files
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
     from editkit.lenses import attention_to_subject as attention_to_subject

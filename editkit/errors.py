@@ -33,7 +33,7 @@ class DataError(EditkitError):
 
 
 class EditFileError(EditkitError):
-    """An edit file is corrupt, foreign, or made for another base model."""
+    """A file of editkit (edit, session, second moment, hypernetwork) is missing, damaged, or of another kind."""
 
 
 class ReversalError(EditkitError):

@@ -10,6 +10,7 @@ so undoing any step leaves, bit for bit, the composition of the others. What met
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,21 +19,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edits.arithmetic import joined
+from editkit.edits.delta import joined
 from editkit.edits.edit import Edit, base_of
-from editkit.errors import EditFileError, EditkitError
+from editkit.errors import ConfigError, EditFileError, EditkitError
 from editkit.facts import Fact
-from editkit.files import write_text
+from editkit.files import write_bytes, write_text
 from editkit.methods import get_method
 from editkit.methods.shared.prelude import Moments, shared_inputs
 from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
 from editkit.nethook import get_parameter
-from editkit.settings import MethodSettings
+from editkit.settings import ContextSettings, MethodSettings
+from editkit.tensorfiles import SEAL, FileKind, contents_digest, explained, require_fields, strict_json
 
-FORMAT = "editkit-session/1"
 FILE = "session.json"
+SESSION_FILE = FileKind(
+    format="editkit-session/1",
+    noun="a session",
+    fields={
+        "format": (str,),
+        "base": (dict,),
+        "method": (str,),
+        "settings": (dict,),
+        "transform": (str, type(None)),
+        "seed": (int,),
+        "steps": (list,),
+    },
+    remedy="Copy the folder again, or begin a new session.",
+    origin="Sessions are written by session.save(folder).",
+    renew="Session.load(folder, lm).save(folder)",
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,7 @@ class Session:
         self._start = Snapshot.take(lm.model, [])  # digests of everything, to verify by at the end
         self._held: dict[str, Tensor] = {}  # W0 of every parameter that a step has changed
         self._summed: tuple[list[Edit], dict[str, Tensor]] = [], {}  # the last sums: one step more adds to them
+        self._saved: set[Path] = set()  # files of steps that are known to be sound
         self._moments = moments
         self._inputs: dict[str, Any] | None = None
 
@@ -141,10 +159,9 @@ class Session:
         folder = Path(folder)
         names = [f"{step.digest[:16]}.safetensors" for step in self.steps]
         for step, name in zip(self.steps, names, strict=True):
-            if not (folder / name).exists():  # a name is the digest of the bytes
-                step.save(folder / name)
+            self._save_step(step, folder / name)
         header = {
-            "format": FORMAT,
+            "format": SESSION_FILE.format,
             "base": asdict(self.base),
             "method": self.method,
             "settings": asdict(self.settings),
@@ -152,6 +169,7 @@ class Session:
             "seed": self.seed,
             "steps": [{"file": name, "digest": step.digest} for name, step in zip(names, self.steps, strict=True)],
         }
+        header[SEAL] = contents_digest(header)
         return write_text(folder / FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -162,23 +180,28 @@ class Session:
 
         Raises EditFileError for a folder that holds no session or a damaged one, EditkitError for another base.
         """
+        # 1) session.json and the settings in it
         path = Path(folder) / FILE
-        try:
-            header = json.loads(path.read_text(encoding="utf-8"))
-            if header["format"] != FORMAT:
-                raise ValueError(f"its format is {header['format']!r}, and {FORMAT!r} is read here")
-            values = dict(header["settings"])
-            if "contexts" in values:
-                values["contexts"] = type(get_method(header["method"]).settings().contexts)(**values["contexts"])  # type: ignore[attr-defined]
-            settings = get_method(header["method"]).settings(**values)
-            listed = [(step["file"], step["digest"]) for step in header["steps"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EditFileError(f"'{path}' cannot be read as a session: {error}.") from error
+        header = _read(path)
+        with explained(path, SESSION_FILE):
+            settings = _settings_of(header)
+            listed = [_step_of(step) for step in header["steps"]]
         if header["base"]["digest"] != (found := lm.digest):
             raise EditkitError(
                 f"This session began on '{header['base']['name']}' with digest {header['base']['digest'][:12]}; "
                 f"'{lm.name}' is {found[:12]}. Load the base it was made for."
             )
+        # 2) the steps, each of which must be the one that session.json names
+        steps = []
+        for name, digest in listed:
+            step = Edit.load(path.parent / name, note=False)
+            if step.digest != digest:
+                raise EditFileError(
+                    f"'{path.parent / name}' is not the step that '{path}' names: it holds edit {step.digest[:12]}, "
+                    f"and {digest[:12]} is wanted. The file was exchanged or damaged. {SESSION_FILE.remedy}"
+                )
+            steps.append(step)
+        # 3) the session with them in force
         session = cls(
             lm,
             header["method"],
@@ -188,17 +211,20 @@ class Session:
             seed=header["seed"],
             progress=progress,
         )
-        steps = []
-        for name, digest in listed:
-            step = Edit.load(Path(folder) / name)
-            if step.digest != digest:
-                raise EditFileError(f"'{Path(folder) / name}' is not the step that the session names; it was replaced.")
-            steps.append(step)
         session._write(steps)
         session.steps = steps
         return session
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _save_step(self, step: Edit, path: Path) -> None:
+        """Write a step, unless its file is there and has the same bytes. Steps are many: each is compared once."""
+        if path in self._saved and path.exists():
+            return
+        data = step.to_bytes()
+        if not (path.is_file() and path.read_bytes() == data):
+            write_bytes(path, data)
+        self._saved.add(path)
 
     def _compute(self, facts: Fact | Sequence[Fact], earlier: Sequence[Edit]) -> Edit:
         options = {"seed": self.seed, "progress": self.progress, "earlier": earlier, **self._of_base()}
@@ -270,6 +296,48 @@ class Session:
             raise
         if always:
             self._copy(self._held | now)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON of a session's file, checked. Raises EditFileError; warns of one without a digest."""
+    with explained(path, SESSION_FILE):
+        header = strict_json(path.read_bytes())
+        if isinstance(header, dict) and header.get("format", SESSION_FILE.format) != SESSION_FILE.format:
+            raise ValueError(f"its format is {header['format']!r}, and {SESSION_FILE.format!r} is read here")
+        stored = header.pop(SEAL, None) if isinstance(header, dict) else None
+        if stored is not None and stored != contents_digest(header):
+            raise ValueError("its contents do not have the digest that was stored with them")
+        require_fields(header, SESSION_FILE.fields, "its content")
+        require_fields(header["base"], dict.fromkeys(("name", "digest", "dtype"), (str,)), "its base")
+    if stored is None:
+        warnings.warn(
+            f"'{path}' was written without a digest, so damage would not be noticed. To write it anew with one: "
+            f"{SESSION_FILE.renew}.",
+            stacklevel=3,
+        )
+    return dict(header)
+
+
+def _settings_of(header: dict[str, Any]) -> MethodSettings:
+    """The settings in a session's file. Raises ValueError or TypeError where they are not those of its method."""
+    try:
+        kind = get_method(header["method"]).settings
+        values = dict(header["settings"])
+        if "contexts" in values:
+            values["contexts"] = ContextSettings(**values["contexts"])
+        if header["transform"] not in (None, *TRANSFORMS):
+            raise ValueError(f"its transform is {header['transform']!r}")
+        return kind(**values)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def _step_of(step: object) -> tuple[str, str]:
+    """(file name, digest) of a step in a session's file. Raises ValueError for a name that is not one of ours."""
+    found = require_fields(step, {"file": (str,), "digest": (str,)}, "a step")
+    if found["file"] != f"{found['digest'][:16]}.safetensors" or "/" in found["file"]:
+        raise ValueError(f"the file of a step is {found['file'][:80]!r}")
+    return found["file"], found["digest"]
 
 
 def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from editkit import apply_files
-from editkit.edits.arithmetic import alignment, compressed, spectra
-from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits import Edit, alignment, base_of, compressed, dense_delta, low_rank_delta, spectra
 from editkit.errors import EditFileError, EditkitError
 from editkit.methods.shared.transforms import prune
+from editkit.models.load import LanguageModel
 from editkit.models.snapshot import same_bits
 from tests.conftest import tiny_lm
 from tests.test_snapshot import everything
@@ -17,7 +18,16 @@ from tests.test_snapshot import everything
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
 
 
-def made(lm, layer, rank=2, seed=0, size=1.0, dense=False, parents=()):
+def made(
+    lm: LanguageModel,
+    layer: int,
+    rank: int = 2,
+    seed: int = 0,
+    size: float = 1.0,
+    dense: bool = False,
+    parents: tuple[str, ...] = (),
+) -> Edit:
+    """A random edit of block `layer`."""
     generator = torch.Generator().manual_seed(seed)
     left, right = size * torch.randn(32, rank, generator=generator), torch.randn(rank, 64, generator=generator)
     site = lm.architecture.down(layer)
@@ -25,14 +35,14 @@ def made(lm, layer, rank=2, seed=0, size=1.0, dense=False, parents=()):
     return Edit((delta,), base_of(lm), {"method": f"random {seed}"}, parents)
 
 
-def change(edit, layer):
+def change(edit: Edit, layer: int) -> Tensor:
     found = [d.change() for d in edit.deltas if f".{layer}." in d.module]
     assert len(found) == 1
     return found[0]
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_edits_add_and_scale_like_their_matrices(dense) -> None:
+def test_edits_add_and_scale_like_their_matrices(dense: bool) -> None:
     lm = tiny_lm("gpt2")
     a, b = made(lm, 0, seed=1), made(lm, 0, seed=2, dense=dense) + made(lm, 1, seed=3)
     both = 2 * a - b
@@ -46,7 +56,7 @@ def test_edits_add_and_scale_like_their_matrices(dense) -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_cut_is_the_best_of_its_rank_and_says_its_error(dense) -> None:
+def test_a_cut_is_the_best_of_its_rank_and_says_its_error(dense: bool) -> None:
     lm = tiny_lm("llama")
     edit = made(lm, 1, rank=5, dense=dense)
     cut = compressed(edit, 2)
@@ -97,6 +107,7 @@ def test_spectra_are_those_of_the_matrix_and_of_what_is_written(dtype: torch.dty
     with edit.applied(lm):
         written = lm.model.get_parameter(name).detach().double() - weight.double()
     assert found.rounding_error == pytest.approx(((written - exact).norm() / exact.norm()).item(), rel=1e-3, abs=1e-8)
+    assert found.rounding_error is not None
     assert (found.rounding_error > 1e-3) == (dtype == torch.bfloat16)
     assert found.relative_norm == pytest.approx((exact.norm() / weight.double().norm()).item(), rel=1e-5)
     assert same_bits(lm.model.get_parameter(name), weight)
@@ -106,7 +117,9 @@ def test_alignment_is_one_for_white_keys_and_nothing_in_the_null_space() -> None
     lm = tiny_lm("llama")
     delta = made(lm, 1).deltas[0]
     assert alignment(delta, torch.eye(64)) == pytest.approx(1.0, rel=1e-6)
-    free = torch.eye(64).double() - torch.linalg.pinv(delta.right.double()) @ delta.right.double()
+    assert delta.right is not None
+    right = delta.right.double()
+    free = torch.eye(64).double() - torch.linalg.pinv(right) @ right
     assert alignment(delta, free @ free.T) == pytest.approx(0.0, abs=1e-9)
     keys = torch.randn(500, 64, generator=torch.Generator().manual_seed(1)).double()
     energy = sum((delta.change() @ k).square().sum() for k in keys) / 500
@@ -117,7 +130,7 @@ def test_alignment_is_one_for_white_keys_and_nothing_in_the_null_space() -> None
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_prune_pulls_back_what_is_larger_than_the_weight_and_nothing_else(dense) -> None:
+def test_prune_pulls_back_what_is_larger_than_the_weight_and_nothing_else(dense: bool) -> None:
     lm = tiny_lm("gpt2")
     edit = made(lm, 1, rank=3, size=3.0, dense=dense)
     w = lm.model.get_parameter(edit.parameters[0]).detach().T.double()

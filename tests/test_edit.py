@@ -1,5 +1,6 @@
 """Edit as a value: it saves, loads, refuses what is not its base, and never leaves half a file."""
 
+import hashlib
 import json
 import resource
 import signal
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits.edit import EDIT_FILE
 from editkit.errors import EditFileError, EditkitError, OutputError
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
+from editkit.tensorfiles import to_bytes
 from tests.conftest import tiny_lm
 from tests.test_snapshot import random_edit
 
@@ -21,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny rando
 
 
 @pytest.fixture(scope="module")
-def lm():
+def lm() -> LanguageModel:
     return tiny_lm("gpt2")
 
 
@@ -49,11 +52,13 @@ def test_the_matrix_lies_as_the_module_stores_it(family: str) -> None:
     lm = tiny_lm(family)
     edit = random_edit(lm)
     module = lm.model.get_submodule(edit.deltas[0].module)
-    k = torch.randn(5, edit.deltas[0].right.shape[1])
+    left, right = edit.deltas[0].left, edit.deltas[0].right
+    assert right is not None
+    k = torch.randn(5, right.shape[1])
     before = module(k)
     with edit.applied(lm):
         moved = module(k) - before
-    expected = k @ edit.deltas[0].right.T @ edit.deltas[0].left.T
+    expected = k @ right.T @ left.T
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -61,6 +66,7 @@ def test_the_matrix_lies_as_the_module_stores_it(family: str) -> None:
 def test_a_dense_change_is_the_same_edit_as_its_factors(family: str, tmp_path: Path) -> None:
     lm = tiny_lm(family)
     factors = random_edit(lm, rank=3).deltas[0]
+    assert factors.right is not None
     whole = dense_delta(lm, factors.module, factors.left @ factors.right)
     edit = Edit((whole,), base_of(lm), memory={"keys": torch.tensor([[1.0, -0.0]])})
     torch.testing.assert_close(whole.matrix(), factors.matrix())
@@ -105,7 +111,7 @@ def test_another_base_is_refused(lm: LanguageModel) -> None:
 def test_a_base_that_differs_elsewhere_is_refused() -> None:
     edit, changed = random_edit(tiny_lm("gpt2")), tiny_lm("gpt2")
     with torch.no_grad():
-        changed.model.transformer.ln_f.bias[0] += 1
+        changed.model.get_parameter("transformer.ln_f.bias")[0] += 1
     with pytest.raises(EditkitError, match="other weights than the edited ones differ"):
         edit.apply(changed)
 
@@ -121,7 +127,7 @@ def test_another_dtype_of_the_base_is_taken_when_asked(lm: LanguageModel, dtype:
     moved = edit.in_dtype_of(half)
     with moved.applied(half) as applied:
         found = half.model.get_parameter(name).float()
-    assert applied.reversal.exact
+    assert applied.reversal is not None and applied.reversal.exact
     assert (found - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
     assert moved.provenance["computed_for"]["digest"] == edit.base.digest
     with pytest.raises(EditkitError, match="both float32: apply the edit as it is"):
@@ -168,16 +174,49 @@ def damaged(data: bytes, how: str) -> bytes:
 
 
 @pytest.mark.parametrize("how", ["cut", "cut in the header", "empty", "noise", "another format", "a key is missing"])
-def test_damaged_files_are_named(lm: LanguageModel, tmp_path: Path, how) -> None:
+def test_damaged_files_are_named(lm: LanguageModel, tmp_path: Path, how: str) -> None:
     path = tmp_path / "edit.safetensors"
     path.write_bytes(damaged(random_edit(lm).to_bytes(), how))
     with pytest.raises(EditFileError, match=str(path)):
         Edit.load(path)
 
 
+@pytest.mark.parametrize("position", [0.2, 0.9])  # in the header, in a tensor
+def test_one_other_bit_is_noticed(lm: LanguageModel, tmp_path: Path, position: float) -> None:
+    data = bytearray(random_edit(lm).to_bytes())
+    data[int(position * len(data))] ^= 1
+    path = tmp_path / "edit.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(EditFileError, match=f"'{path}' cannot be read as an edit: it is damaged: .*Compute the edit"):
+        Edit.load(path)
+
+
+def test_an_edit_of_an_older_editkit_is_read_with_a_note_and_is_the_same_edit(
+    lm: LanguageModel, tmp_path: Path
+) -> None:
+    edit, path = random_edit(lm), tmp_path / "edit.safetensors"
+    before = to_bytes(EDIT_FILE, *edit._contents(), seal=False)
+    path.write_bytes(before)
+    with pytest.warns(UserWarning, match=rf"'{path}' was written without a digest.*Edit\.load\(path\)\.save\(path\)"):
+        again = Edit.load(path)
+    assert again.to_bytes() == edit.to_bytes() != before
+    # `parents` of older edits name it by the digest of those bytes
+    assert again.digest == edit.digest == hashlib.sha256(before).hexdigest()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Edit.load(again.save(path)).digest == edit.digest
+    assert len(path.read_bytes()) - len(before) < 100  # bytes
+
+
+def test_an_edit_of_a_weight_that_the_model_lacks_is_refused(lm: LanguageModel) -> None:
+    edit = random_edit(lm)
+    with pytest.raises(EditkitError, match=r"changes transformer\.h\.1.*'tiny-llama' does not have"):
+        edit.apply(tiny_lm("llama"))
+
+
 def test_foreign_and_missing_files(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(EditFileError, match="not an edit of editkit"):
+    with pytest.raises(EditFileError, match="does not hold an edit: its format is None.*written by edit.save"):
         Edit.load(tmp_path / "other.safetensors")
     with pytest.raises(EditFileError, match="No such file"):
         Edit.load(tmp_path / "none.safetensors")

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "editkit"
 LAYERS = [
     {"editkit", "errors", "nethook", "numbers"},
     {"corpora", "files", "registry", "settings"},
+    {"tensorfiles"},
     {"models"},
     {"edits", "facts", "moments"},
     {"activations", "data", "methods", "tracing"},

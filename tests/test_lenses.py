@@ -5,7 +5,7 @@ import torch
 
 import editkit
 from editkit import Fact
-from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditkitError, FactError
 from editkit.lenses import (
     attention_to_subject,

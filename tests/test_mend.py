@@ -1,14 +1,15 @@
 """MEND: what it captures, what an untrained network does, that training helps, and its file."""
 
 import copy
-import importlib.util
 import random
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from editkit import Fact, Session
 from editkit.corpora import load_atlas
@@ -20,15 +21,11 @@ from editkit.models.load import LanguageModel
 from editkit.nethook import requires_grad
 from tests.conftest import tiny_lm
 from tests.oracles import dense
+from tests.scripts import script
 from tests.test_snapshot import random_edit
 from tests.untouched import TARGETS, plain_nll, tokens_of, untouched
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_mend.py"
-spec = importlib.util.spec_from_file_location("train_mend", SCRIPT)
-assert spec is not None and spec.loader is not None
-train_mend = importlib.util.module_from_spec(spec)
-sys.modules["train_mend"] = train_mend  # dataclasses look their module up
-spec.loader.exec_module(train_mend)
+train_mend = script("train_mend")
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 FACTS = [FACT, replace(FACT, subject="Big Ben", target_new=TARGETS[1])]
@@ -36,16 +33,17 @@ FAMILIES = ["gpt2", "llama"]
 SMALL = train_mend.Recipe(layers=(1, 2), rank=8, steps=20, edits=2, warm=10, lr=1e-2, c_edit=1.0)
 
 
-def weight_gradients(lm, sites, facts):
+def weight_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[Fact]) -> dict[str, Tensor]:
     """autograd's own gradient [d_model, d_ff] of the sum of the facts' losses, per weight, on a float64 copy."""
     model = copy.deepcopy(lm.model).double()
     rows = [tokens_of(lm, f.text, f.target_new) for f in facts]
-    (plain_nll(model, rows) * len(rows)).backward()
-    found = {}
+    torch.autograd.backward(plain_nll(model, rows) * len(rows))
+    found: dict[str, Tensor] = {}
     for site in sites:
         module = model.get_submodule(site)
-        transposed = dense(module) is not module.weight
-        found[site] = module.weight.grad.T if transposed else module.weight.grad
+        gradient = model.get_parameter(f"{site}.weight").grad
+        assert gradient is not None
+        found[site] = gradient if dense(module) is module.weight else gradient.T
     return found
 
 
@@ -92,9 +90,8 @@ def test_the_network_is_the_papers_formula() -> None:
         h = z.clone()
         low = torch.stack([network.v[0, r] @ z for r in range(2)])
         for i in range(8):
-            h[i] += max(
-                0.0, network.scale[1, 0, i] * (network.u[0, i] @ low + network.b[0, i]) + network.offset[1, 0, i]
-            )
+            change = network.scale[1, 0, i] * (network.u[0, i] @ low + network.b[0, i]) + network.offset[1, 0, i]
+            h[i] += max(0.0, change.item())
         y = h + network.scale[1, 1] * (network.u[1] @ (network.v[1] @ h) + network.b[1]) + network.offset[1, 1]
         new = raw + network.std[1] * (y - z)
         torch.testing.assert_close(right[t], new[:5])
@@ -110,7 +107,7 @@ def test_training_lowers_its_loss(family: str, tmp_path: Path) -> None:
     untrained = train_mend.train(lm, replace(SMALL, steps=0), tmp_path / "none.pt")
     facts, _ = train_mend.split(atlas, SMALL)
 
-    def loss(network):
+    def loss(network: Mend) -> float:
         rng, total = random.Random(1), 0.0
         with requires_grad(lm.model, only=[]), torch.no_grad():
             for fact in rng.sample(facts, 12):
@@ -124,12 +121,12 @@ def test_training_lowers_its_loss(family: str, tmp_path: Path) -> None:
 
 
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, calls = tiny_lm("gpt2"), []
+    lm, calls = tiny_lm("gpt2"), list[int]()
     recipe = replace(SMALL, steps=6, edits=1)
     whole = train_mend.train(lm, recipe, tmp_path / "a.pt", every=2)
     original = train_mend.losses_after
 
-    def killed(*arguments):
+    def killed(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
@@ -167,7 +164,7 @@ def test_the_model_is_left_as_it_was(family: str, tmp_path: Path, monkeypatch: p
         edit = mend(lm, FACT, MendSettings(str(path)), progress=False)
     assert edit.norm() > 0 and edit.rank <= len(tokens_of(lm, FACT.text, FACT.target_new)[0])
 
-    def interrupted(*_, **__) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     for where in ("editkit.methods.shared.likelihood.log_softmax", "torch.Tensor.backward"):

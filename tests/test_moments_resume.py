@@ -17,10 +17,11 @@ from editkit.models.load import LanguageModel
 from editkit.moments import cache as moments_cache
 from editkit.moments import collect as moments_collect
 from editkit.moments import second_moments
-from editkit.moments.collect import PARTIAL_FORMAT, Sums
-from editkit.moments.moment import read_header
+from editkit.moments.collect import Sums
+from editkit.moments.moment import PARTIAL_FILE
 from editkit.nethook import get_module
 from editkit.settings import MomentSettings
+from editkit.tensorfiles import read_header
 from tests.conftest import tiny_lm
 
 Interrupt = tuple[int, Callable[[], None]]  # batches that are kept, and what takes the interrupt away
@@ -77,11 +78,11 @@ def killed_after(cache: Path, keys: int) -> int:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for path in cache.rglob("*.partial"):
-            if read_header(path, PARTIAL_FORMAT)["count"] >= keys:
+            if read_header(path, PARTIAL_FILE)["count"] >= keys:
                 process.kill()
                 process.join()
                 assert process.exitcode == -signal.SIGKILL
-                return int(read_header(path, PARTIAL_FORMAT)["count"])
+                return int(read_header(path, PARTIAL_FILE)["count"])
         time.sleep(0.002)
     process.kill()
     raise AssertionError("nothing was saved within a minute")
@@ -143,7 +144,7 @@ def test_ctrl_c_keeps_what_was_collected(
             second_moments(lm, [0, 2], SETTINGS, progress=False, cache=tmp_path)
         remove()
     (partial,) = tmp_path.rglob("*.partial")
-    assert read_header(partial, PARTIAL_FORMAT)["count"] == batches * BATCH
+    assert read_header(partial, PARTIAL_FILE)["count"] == batches * BATCH
     with forwards(lm) as count:
         resumed = second_moments(lm, [0, 2], SETTINGS, progress=False, cache=tmp_path)
     assert len(count) == 200 - batches

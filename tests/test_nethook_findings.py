@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from editkit.edits.edit import Edit, base_of, low_rank_delta
+from editkit.edits import Edit, base_of, low_rank_delta
 from editkit.models.architecture import architecture_of, families
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot, bits, same_bits

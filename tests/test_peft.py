@@ -6,21 +6,24 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from torch import Tensor, nn
 
-from editkit.edits.edit import Edit, base_of, dense_delta, low_rank_delta
+from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditkitError
+from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
 from tests.conftest import tiny_lm
 
 IDS = torch.arange(2, 22).view(2, 10)
 
 
-def logits(model):
+def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
+        found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
 
 
-def edit_of(lm, *, dense=False, size=0.1):
+def edit_of(lm: LanguageModel, *, dense: bool = False, size: float = 0.1) -> Edit:
     """Of rank 1 at block 0 and of rank 3, or dense, at block 2."""
     generator = torch.Generator().manual_seed(0)
     deltas = []
@@ -34,7 +37,7 @@ def edit_of(lm, *, dense=False, size=0.1):
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_peft_gives_the_same_logits_on_the_untouched_base(family: str, dense, tmp_path: Path) -> None:
+def test_peft_gives_the_same_logits_on_the_untouched_base(family: str, dense: bool, tmp_path: Path) -> None:
     lm = tiny_lm(family)
     plain = logits(lm.model)
     edit = edit_of(lm, dense=dense)

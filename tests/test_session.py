@@ -1,15 +1,20 @@
 """A session: steps can be undone in any order, are saved and gone on with, and nothing is left behind; all on bits."""
 
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from editkit import Fact, RRomeSettings, Session
 from editkit.edits.edit import Edit
 from editkit.errors import EditFileError, EditkitError
 from editkit.methods.alphaedit import AlphaEditSettings
 from editkit.methods.ft import FtSettings
+from editkit.models.load import LanguageModel
 from editkit.models.snapshot import bits, same_bits
 from editkit.settings import ContextSettings, MomentSettings
 from tests.conftest import tiny_lm
@@ -29,28 +34,27 @@ SETTINGS = {
 }
 
 
-def open_session(lm, method="r_rome", **options):
+def open_session(lm: LanguageModel, method: str = "r_rome", **options: Any) -> Session:
     return Session(lm, method, SETTINGS[method], moments=MOMENTS, progress=False, **options)
 
 
-def weights(lm):
+def weights(lm: LanguageModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in everything(lm.model).items()}
 
 
-def assert_bits(lm, expected) -> None:
+def assert_bits(lm: LanguageModel, expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(now, expected[name]) for name, now in everything(lm.model).items())
 
 
-def composed(start, lm, steps):
+def composed(start: dict[str, Tensor], lm: LanguageModel, steps: Sequence[Edit]) -> Iterator[tuple[Tensor, Tensor]]:
     """W0 + Σ ΔW in float64, in order, cast once: written out here."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for step in steps:
         for delta in step.deltas:
             left = delta.left.double()
             change = left if delta.right is None else left @ delta.right.double()
-            found[delta.parameter] = found.get(delta.parameter, 0) + (
-                change.T if delta.orientation == "in_out" else change
-            )
+            stored = change.T if delta.orientation == "in_out" else change
+            found[delta.parameter] = found.get(delta.parameter, torch.zeros(())) + stored
     for name, change in found.items():
         weight = lm.model.get_parameter(name)
         expected = (start[name].double() + change).to(weight.dtype)
@@ -102,7 +106,7 @@ def test_an_undo_says_how_far_it_is_from_never_having_been() -> None:
         never = sum((d.change() for step in other.steps for d in step.deltas), torch.zeros(()))
         assert not torch.equal(now, bits(lm.model.get_parameter(other.steps[0].parameters[0])))
     assert without.distance == pytest.approx(((kept - never).norm() / never.norm()).item(), rel=1e-4)
-    assert without.later == (0, 1) and without.distance > 0
+    assert without.later == (0, 1) and without.distance is not None and without.distance > 0
 
 
 @pytest.mark.parametrize("method", ["r_rome", "alphaedit"])
@@ -128,6 +132,46 @@ def test_a_saved_session_goes_on_as_if_it_had_not_ended(method: str, tmp_path: P
         Session.load(tmp_path / "nowhere", lm)
 
 
+def test_a_session_knows_its_own_steps(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    before = weights(lm)
+    with open_session(lm) as session:
+        first, second = session.edit(FACTS[0]), session.edit(FACTS[1])
+        session.save(tmp_path)
+    one, two = (tmp_path / f"{step.digest[:16]}.safetensors" for step in (first, second))
+    one.write_bytes(second.to_bytes())  # a sound edit, but another
+    with pytest.raises(
+        EditFileError, match=f"'{one}' is not the step that .* names: it holds edit {second.digest[:12]}"
+    ):
+        Session.load(tmp_path, lm, moments=MOMENTS)
+    with open_session(lm) as again:
+        again.steps = [first, second]
+        again.save(tmp_path)  # a file with other bytes is written again
+        assert (one.read_bytes(), two.read_bytes()) == (first.to_bytes(), second.to_bytes())
+    path = tmp_path / "session.json"
+    sound = path.read_text(encoding="utf-8")
+    for damaged in (
+        sound.replace('"seed": 0', '"seed": 1'),
+        sound.replace('"seed": 0', '"seed": 0, "seed": 0'),
+        sound.replace('"seed"', '"sead"'),
+        sound[:-20],
+        "[" * 100_000,
+        "[]",
+    ):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(EditFileError, match=f"'{path}' cannot be read as a session: it is damaged"):
+            Session.load(tmp_path, lm, moments=MOMENTS)
+    header = json.loads(sound)
+    del header["sha256"]
+    path.write_text(json.dumps(header), encoding="utf-8")
+    with (
+        pytest.warns(UserWarning, match="session.json' was written without a digest.*write it anew"),
+        Session.load(tmp_path, lm, moments=MOMENTS, progress=False) as older,
+    ):
+        assert [step.digest for step in older.steps] == [first.digest, second.digest]
+    assert_bits(lm, before)
+
+
 def test_alphaedit_holds_the_keys_of_earlier_steps_and_sessions_do_not_see_each_other() -> None:
     one, two = tiny_lm("gpt2"), tiny_lm("gpt2")
     with open_session(one, "alphaedit") as first, open_session(two, "alphaedit") as second:
@@ -145,14 +189,16 @@ def first_digest(edit: Edit) -> str:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_step_that_fails_leaves_the_session_as_it_was(error, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_leaves_the_session_as_it_was(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = tiny_lm("gpt2")
     before = weights(lm)
     with open_session(lm) as session:
         session.edit(FACTS[0])
         here, steps = weights(lm), session.steps
 
-        def fail(*arguments, **options) -> None:
+        def fail(*arguments: object, **options: object) -> None:
             raise error
 
         for place in ("editkit.methods.shared.value.kl_div", "editkit.session.Session._sums"):
@@ -169,7 +215,7 @@ def test_a_step_that_fails_leaves_the_session_as_it_was(error, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("transform", ["prune", "rect"])
-def test_a_transform_is_of_the_total_against_the_base(transform) -> None:
+def test_a_transform_is_of_the_total_against_the_base(transform: str) -> None:
     lm = tiny_lm("gpt2")
     site = lm.architecture.down(1)
     start = lm.model.get_parameter(f"{site}.weight").detach().clone()

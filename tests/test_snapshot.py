@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from editkit.edits.edit import Edit, base_of, low_rank_delta
+from editkit.edits import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError, ReversalError
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot, bits, digest, model_digest, same_bits, tensors_of, uninterrupted

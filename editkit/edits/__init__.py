@@ -1,5 +1,22 @@
 """Edits: changes of weights as values, their algebra, and the forms they leave in."""
 
-from editkit.edits.edit import Applied, Base, Delta, Edit, base_of, dense_delta, low_rank_delta, weight_norm
+from editkit.edits.delta import Delta, dense_delta, joined, low_rank_delta
+from editkit.edits.edit import Applied, Base, Edit, apply_files, base_of, compressed, weight_norm
+from editkit.edits.spectra import Spectrum, alignment, spectra
 
-__all__ = ["Applied", "Base", "Delta", "Edit", "base_of", "dense_delta", "low_rank_delta", "weight_norm"]
+__all__ = [
+    "Applied",
+    "Base",
+    "Delta",
+    "Edit",
+    "Spectrum",
+    "alignment",
+    "apply_files",
+    "base_of",
+    "compressed",
+    "dense_delta",
+    "joined",
+    "low_rank_delta",
+    "spectra",
+    "weight_norm",
+]

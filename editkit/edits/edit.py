@@ -2,89 +2,43 @@
 
 An edit holds low-rank factors for each parameter it changes, in the papers' orientation (W: [d_model, d_ff],
 ΔW = left @ right), or ΔW itself where it has no low rank, with the digest of the base it was computed for and
-how it was computed. The file is safetensors: tensors in float32, everything else as one JSON string in the header.
+how it was computed. The file is safetensors (tensorfiles.py): tensors in float32, everything else as JSON.
+
+Edits of one base are vectors: they add, scale and are cut to a rank without a model at hand. An edit that was computed
+on top of others is put together with them in their order, by `apply_files` or by a Session.
 """
 
 import contextlib
 import functools
 import hashlib
-import json
-import struct
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from editkit.errors import EditFileError, EditkitError
+from editkit.edits.delta import Delta, joined, make_delta
+from editkit.edits.peft import write_adapter
+from editkit.errors import EditkitError
 from editkit.files import write_bytes
-from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
 from editkit.models.snapshot import Reversal, Snapshot, digest
-from editkit.nethook import get_module, get_parameter
+from editkit.nethook import NameNotFound, get_parameter
+from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
 
-FORMAT = "editkit-edit/1"
-
-
-@dataclass(frozen=True, eq=False)
-class Delta:
-    """A change of one weight: ΔW = left @ right with left [d_model, r] and right [r, d_ff].
-
-    A dense change has `right=None` and ΔW [d_model, d_ff] in `left`.
-    """
-
-    module: str
-    left: Tensor
-    right: Tensor | None
-    orientation: str  # how the module stores W: "in_out" (Conv1D) or "out_in" (Linear)
-    bias: bool  # whether the module has a bias (untouched)
-    before: str  # digest of the weight in the base
-
-    @property
-    def parameter(self) -> str:
-        return f"{self.module}.weight"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d_model, d_ff)."""
-        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
-
-    @property
-    def rank(self) -> int:
-        """r of the factors; of a dense change the most it can be, min(d_model, d_ff)."""
-        return min(self.shape) if self.right is None else self.left.shape[1]
-
-    def matrix(self) -> Tensor:
-        """ΔW in float32 as the module stores it."""
-        product = self.left if self.right is None else self.left @ self.right
-        return product.T if self.orientation == "in_out" else product
-
-    def change(self) -> Tensor:
-        """ΔW [d_model, d_ff] in float64."""
-        return self.left.double() if self.right is None else self.left.double() @ self.right.double()
-
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The thin SVD of ΔW in float64; of factors through their QR decompositions, so that ΔW is never formed."""
-        if self.right is None:
-            return torch.linalg.svd(self.left.double(), full_matrices=False)
-        ql, rl = torch.linalg.qr(self.left.double())
-        qr, rr = torch.linalg.qr(self.right.double().T)
-        u, s, vt = torch.linalg.svd(rl @ rr.T, full_matrices=False)
-        return ql @ u, s, vt @ qr.T
-
-    def norm(self) -> float:
-        """‖ΔW‖ (Frobenius); of factors from their r × r Gram matrices: ΔW is never formed."""
-        if self.right is None:
-            return self.left.double().norm().item()
-        left, right = self.left.double(), self.right.double()
-        return torch.trace((left.T @ left) @ (right @ right.T)).clamp_min(0).sqrt().item()
+EDIT_FILE = FileKind(
+    format="editkit-edit/1",
+    noun="an edit",
+    fields={"base": (dict,), "deltas": (list,), "parents": (list,), "provenance": (dict,)},
+    remedy="Compute the edit again, or copy the file again.",
+    origin="Edits are written by edit.save(path) and as edit.safetensors in a run folder.",
+    renew="Edit.load(path).save(path)",
+)
 
 
 @dataclass(frozen=True)
@@ -123,31 +77,26 @@ class Edit:
 
     def norm(self) -> float:
         """‖Δ‖ over all parameters (Frobenius)."""
-        return sum(delta.norm() ** 2 for delta in self.deltas) ** 0.5
+        return math.sqrt(sum(delta.norm() ** 2 for delta in self.deltas))
 
     def __add__(self, other: "Edit") -> "Edit":
-        return self._combined([self, other], [1.0, 1.0])
+        return combined([self, other], [1.0, 1.0])
 
     def __sub__(self, other: "Edit") -> "Edit":
-        return self._combined([self, other], [1.0, -1.0])
+        return combined([self, other], [1.0, -1.0])
 
     def __neg__(self) -> "Edit":
-        return self._combined([self], [-1.0])
+        return combined([self], [-1.0])
 
     def __mul__(self, factor: float) -> "Edit":
-        return self._combined([self], [factor])
-
-    def _combined(self, edits: list["Edit"], factors: list[float]) -> "Edit":
-        from editkit.edits.arithmetic import combined
-
-        return combined(edits, factors)
+        return combined([self], [factor])
 
     __rmul__ = __mul__
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the saved bytes."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """The identity of the edit, as `parents` name it: sha256 of the saved bytes without the file's own digest."""
+        return hashlib.sha256(to_bytes(EDIT_FILE, *self._contents(), seal=False)).hexdigest()
 
     # --- applying -------------------------------------------------------------------------------------------
 
@@ -157,7 +106,7 @@ class Edit:
         The weights that the edit changes are always compared; `whole` compares the digest of the whole model.
         """
         for delta in self.deltas:
-            found = digest(get_parameter(lm.model, delta.parameter))
+            found = digest(_weight(lm, delta.parameter))
             if found != delta.before:
                 raise EditkitError(
                     f"This edit was computed for '{self.base.name}' with {delta.parameter} = {delta.before[:12]}; "
@@ -216,7 +165,9 @@ class Edit:
             raise EditkitError(
                 f"'{lm.name}' and the base of this edit are both {self.base.dtype}: apply the edit as it is."
             )
-        deltas = tuple(_delta(lm, each.module, each.left, each.right) for each in self.deltas)
+        for name in self.parameters:
+            _weight(lm, name)
+        deltas = tuple(make_delta(lm, each.module, each.left, each.right) for each in self.deltas)
         for old, new in zip(self.deltas, deltas, strict=True):
             if (old.orientation, old.bias) != (new.orientation, new.bias):
                 raise EditkitError(
@@ -243,63 +194,70 @@ class Edit:
         snapshot.restore()
         state.reversal = snapshot.verify().require()
 
-    def to_peft(self, folder: str | Path, rank: int | None = None) -> dict[str, float]:
-        """Write a LoRA adapter that peft loads onto the untouched base; see `peft_folder.write_adapter`."""
-        from editkit.edits.peft import write_adapter
-
-        return write_adapter(self, Path(folder), rank)
-
     # --- saving ---------------------------------------------------------------------------------------------
+
+    def to_peft(self, folder: str | Path, rank: int | None = None) -> dict[str, float]:
+        """Write a LoRA adapter that peft loads onto the untouched base; see `peft.write_adapter`."""
+        return write_adapter(self.deltas, asdict(self.base), self.provenance, Path(folder), rank)
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same edit always gives the same bytes."""
+        return to_bytes(EDIT_FILE, *self._contents())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the edit to `path`, completely or not at all. Raises OutputError when it cannot be written."""
+        return write_bytes(Path(path), self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path, *, note: bool = True) -> "Edit":
+        """Read an edit. Raises EditFileError for a missing, damaged or foreign file.
+
+        `note`: warn of a file that was written before files had a digest.
+        """
+        header, tensors = read_tensors(path, EDIT_FILE, note=note)
+        with explained(path, EDIT_FILE):  # what a file without a digest may hold
+            require_fields(header["base"], dict.fromkeys(("name", "digest", "dtype"), (str,)), "its base")
+            if not all(isinstance(parent, str) for parent in header["parents"]):
+                raise ValueError("a parent is not a digest")
+            deltas = tuple(_delta_of(row, i, tensors) for i, row in enumerate(header["deltas"]))
+            memory = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
+            used = len(memory) + sum(1 if delta.right is None else 2 for delta in deltas)
+            if used != len(tensors) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+                raise ValueError("its tensors are not the float32 factors of its changes")
+            return cls(deltas, Base(**header["base"]), header["provenance"], tuple(header["parents"]), memory)
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the file holds: JSON values, and tensors by name."""
         tensors, rows = {}, []
         for number, delta in enumerate(self.deltas):
-            tensors[f"{number}.left"] = delta.left.float().contiguous().cpu()
+            tensors[f"{number}.left"] = delta.left.float()
             if delta.right is not None:
-                tensors[f"{number}.right"] = delta.right.float().contiguous().cpu()
+                tensors[f"{number}.right"] = delta.right.float()
             row = {k: getattr(delta, k) for k in ("module", "orientation", "bias", "before")}
             rows.append(row | {"dense": delta.right is None})
-        tensors |= {f"memory.{name}": tensor.float().contiguous().cpu() for name, tensor in self.memory.items()}
+        tensors |= {f"memory.{name}": tensor.float() for name, tensor in self.memory.items()}
         header = {
-            "format": FORMAT,
             "base": asdict(self.base),
             "deltas": rows,
             "parents": list(self.parents),
             "provenance": self.provenance,
         }
-        # One key only: safetensors does not keep the order of several.
-        return save_tensors(tensors, metadata={"editkit": json.dumps(header, sort_keys=True)})
+        return header, tensors
 
-    def save(self, path: str | Path) -> Path:
-        """Write the edit to `path`, whole or not at all. Raises OutputError when it cannot be written."""
-        return write_bytes(Path(path), self.to_bytes())
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Edit":
-        """Read an edit. Raises EditFileError for a missing, corrupt or foreign file."""
-        path = Path(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise EditFileError(f"No edit can be read from '{path}': {error.strerror}.") from error
-        header = _header(data, path)
-        try:
-            tensors = load_tensors(data)
-            deltas = tuple(
-                Delta(
-                    left=tensors[f"{i}.left"],
-                    right=None if row.pop("dense", False) else tensors[f"{i}.right"],
-                    **row,
-                )
-                for i, row in enumerate(header["deltas"])
-            )
-            memory = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
-            return cls(deltas, Base(**header["base"]), header["provenance"], tuple(header["parents"]), memory)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise EditFileError(
-                f"'{path}' is damaged: {type(error).__name__}: {error}. Compute the edit again, or copy it again."
-            ) from error
+def _delta_of(row: Any, number: int, tensors: dict[str, Tensor]) -> Delta:
+    """The Delta of a file's row `number`. Raises ValueError or KeyError where the two do not fit together."""
+    what = f"change {number}"
+    fields = {"module": (str,), "orientation": (str,), "bias": (bool,), "before": (str,), "dense": (bool,)}
+    if isinstance(row, dict):
+        row = {"dense": False} | row  # the first files had no dense changes
+    require_fields(row, fields, what)
+    if row["orientation"] not in ("in_out", "out_in"):
+        raise ValueError(f"the orientation of {what} is {row['orientation']!r}")
+    left, right = tensors[f"{number}.left"], None if row.pop("dense") else tensors[f"{number}.right"]
+    if left.ndim != 2 or (right is not None and (right.ndim != 2 or left.shape[1] != right.shape[0])):
+        raise ValueError(f"the tensors of {what} do not make a matrix")
+    return Delta(left=left, right=right, **row)
 
 
 @dataclass
@@ -310,43 +268,13 @@ class Applied:
     reversal: Reversal | None = None
 
 
-def low_rank_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor) -> Delta:
-    """A Delta for `module` of `lm` as it is now, from left [d_model, r] and right [r, d_ff].
-
-    Factors that hold more numbers than their product are multiplied out. Raises EditkitError when a factor is not
-    finite or does not fit the weight.
-    """
-    if left.ndim == right.ndim == 2 and left.numel() + right.numel() > left.shape[0] * right.shape[1]:
-        return dense_delta(lm, module, left @ right)
-    return _delta(lm, module, left, right)
-
-
-def dense_delta(lm: LanguageModel, module: str, matrix: Tensor) -> Delta:
-    """A Delta for `module` of `lm` as it is now, from ΔW [d_model, d_ff]. Raises as `low_rank_delta` does."""
-    return _delta(lm, module, matrix, None)
-
-
-def _delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | None) -> Delta:
-    found = get_module(lm.model, module)
-    weight = get_parameter(lm.model, f"{module}.weight")
-    kind = orientation(found, module)
-    d_ff, d_model = weight.shape if kind == "in_out" else reversed(weight.shape)
-    if right is None:
-        if left.shape != (d_model, d_ff):
-            raise EditkitError(f"ΔW {tuple(left.shape)} does not fit {module}: W is [{d_model}, {d_ff}].")
-    elif left.shape[0] != d_model or right.shape[1] != d_ff or left.shape[1] != right.shape[0]:
+def _weight(lm: LanguageModel, name: str) -> Tensor:
+    try:
+        return get_parameter(lm.model, name)
+    except NameNotFound as error:
         raise EditkitError(
-            f"Factors {tuple(left.shape)} and {tuple(right.shape)} do not fit {module}: W is [{d_model}, {d_ff}], "
-            "so left is [d_model, r] and right [r, d_ff]."
-        )
-    if not (left.isfinite().all() and (right is None or right.isfinite().all())):
-        raise EditkitError(
-            f"The update of {module} is not finite; nothing was applied. A larger moments.ridge or a lower "
-            "method.lr usually cures it."
-        )
-    bias = getattr(found, "bias", None) is not None
-    right = None if right is None else right.float().cpu()
-    return Delta(module, left.float().cpu(), right, kind, bias, digest(weight))
+            f"This edit changes {name}, which '{lm.name}' does not have. Load the base it was made for."
+        ) from error
 
 
 def base_of(lm: LanguageModel) -> Base:
@@ -356,24 +284,65 @@ def base_of(lm: LanguageModel) -> Base:
 
 def weight_norm(lm: LanguageModel, edit: Edit) -> float:
     """‖W‖ over the parameters that the edit changes (Frobenius), for ‖ΔW‖/‖W‖."""
-    return sum(get_parameter(lm.model, name).double().norm().item() ** 2 for name in edit.parameters) ** 0.5
+    return math.sqrt(sum(get_parameter(lm.model, name).double().norm().item() ** 2 for name in edit.parameters))
 
 
-def _header(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON of the file's header, or EditFileError saying in what way the file is not an edit."""
-    try:
-        (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (struct.error, ValueError, AttributeError) as error:
-        raise EditFileError(f"'{path}' is not a safetensors file, or is cut short. Compute the edit again.") from error
-    if "editkit" not in metadata:
-        raise EditFileError(
-            f"'{path}' is a safetensors file, but not an edit of editkit: it has no 'editkit' entry. "
-            "Edits are written by edit.save(path) and as edit.safetensors in a run folder."
-        )
-    header = json.loads(metadata["editkit"])
-    if header.get("format") != FORMAT:
-        raise EditFileError(
-            f"'{path}' has format {header.get('format')!r}; this editkit reads {FORMAT!r}. Update editkit."
-        )
-    return header
+def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:
+    """Σ factor · edit, as one edit of the base that all of them were computed for.
+
+    Factors stay factors (their ranks add); with a dense change among them, the sum is dense. Raises EditkitError
+    when the edits are of different bases.
+    """
+    scaled = []
+    for edit, factor in zip(edits, factors, strict=True):
+        if edit.base.digest != edits[0].base.digest:
+            raise EditkitError(
+                f"Edits of different bases cannot be added: '{edits[0].base.name}' {edits[0].base.digest[:12]} and "
+                f"'{edit.base.name}' {edit.base.digest[:12]}. Edits computed one on top of the other go into a "
+                "Session, or through editkit.apply_files in their order."
+            )
+        scaled += [replace(delta, left=factor * delta.left) for delta in edit.deltas]
+    of = [{"factor": f, "digest": e.digest, "provenance": e.provenance} for e, f in zip(edits, factors, strict=True)]
+    return Edit(joined(scaled), edits[0].base, {"method": "combined", "of": of}, edits[0].parents)
+
+
+def compressed(edit: Edit, rank: int) -> Edit:
+    """The edit with each ΔW cut to its `rank` largest singular values; provenance has the relative error made."""
+    deltas, errors = [], {}
+    for delta in edit.deltas:
+        u, s, vt = delta.svd()
+        deltas.append(replace(delta, left=(u[:, :rank] * s[:rank]).float(), right=vt[:rank].float()))
+        errors[delta.parameter] = (s[rank:].norm() / s.norm().clamp_min(1e-300)).item()
+    cut = {"rank": rank, "relative_error": errors}
+    return replace(edit, deltas=tuple(deltas), provenance=edit.provenance | {"compressed": cut})
+
+
+@contextlib.contextmanager
+def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Applied]:
+    """The edits of several files on `lm` inside the `with`, in the stated order; restored and verified after it.
+
+    W = cast(W0 + Σ ΔW), cast once. Each edit must be of `lm` itself, or have been computed on top of exactly the
+    files before it (its `parents`). Raises EditkitError naming the first file for which neither holds, EditFileError
+    for one that cannot be read; nothing is applied then.
+    """
+    if not paths:
+        raise EditkitError("No edit file was given: name one or several.")
+    base = base_of(lm)
+    before: list[str] = []
+    deltas: list[Delta] = []
+    for path in paths:
+        edit = Edit.load(path)
+        alone = edit.base.digest == base.digest and not edit.parents
+        if not alone and not (before and edit.parents == tuple(before)):
+            raise EditkitError(
+                f"'{path}' was computed for '{edit.base.name}' {edit.base.digest[:12]} on top of "
+                f"{[d[:12] for d in edit.parents] or 'nothing'}; here it comes on '{lm.name}' {base.digest[:12]}, "
+                f"on top of {[d[:12] for d in before] or 'nothing'}. Give all files in the order they were made, "
+                "on their own base."
+            )
+        before.append(edit.digest)
+        deltas += list(edit.deltas)
+    weights = {delta.parameter: _weight(lm, delta.parameter) for delta in deltas}
+    now = tuple(replace(delta, before=digest(weights[delta.parameter])) for delta in joined(deltas))
+    with Edit(now, base, {"method": "files", "digests": before}).applied(lm) as applied:
+        yield applied

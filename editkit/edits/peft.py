@@ -5,35 +5,45 @@ A and B in this orientation for Linear and, with fan_in_fan_out, for Conv1D. Wri
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from editkit.edits.delta import Delta
 from editkit.errors import EditkitError
 from editkit.files import write_bytes, write_text
-
-if TYPE_CHECKING:
-    from editkit.edits.edit import Edit
 
 NEGLIGIBLE = 1e-7  # of the largest singular value: less than float32 holds beside it
 
 
-def write_adapter(edit: "Edit", folder: Path, rank: int | None = None) -> dict[str, float]:
+def write_adapter(
+    deltas: Sequence[Delta],
+    base: Mapping[str, str],
+    provenance: Mapping[str, Any],
+    folder: Path,
+    rank: int | None = None,
+) -> dict[str, float]:
     """Write adapter_config.json, adapter_model.safetensors and README.md; the relative error of each weight's ΔW.
 
-    A factored ΔW is written as it is. `rank` cuts each ΔW to its largest singular values; a dense ΔW is cut to its
-    numerical rank where `rank` is None. Raises EditkitError for an edit without deltas or of mixed orientations,
-    OutputError when the folder cannot be written.
+    - `deltas`: the changes of an edit. A factored ΔW is written as it is.
+    - `base`: name, digest and dtype of the model they are for. `provenance`: that of the edit.
+    - `folder`: where to write; it is made where it is missing.
+    - `rank`: cut each ΔW to this many of its largest singular values. If None, a dense ΔW is cut to its numerical
+      rank.
+
+    Returns ‖ΔW written − ΔW‖ / ‖ΔW‖ by parameter name. Raises EditkitError for an edit without deltas or of mixed
+    orientations, OutputError when the folder cannot be written.
     """
-    if not edit.deltas:
+    if not deltas:
         raise EditkitError("This edit changes nothing: there is no adapter to write.")
-    if len({delta.orientation for delta in edit.deltas}) > 1:
+    if len({delta.orientation for delta in deltas}) > 1:
         raise EditkitError("This edit changes Conv1D and Linear weights; peft has one fan_in_fan_out for an adapter.")
     tensors: dict[str, Tensor] = {}
     ranks, errors = {}, {}
-    for delta in edit.deltas:
+    for delta in deltas:
         left, right, error = delta.left, delta.right, 0.0
         if right is None or (rank is not None and delta.rank > rank):
             u, s, vt = delta.svd()
@@ -44,29 +54,31 @@ def write_adapter(edit: "Edit", folder: Path, rank: int | None = None) -> dict[s
         tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
         tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
         ranks[delta.module], errors[delta.parameter] = right.shape[0], error
+    name = Path(base["name"]).name if Path(base["name"]).is_absolute() else base["name"]
     largest = max(ranks.values())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": Path(edit.base.name).name if Path(edit.base.name).is_absolute() else edit.base.name,
+        "base_model_name_or_path": name,
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": edit.deltas[0].orientation == "in_out",
+        "fan_in_fan_out": deltas[0].orientation == "in_out",
         "target_modules": list(ranks),
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
     }
     write_bytes(folder / "adapter_model.safetensors", save_tensors(tensors))
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "README.md", _card(edit, config["base_model_name_or_path"], ranks, errors))
+    write_text(folder / "README.md", _card(name, base, provenance, ranks, errors))
     return errors
 
 
-def _card(edit: "Edit", base: Any, ranks: dict[str, int], errors: dict[str, float]) -> str:
-    how = edit.provenance
+def _card(
+    name: str, base: Mapping[str, str], how: Mapping[str, Any], ranks: dict[str, int], errors: dict[str, float]
+) -> str:
     facts = "\n".join(f"- {_fact(fact)}" for fact in how.get("facts", [])) or "- not recorded"
     weights = "\n".join(
         f"| {parameter} | {rank} | {error:.1e} |"
@@ -75,14 +87,14 @@ def _card(edit: "Edit", base: Any, ranks: dict[str, int], errors: dict[str, floa
     settings = json.dumps(how.get("settings", {}), indent=2, ensure_ascii=False)
     return f"""---
 library_name: peft
-base_model: {base}
+base_model: {name}
 tags: [model-editing]
 ---
 
-# An edit of {base}
+# An edit of {name}
 
 A knowledge edit by {how.get("method", "an unknown method")}, computed with editkit and exported as a LoRA adapter.
-It belongs on the base with digest `{edit.base.digest[:16]}` ({edit.base.dtype}) and on no other.
+It belongs on the base with digest `{base["digest"][:16]}` ({base["dtype"]}) and on no other.
 
     import peft
     model = peft.PeftModel.from_pretrained(base_model, "THIS FOLDER")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from editkit.edits.edit import Delta, Edit
+from editkit.edits import Delta, Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.shared.likelihood import nll_of_rows

@@ -101,6 +101,11 @@ def get_method(name: str) -> Method:
     return _METHODS.get(name)
 
 
+def all_methods() -> dict[str, Method]:
+    """Every method by name, all imported. One of another package that cannot be is named in a warning and left out."""
+    return _METHODS.all()
+
+
 def unregister(name: str) -> None:
     """Take a method out again, as a test does."""
     _METHODS.unregister(name)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from editkit.edits.edit import Edit, base_of, dense_delta
+from editkit.edits import Edit, base_of, dense_delta
 from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from editkit.edits.edit import Edit, base_of, low_rank_delta
+from editkit.edits import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register

@@ -16,22 +16,17 @@ difference from the authors: their network gives y itself, in normalised units; 
 that the identity stays the gradient whatever μ and σ are. The network is trained by scripts/train_mend.py.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from editkit.edits.edit import Edit, base_of, low_rank_delta
-from editkit.errors import EditFileError, EditkitError
+from editkit.edits import Edit, base_of, low_rank_delta
+from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.files import write_bytes
 from editkit.methods import register
 from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
@@ -40,8 +35,19 @@ from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
 from editkit.settings import MethodSettings
+from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
 
-FORMAT = "editkit-mend/1"
+HOW_TO_TRAIN = (
+    "Train one with: python scripts/train_mend.py --model NAME --out FILE, then set method.hypernetwork=FILE."
+)
+HYPERNETWORK_FILE = FileKind(
+    format="editkit-mend/1",
+    noun="a hypernetwork of MEND",
+    fields={"sites": (list,), "d_ff": (int,), "d_model": (int,), "rank": (int,), "base": (str,)},
+    remedy=HOW_TO_TRAIN,
+    origin=HOW_TO_TRAIN,
+    renew="Mend.load(path).save(path)",
+)
 BUNDLED = Path(__file__).parent.parent / "models"  # NAME_mend.safetensors, for the bundled models that have one
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module: k [tokens, d_ff], g [tokens, d_model]
 
@@ -109,28 +115,20 @@ class Mend(nn.Module):
         return -self.log_lr[i].exp() * g_new.T, k_new
 
     def save(self, path: str | Path) -> Path:
-        """Write weights, configuration and base to a safetensors file, whole or not at all."""
+        """Write weights, configuration and base to a safetensors file, completely or not at all."""
         config = {"sites": self.sites, "d_ff": self.d_ff, "d_model": self.d_model, "rank": self.rank, "base": self.base}
-        tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        header = json.dumps({"format": FORMAT} | config, sort_keys=True)
-        return write_bytes(Path(path), save_tensors(tensors, metadata={"editkit": header}))
+        tensors = {name: tensor.detach().float() for name, tensor in self.state_dict().items()}
+        return write_tensors(path, HYPERNETWORK_FILE, config, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> "Mend":
-        """Read a hypernetwork. Raises EditFileError, saying how to train one, for a missing or foreign file."""
-        try:
-            data = Path(path).read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            config = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["editkit"])
-            if config.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
+        """Read a hypernetwork. Raises EditFileError, saying how to train one, for a file that cannot be used."""
+        config, tensors = read_tensors(path, HYPERNETWORK_FILE)
+        with explained(path, HYPERNETWORK_FILE):
+            if tensors["v"].shape != (2, config["rank"], config["d_ff"] + config["d_model"]):
+                raise ValueError("its tensors do not have the shape that its header says")
             network = cls(**config)
-            network.load_state_dict(load_tensors(data))
-        except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            said = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            raise EditFileError(
-                f"'{path}' cannot be read as a hypernetwork of MEND ({said}). {HOW_TO_TRAIN}"
-            ) from error
+            network.load_state_dict(tensors)
         return network
 
     def check_base(self, lm: LanguageModel, earlier: Sequence[Edit] = ()) -> None:
@@ -141,11 +139,6 @@ class Mend(nn.Module):
                 f"This hypernetwork of MEND was trained for a model with digest {self.base[:12]}; '{lm.name}' is "
                 f"{found[:12]}. {HOW_TO_TRAIN}"
             )
-
-
-HOW_TO_TRAIN = (
-    "Train one with: python scripts/train_mend.py --model NAME --out FILE, then set method.hypernetwork=FILE."
-)
 
 
 def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[Fact]) -> tuple[Pairs, Tensor]:

@@ -22,11 +22,11 @@ from editkit.errors import EditkitError
 from editkit.models.architecture import orientation
 from editkit.models.load import DTYPES, LanguageModel, load
 from editkit.moments.cache import IMPORTED, cache_folder, second_moments, stored_at
-from editkit.moments.collect import PARTIAL_FORMAT
-from editkit.moments.moment import ENOUGH, FORMAT, SecondMoment, read_header
+from editkit.moments.moment import ENOUGH, MOMENT_FILE, PARTIAL_FILE, SecondMoment
 from editkit.moments.reference import SAMPLE_SIZE, from_npz, to_npz
-from editkit.nethook import get_module
+from editkit.nethook import get_module, get_parameter
 from editkit.settings import MomentSettings
+from editkit.tensorfiles import read_header
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,14 +71,14 @@ def _info_folder(folder: Path) -> int:
     paths = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.partial")])
     shown = 0
     for path in paths:
-        kind = FORMAT if path.suffix == ".safetensors" else PARTIAL_FORMAT
+        kind = MOMENT_FILE if path.suffix == ".safetensors" else PARTIAL_FILE
         try:
             header = read_header(path, kind)
         except EditkitError:
             continue  # a cache holds other things too
         shown += 1
         where = path.relative_to(folder)
-        if kind == FORMAT:
+        if kind is MOMENT_FILE:
             made = header["provenance"].get("model", "?")
             each = header["count"] / header["d_ff"]
             what = (
@@ -147,7 +147,7 @@ def import_(options: argparse.Namespace) -> int:
     made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
     moment = from_npz(options.file, module, source, made)
     holder = get_module(lm.model, module)
-    d_ff = holder.weight.shape[0 if orientation(holder, module) == "in_out" else 1]  # type: ignore[index]
+    d_ff = get_parameter(lm.model, f"{module}.weight").shape[0 if orientation(holder, module) == "in_out" else 1]
     if moment.d_ff != d_ff:
         raise EditkitError(
             f"'{options.file}' is of {moment.d_ff} dimensions, and {module} of {lm.name} takes keys of {d_ff}: it "

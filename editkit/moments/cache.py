@@ -23,9 +23,10 @@ from filelock import FileLock, Timeout
 from editkit.corpora import source_digest
 from editkit.errors import EditkitError, OutputError
 from editkit.models.load import LanguageModel
-from editkit.moments.collect import PARTIAL_FORMAT, Sums, collect, saver
-from editkit.moments.moment import ENOUGH, SecondMoment, read_header
+from editkit.moments.collect import Sums, collect, saver
+from editkit.moments.moment import ENOUGH, PARTIAL_FILE, SecondMoment
 from editkit.settings import MomentSettings
+from editkit.tensorfiles import read_header
 
 VERSION = 2  # of what is collected: change it and no old cache is read
 IMPORTED = "imported:"  # the source of moments that `python -m editkit.moments import` put into the cache
@@ -90,7 +91,7 @@ class _Store:
         return self.folder / f"{self.key}-{module}.safetensors"
 
     def read(self, modules: Iterable[str], *, warn: bool = False) -> dict[str, SecondMoment]:
-        """Those that are there. A damaged one is as good as none, with a warning where it is about to be replaced."""
+        """Those that are there. Damaged files count as missing, with a warning where they are about to be replaced."""
         found = {}
         for module in modules:
             if self.path(module).exists():
@@ -161,15 +162,23 @@ class _Store:
         found = []
         for path in self.folder.glob(f"{self.key}-*.partial"):
             with suppress(EditkitError):
-                found.append((path, read_header(path, PARTIAL_FORMAT)))
+                found.append((path, read_header(path, PARTIAL_FILE)))
         return found
 
     def _furthest(self, modules: list[str]) -> Sums | None:
-        """The saved state of the pass that got furthest among those over all of `modules`, and maybe more."""
+        """The saved state of the pass that got furthest among those over all of `modules`, and maybe more.
+
+        A damaged one is left out, with a warning.
+        """
         usable = [
             (header["count"], path) for path, header in self._partials() if set(modules) <= set(header["modules"])
         ]
-        return Sums.load(max(usable)[1], modules) if usable else None
+        for _, path in sorted(usable, reverse=True):
+            try:
+                return Sums.load(path, modules)
+            except EditkitError as error:
+                warnings.warn(f"an unfinished collection is not continued: {error}", stacklevel=3)
+        return None
 
 
 def _relevant(settings: MomentSettings) -> dict[str, Any]:

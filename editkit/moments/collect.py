@@ -5,7 +5,6 @@ and sums are float64 whatever the model's dtype. Only
 the lower triangle is summed, in panels of columns: C is symmetric, and the work falls to little over half.
 """
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,21 +15,19 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from editkit.corpora import running_text
 from editkit.errors import EditkitError, OutputError
-from editkit.files import whole
 from editkit.models.load import LanguageModel
 from editkit.models.precision import HALF, widened
 from editkit.models.snapshot import uninterrupted
-from editkit.moments.moment import SecondMoment, read_tensors
+from editkit.moments.moment import PARTIAL_FILE, SecondMoment
 from editkit.nethook import Trace
 from editkit.settings import MomentSettings
+from editkit.tensorfiles import explained, read_tensors, write_tensors
 
-PARTIAL_FORMAT = "editkit-moment-partial/1"
 BATCH = 2048  # tokens a forward pass
 PANELS = 8  # of columns
 SAVE_EVERY = 60.0  # seconds between two saves of the state, or
@@ -120,16 +117,15 @@ class Sums:
         tensors |= {f"norms.{module}": norm for module, norm in self.norms.items()}
         tensors["waiting"] = torch.tensor(self.waiting, dtype=torch.int64)
         place = {"count": self.count, "documents": self.documents, "modules": sorted(self.products)}
-        header = described | place | {"format": PARTIAL_FORMAT}
-        with whole(path) as temporary:
-            save_file(tensors, temporary, {"editkit": json.dumps(header, sort_keys=True)})
+        write_tensors(path, PARTIAL_FILE, described | place, tensors)
 
     @classmethod
     def load(cls, path: Path, modules: list[str]) -> "Sums":
         """The saved state, with the sums of `modules` alone. Raises EditkitError for a damaged file."""
-        header, tensors = read_tensors(path, PARTIAL_FORMAT)
-        products, norms = ({m: tensors[f"{what}.{m}"] for m in modules} for what in ("products", "norms"))
-        return cls(products, norms, header["count"], header["documents"], tensors["waiting"].tolist())
+        header, tensors = read_tensors(path, PARTIAL_FILE, note=False)
+        with explained(path, PARTIAL_FILE):
+            products, norms = ({m: tensors[f"{what}.{m}"] for m in modules} for what in ("products", "norms"))
+            return cls(products, norms, header["count"], header["documents"], tensors["waiting"].tolist())
 
 
 def collect(

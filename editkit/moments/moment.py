@@ -2,22 +2,51 @@
 
 import functools
 import hashlib
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from editkit.errors import EditkitError
-from editkit.files import whole
 from editkit.models.snapshot import digest
+from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
 
-FORMAT = "editkit-moment/1"
+_ORIGIN = "Files of the reference (.npz) come in through `python -m editkit.moments import`."
+MOMENT_FILE = FileKind(
+    format="editkit-moment/1",
+    noun="a second moment",
+    fields={
+        "module": (str,),
+        "count": (int,),
+        "source": (str,),
+        "effective_count": (float, int, type(None)),
+        "d_ff": (int,),
+        "digest": (str,),
+        "provenance": (dict,),
+    },
+    remedy="Delete it and collect again.",
+    origin=_ORIGIN,
+    renew="SecondMoment.load(path).save(path)",
+)
+PARTIAL_FILE = FileKind(  # the state of a collection that is under way, or was killed: collect.py
+    format="editkit-moment-partial/1",
+    noun="an unfinished collection of second moments",
+    fields={
+        "model": (str,),
+        "model_digest": (str,),
+        "settings": (dict,),
+        "seed": (int,),
+        "count": (int,),
+        "documents": (int,),
+        "modules": (list,),
+    },
+    remedy="Delete it: the collection starts again.",
+    origin=_ORIGIN,
+    renew="continue the collection",
+)
 ENOUGH = 2  # keys per dimension of d_ff; 2 to 10 suffice (arXiv 2506.04226)
 TOLERANCE = 1e-6  # of C's largest entry or eigenvalue: what sums in float32 leave, as the reference's files have
 
@@ -48,7 +77,8 @@ class SecondMoment:
     @functools.cached_property
     def eigenvalues(self) -> Tensor:
         """[d_ff], ascending."""
-        return torch.linalg.eigvalsh(self.matrix)
+        values: Tensor = torch.linalg.eigvalsh(self.matrix)
+        return values
 
     @functools.cached_property
     def eigenvectors(self) -> tuple[Tensor, Tensor]:
@@ -70,7 +100,7 @@ class SecondMoment:
     def effective_rank(self) -> float:
         """exp of the entropy of the eigenvalues' shares (Roy and Vetterli 2007): from 1 to d_ff."""
         share = self.eigenvalues.clamp_min(0)
-        return torch.special.entr(share / share.sum()).sum().exp().item()
+        return float(torch.special.entr(share / share.sum()).sum().exp())
 
     @property
     def digest(self) -> str:
@@ -118,7 +148,6 @@ class SecondMoment:
     def save(self, path: Path | str) -> Path:
         """Write a safetensors file: C, and everything else as JSON in its header. Raises OutputError."""
         header = {
-            "format": FORMAT,
             "module": self.module,
             "count": self.count,
             "source": self.source,
@@ -127,50 +156,24 @@ class SecondMoment:
             "digest": self.digest,
             "provenance": self.provenance,
         }
-        path = Path(path)
-        with whole(path) as temporary:
-            save_file({"matrix": self.matrix.contiguous()}, temporary, {"editkit": json.dumps(header, sort_keys=True)})
-        return path
+        return write_tensors(path, MOMENT_FILE, header, {"matrix": self.matrix})
 
     @classmethod
     def load(cls, path: Path | str) -> "SecondMoment":
-        """Read a file that `save` wrote. Raises EditkitError when it is another kind of file, or damaged."""
-        header, tensors = read_tensors(path, FORMAT)
-        kept = {k: header[k] for k in ("module", "count", "source", "effective_count", "provenance")}
-        moment = cls(matrix=tensors["matrix"], **kept)
-        if moment.digest != header["digest"]:
-            raise EditkitError(
-                f"'{path}' is damaged: its values have digest {moment.digest[:16]}, and {header['digest'][:16]} was "
-                "stored with them. Delete it and collect again."
-            )
+        """Read a file that `save` wrote. Raises EditFileError when it is missing, another kind of file, or damaged.
+
+        Warns of a file that was written before files had a digest of all their contents.
+        """
+        header, tensors = read_tensors(path, MOMENT_FILE)
+        with explained(path, MOMENT_FILE):
+            kept = {k: header[k] for k in ("module", "count", "source", "effective_count", "provenance")}
+            matrix = tensors["matrix"]
+            if len(tensors) != 1 or matrix.dtype != torch.float64 or matrix.shape != (header["d_ff"], header["d_ff"]):
+                raise ValueError(f"its tensors are not one matrix of {header['d_ff']} dimensions in float64")
+            moment = cls(matrix=matrix, **kept)
+            if moment.digest != header["digest"]:
+                raise ValueError(f"its values have digest {moment.digest[:16]}, and not {header['digest'][:16]}")
         return moment
-
-
-def read_header(path: Path | str, wanted: str) -> dict[str, Any]:
-    """The JSON in a file's header, whose format must be `wanted`. Raises EditkitError."""
-    return _read(path, wanted, tensors=False)[0]
-
-
-def read_tensors(path: Path | str, wanted: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of a file whose format must be `wanted`. Raises EditkitError."""
-    return _read(path, wanted, tensors=True)
-
-
-def _read(path: Path | str, wanted: str, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    # Through numpy: for torch, safetensors opens the path twice, and a collection may have replaced it in between.
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("editkit", "{}"))
-            found = header.get("format")
-            if found == wanted:
-                names = file.keys() if tensors else ()
-                return header, {name: torch.from_numpy(file.get_tensor(name)) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise EditkitError(f"'{path}' cannot be read as a second moment: {error}.") from error
-    raise EditkitError(
-        f"'{path}' holds no second moment: its format is {found!r}, and {wanted!r} is read here. Files of the "
-        "reference (.npz) come in through `python -m editkit.moments import`."
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +196,7 @@ class Factored:
     def condition(self) -> float:
         """Condition number of the factored matrix (largest over smallest eigenvalue)."""
         values = torch.linalg.svdvals(self.lower)
-        return (values[0] / values[-1]).item() ** 2
+        return float(values[0] / values[-1]) ** 2
 
 
 class Identity(Factored):

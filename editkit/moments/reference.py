@@ -25,6 +25,7 @@ def from_npz(path: Path | str, module: str, source: str, provenance: dict[str, A
 
     Nothing pickled is read. Raises EditkitError for another kind of file, or values that are no second moment.
     """
+    arrays: dict[str, Any] = {}
     try:
         with numpy.load(path, allow_pickle=False) as file:
             arrays = {name.removeprefix("mom2."): file[name] for name in file.files}
@@ -47,12 +48,12 @@ def to_npz(moment: SecondMoment, path: Path | str, sample_size: int = SAMPLE_SIZ
     `sample_size` must be the reader's `mom2_n_samples`: on another number it collects anew, without a word.
     """
     path = Path(path)
-    arrays = {
+    arrays: dict[str, Any] = {
         "mom2.constructor": numpy.array(CONSTRUCTOR),
         "mom2.count": numpy.array(moment.count),
         "mom2.mom2": (moment.matrix * moment.count).numpy(),
         "sample_size": numpy.array(sample_size),
     }
     with whole(path) as temporary, temporary.open("wb") as file:
-        numpy.savez(file, **arrays)  # type: ignore[arg-type]
+        numpy.savez(file, **arrays)
     return path

@@ -1,4 +1,4 @@
-"""Pictures of edits from inside (editkit.lenses, arithmetic.spectra, cases.parquet)."""
+"""Pictures of edits from inside (editkit.lenses, edits.spectra, cases.parquet)."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from editkit import report
 from editkit.data import load_cases
 from editkit.data.cases import Case
-from editkit.edits.arithmetic import spectra
 from editkit.edits.edit import Edit, weight_norm
+from editkit.edits.spectra import spectra
 from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
 from editkit.metrics.audit import answers, audit

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from editkit.data import Cases
-from editkit.edits.arithmetic import Spectrum
 from editkit.edits.edit import Edit
+from editkit.edits.spectra import Spectrum
 from editkit.facts import Fact
 from editkit.methods import get_method
 from editkit.methods.shared.prelude import shared_inputs

@@ -7,8 +7,8 @@ from typing import Any
 
 from editkit import report
 from editkit.data.cases import Case, make_case
-from editkit.edits.arithmetic import spectra
 from editkit.edits.edit import weight_norm
+from editkit.edits.spectra import spectra
 from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.metrics.audit import audit

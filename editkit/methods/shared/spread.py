@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edits.edit import Delta, Edit, low_rank_delta
+from editkit.edits import Delta, Edit, low_rank_delta
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given
 from editkit.methods.shared.value import at_lookup, compute_deltas, named

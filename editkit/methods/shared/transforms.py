@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from editkit.edits.edit import Delta, Edit, dense_delta, low_rank_delta
+from editkit.edits import Delta, Edit, dense_delta, low_rank_delta
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
 

@@ -1,0 +1,122 @@
+"""Delta: the change of one weight, as factors or dense; and sums of such changes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from editkit.errors import EditkitError
+from editkit.models.architecture import orientation
+from editkit.models.load import LanguageModel
+from editkit.models.snapshot import digest
+from editkit.nethook import get_module, get_parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """A change of one weight: ΔW = left @ right with left [d_model, r] and right [r, d_ff].
+
+    A dense change has `right=None` and ΔW [d_model, d_ff] in `left`.
+    """
+
+    module: str
+    left: Tensor
+    right: Tensor | None
+    orientation: str  # how the module stores W: "in_out" (Conv1D) or "out_in" (Linear)
+    bias: bool  # whether the module has a bias (untouched)
+    before: str  # digest of the weight in the base
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.module}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_model, d_ff)."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r of the factors; of a dense change the most it can be, min(d_model, d_ff)."""
+        return min(self.shape) if self.right is None else self.left.shape[1]
+
+    def matrix(self) -> Tensor:
+        """ΔW in float32 as the module stores it."""
+        product = self.left if self.right is None else self.left @ self.right
+        return product.T if self.orientation == "in_out" else product
+
+    def change(self) -> Tensor:
+        """ΔW [d_model, d_ff] in float64."""
+        return self.left.double() if self.right is None else self.left.double() @ self.right.double()
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The thin SVD of ΔW in float64; of factors through their QR decompositions, so that ΔW is never formed."""
+        if self.right is None:
+            u, s, vt = torch.linalg.svd(self.left.double(), full_matrices=False)
+            return u, s, vt
+        ql, rl = torch.linalg.qr(self.left.double())
+        qr, rr = torch.linalg.qr(self.right.double().T)
+        u, s, vt = torch.linalg.svd(rl @ rr.T, full_matrices=False)
+        return ql @ u, s, vt @ qr.T
+
+    def norm(self) -> float:
+        """‖ΔW‖ (Frobenius); of factors from their r × r Gram matrices: ΔW is never formed."""
+        if self.right is None:
+            return float(self.left.double().norm())
+        left, right = self.left.double(), self.right.double()
+        return torch.trace((left.T @ left) @ (right @ right.T)).clamp_min(0).sqrt().item()
+
+
+def joined(deltas: Iterable[Delta]) -> tuple[Delta, ...]:
+    """One Delta for each module: the sum of all `deltas` that change it. Ranks add; with a dense one it is dense."""
+    found: dict[str, Delta] = {}
+    for delta in deltas:
+        found[delta.module] = _sum(found[delta.module], delta) if delta.module in found else delta
+    return tuple(found.values())
+
+
+def _sum(a: Delta, b: Delta) -> Delta:
+    if a.right is None or b.right is None:
+        return replace(a, left=(a.change() + b.change()).float(), right=None)
+    return replace(a, left=torch.cat([a.left, b.left], 1), right=torch.cat([a.right, b.right]))
+
+
+def low_rank_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor) -> Delta:
+    """A Delta for `module` of `lm` as it is now, from left [d_model, r] and right [r, d_ff].
+
+    Factors that hold more numbers than their product are multiplied out. Raises EditkitError when a factor is not
+    finite or does not fit the weight.
+    """
+    if left.ndim == right.ndim == 2 and left.numel() + right.numel() > left.shape[0] * right.shape[1]:
+        return dense_delta(lm, module, left @ right)
+    return make_delta(lm, module, left, right)
+
+
+def dense_delta(lm: LanguageModel, module: str, matrix: Tensor) -> Delta:
+    """A Delta for `module` of `lm` as it is now, from ΔW [d_model, d_ff]. Raises as `low_rank_delta` does."""
+    return make_delta(lm, module, matrix, None)
+
+
+def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | None) -> Delta:
+    """A Delta for `module` of `lm` from these very factors, or from ΔW in `left`. Raises as `low_rank_delta` does."""
+    found = get_module(lm.model, module)
+    weight = get_parameter(lm.model, f"{module}.weight")
+    kind = orientation(found, module)
+    d_ff, d_model = weight.shape if kind == "in_out" else reversed(weight.shape)
+    if right is None:
+        if left.shape != (d_model, d_ff):
+            raise EditkitError(f"ΔW {tuple(left.shape)} does not fit {module}: W is [{d_model}, {d_ff}].")
+    elif left.shape[0] != d_model or right.shape[1] != d_ff or left.shape[1] != right.shape[0]:
+        raise EditkitError(
+            f"Factors {tuple(left.shape)} and {tuple(right.shape)} do not fit {module}: W is [{d_model}, {d_ff}], "
+            "so left is [d_model, r] and right [r, d_ff]."
+        )
+    if not (left.isfinite().all() and (right is None or right.isfinite().all())):
+        raise EditkitError(
+            f"The update of {module} is not finite; nothing was applied. A larger moments.ridge or a lower "
+            "method.lr usually cures it."
+        )
+    bias = getattr(found, "bias", None) is not None
+    right = None if right is None else right.float().cpu()
+    return Delta(module, left.float().cpu(), right, kind, bias, digest(weight))
