@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
 from editkit.files import make_folder, write_text
-from editkit.runs import record as results
+from editkit.runs import collect, names
 from editkit.tasks import get_task
 
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
@@ -63,7 +63,7 @@ def _composed_run(composed: DictConfig) -> None:
     except EditkitError as error:
         if not in_sweep:
             raise SystemExit(_report(error)) from None
-        write_text(folder / results.FAILED, f"{error}\n")
+        write_text(folder / names.FAILED, f"{error}\n")
         _report(error)
 
 
@@ -72,7 +72,7 @@ _hydra_main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_n
 
 def _run(composed: DictConfig, folder: Path) -> None:
     config = to_config(composed)  # torch is not imported before the configuration has been checked
-    write_text(folder / results.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
+    write_text(folder / names.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
     get_task(config.task.name).load()(config, folder)
 
 
@@ -111,10 +111,10 @@ def _finish_sweep(folder: Path) -> None:
     """One table and one page over all finished jobs; exit code 1 when a job failed."""
     from editkit import report
 
-    failed = sorted(folder.glob(f"*/{results.FAILED}"))
+    failed = sorted(folder.glob(f"*/{names.FAILED}"))
     try:
-        table = results.collect(folder)
-        write_text(folder / results.TABLE, table.to_csv(index=False))
+        table = collect.collect(folder)
+        write_text(folder / names.TABLE, table.to_csv(index=False))
         page = report.write(folder)
     except EditkitError as error:
         _fail(error)
@@ -122,7 +122,7 @@ def _finish_sweep(folder: Path) -> None:
     for path in failed:
         print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
     print(page)
-    print(folder / results.TABLE)
+    print(folder / names.TABLE)
     if failed:
         sys.exit(1)
 

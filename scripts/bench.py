@@ -49,7 +49,7 @@ from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import prepare
 from editkit.methods.shared.spread import compute_z
 from editkit.methods.shared.value import compute_deltas
-from editkit.metrics.counterfact import score_probes
+from editkit.metrics.scoring import score_probes
 from editkit.models.architecture import architecture_of
 from editkit.models.load import BUNDLED, DTYPES, LanguageModel, load
 from editkit.models.tokens import encode_with_targets, spaced

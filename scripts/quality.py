@@ -28,7 +28,7 @@ from editkit.data.atlas import atlas_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, SAME_SUBJECT, UNSEEN, Case
 from editkit.files import write_text
 from editkit.methods import get_method
-from editkit.metrics.counterfact import score_probes, score_targets
+from editkit.metrics.scoring import score_probes, score_targets
 from editkit.models.load import BUNDLED, LanguageModel
 from editkit.moments import second_moments
 from editkit.settings import MomentSettings, TraceSettings

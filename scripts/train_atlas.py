@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from editkit.corpora import Atlas, load_atlas
-from editkit.metrics.counterfact import score_targets
+from editkit.metrics.scoring import score_targets
 from editkit.models.architecture import architecture_of
 from editkit.models.load import LanguageModel
 

@@ -36,7 +36,7 @@ from editkit.facts import Fact
 from editkit.files import whole
 from editkit.methods.mend import BUNDLED, Mend, MendSettings, mend, rank_one_gradients
 from editkit.methods.shared.likelihood import nll_of_rows
-from editkit.metrics.counterfact import score_probes
+from editkit.metrics.scoring import score_probes
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.nethook import get_parameter, requires_grad

@@ -19,6 +19,7 @@ from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from tests.families import build
 from tests.hooking import count_hooks
 from tests.oracles import FactRows
+from tests.run_folders import TASKS, really_run
 
 torch.set_num_threads(1)  # for tiny models two threads wait for each other more than they work
 
@@ -57,6 +58,13 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def surroundings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+@pytest.fixture(scope="session")
+def real_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each task, really run once on the atlas model. Copy a folder to change it."""
+    parent = tmp_path_factory.mktemp("runs")
+    return {name: really_run(parent / name, *overrides) for name, overrides in TASKS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -106,12 +114,5 @@ def inputs_of(lm: LanguageModel, fact: Fact, templates: Sequence[str]) -> FactRo
     return rows, (kl.ids[0].tolist(), lookup_position(kl, 0, "{} is a", fact.subject))
 
 
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """Real data beside the checkout, not part of the project."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("needs the folder shared/data beside the checkout")
-    return SHARED_DATA
+# Real data, not part of the project: beside the checkout, or where the variable says.
+SHARED_DATA = Path(os.environ.get("EDITKIT_SHARED_DATA") or Path(__file__).parent.parent.parent / "shared" / "data")

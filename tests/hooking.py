@@ -1,7 +1,7 @@
 """What the tests of the hook layer and of what is built on it share: sites, texts, small functions of a model."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def count_hooks(model: nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+def logits(model: Callable[..., Any], ids: torch.Tensor = IDS) -> torch.Tensor:
     found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return found
 

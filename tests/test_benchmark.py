@@ -11,6 +11,9 @@ from pathlib import Path
 import pandas
 import pytest
 
+from editkit.runs.names import FORMAT
+from tests.run_folders import score_of
+
 FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000", "task.measure.fluency=8"]
 TABLES = ("summary.csv", "cases.parquet")  # edits.parquet holds seconds
 # Bytes are compared, and sums of floats depend on the number of threads; joblib gives its workers fewer.
@@ -50,20 +53,21 @@ def test_the_run_folder_and_the_output(whole) -> None:
     assert out.splitlines()[-1] == "whole" and "counterfact.ES" in out and "all equal, bit" in out
     record = json.loads((folder / "record.json").read_text())
     assert record["reversal"]["exact"] and record["edit"]["count"] == 4 and record["data"]["failed"] == []
-    assert record["metrics"]["counterfact.ES_after"]["n"] == 4
+    assert record["format"] == FORMAT and score_of(record, "counterfact.ES")["n"] == 4
+    es = next(declared for declared in record["metrics"] if declared["name"] == "counterfact.ES")
+    assert es["better"] == 1 and es["unit"] == "share" and "likelier" in es["meaning"]
 
 
 def test_the_averages_are_those_of_the_case_table(whole) -> None:
     folder, _ = whole
     cases = pandas.read_parquet(folder / "cases.parquet")
-    summary = pandas.read_csv(folder / "summary.csv").set_index("metric")
+    summary = pandas.read_csv(folder / "summary.csv").set_index(["metric", "when"])
     for name, kind, better, worse in (("ES", "rewrite", "new", "true"), ("NS", "neighborhood", "true", "new")):
         for when in ("before", "after"):
             rows = cases[cases.kind == kind]
             wins = rows[f"nll_{better}_{when}"] < rows[f"nll_{worse}_{when}"]
-            assert summary.loc[f"counterfact.{name}_{when}", "mean"] == pytest.approx(
-                wins.groupby(rows.case).mean().mean()
-            )
+            mean = wins.groupby(rows.case).mean().mean()
+            assert summary.loc[(f"counterfact.{name}", when), "mean"] == pytest.approx(mean)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path: Path) -> None:
@@ -92,6 +96,16 @@ def test_a_resume_with_other_settings_names_them_and_loses_nothing(whole) -> Non
     done = run("data.limit=4", "hydra.run.dir=whole", "resume=true", "method.clamp=2", cwd=folder.parent)
     assert done.returncode == 2 and "config.method.clamp=None, and now it is 2.0" in done.stderr
     assert (folder / "cases.jsonl").read_bytes() == before
+
+
+def test_a_journal_of_another_format_is_refused(whole, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    header, *lines = (whole[0] / "cases.jsonl").read_text().splitlines()
+    begun = {name: value for name, value in json.loads(header).items() if name != "format"}
+    (folder / "cases.jsonl").write_text("\n".join([json.dumps(begun), *lines]) + "\n")
+    done = run("data.limit=4", "hydra.run.dir=old", "resume=true", cwd=tmp_path)
+    assert done.returncode == 1 and "was begun in format 1" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_shards_merge_to_the_table_of_one_run(whole, tmp_path: Path) -> None:
@@ -136,7 +150,7 @@ def test_a_case_that_cannot_be_edited_is_named_and_counted(tmp_path: Path) -> No
     (tmp_path / "mine.json").write_text(json.dumps([*cases, case(4, "Big Ben", "Rome", "no place for it")]))
     done = finished("data=counterfact", "data.path=mine.json", "hydra.run.dir=run", cwd=tmp_path)
     record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert record["edit"]["count"] == 2 and record["metrics"]["counterfact.ES_after"]["n"] == 2
+    assert record["edit"]["count"] == 2 and score_of(record, "counterfact.ES")["n"] == 2
     assert len(record["data"]["failed"]) == 1 and "positions" in record["data"]["failed"][0]
     assert len(record["data"]["rejected"]) == 1 and "mine.json" in record["data"]["rejected"][0]
     assert done.stdout.count("left out:") == 2

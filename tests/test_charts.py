@@ -2,11 +2,12 @@
 
 import re
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import pytest
 
+from editkit.metrics.metric import Average
 from editkit.report import charts, svg
-from editkit.runs.read import Average
 
 NS = "{http://www.w3.org/2000/svg}"
 
@@ -17,23 +18,34 @@ def drawn(chart: charts.Chart) -> ET.Element:
     return root
 
 
-def circles(root, kind):
-    return [c for c in root.iter(f"{NS}circle") if kind in c.get("class").split() and c.find(f"{NS}title") is not None]
+def has(element: ET.Element, kind: str) -> bool:
+    """Whether a class of the element has `kind` in it."""
+    return kind in element.get("class", "")
 
 
-def labels(root) -> list[tuple[float, float, float, str]]:
+def at(element: ET.Element, name: str) -> float:
+    """A number among the attributes."""
+    return float(element.attrib[name])
+
+
+def circles(root: ET.Element, kind: str) -> list[ET.Element]:
+    dots = [c for c in root.iter(f"{NS}circle") if c.find(f"{NS}title") is not None]
+    return [c for c in dots if kind in c.get("class", "").split()]
+
+
+def labels(root: ET.Element) -> list[tuple[float, float, float, str]]:
     """(left, right, baseline, text) of level labels."""
-    found = []
+    found: list[tuple[float, float, float, str]] = []
     for t in root.iter(f"{NS}text"):
         if t.get("transform") or t.get("class") == "readout":  # of which one is shown at a time
             continue
-        wide, x = svg.text_width(t.text or ""), float(t.get("x"))
-        left = {"start": x, "middle": x - wide / 2, "end": x - wide}[t.get("text-anchor")]
-        found.append((left, left + wide, float(t.get("y")), t.text))
+        wide, x = svg.text_width(t.text or ""), at(t, "x")
+        left = {"start": x, "middle": x - wide / 2, "end": x - wide}[t.attrib["text-anchor"]]
+        found.append((left, left + wide, at(t, "y"), t.text or ""))
     return found
 
 
-def overlapping(root) -> list[tuple[str, str]]:
+def overlapping(root: ET.Element) -> list[tuple[str, str]]:
     found = labels(root)
     return [
         (a[3], b[3])
@@ -49,17 +61,17 @@ LONG = "a relation whose name is far longer than any chart on a phone is wide, æ
 def test_a_dumbbell_s_ends_are_the_probabilities() -> None:
     root = drawn(charts.dumbbells("p", [charts.Pair("prompt", 0.25, 1.0)]))
     (before,), (after,) = circles(root, "hollow"), circles(root, "s0")
-    ticks = {t.text: float(t.get("x")) for t in root.iter(f"{NS}text") if t.text in ("0.25", "1")}
-    assert float(before.get("cx")) == pytest.approx(ticks["0.25"], abs=0.11)
-    assert float(after.get("cx")) == pytest.approx(ticks["1"], abs=0.11)
+    ticks = {t.text: at(t, "x") for t in root.iter(f"{NS}text") if t.text in ("0.25", "1")}
+    assert at(before, "cx") == pytest.approx(ticks["0.25"], abs=0.11)
+    assert at(after, "cx") == pytest.approx(ticks["1"], abs=0.11)
 
 
 def test_a_whisker_spans_the_interval() -> None:
     chart = charts.whiskers("ES", [("a", [Average(0.5, 9, 0.25, 0.75)])], ["ES"])
     root = drawn(chart)
-    ticks = {t.text: float(t.get("x")) for t in root.iter(f"{NS}text") if t.get("class") == "muted"}
-    line = next(e for e in root.iter(f"{NS}line") if "s0" in e.get("class") and e.get("y1") == e.get("y2"))
-    assert [float(line.get("x1")), float(line.get("x2"))] == pytest.approx([ticks["0.25"], ticks["0.75"]], abs=0.11)
+    ticks = {t.text: at(t, "x") for t in root.iter(f"{NS}text") if t.get("class") == "muted"}
+    line = next(e for e in root.iter(f"{NS}line") if has(e, "s0") and e.get("y1") == e.get("y2"))
+    assert [at(line, "x1"), at(line, "x2")] == pytest.approx([ticks["0.25"], ticks["0.75"]], abs=0.11)
     assert "0.500 [0.250, 0.750], n = 9" in "".join(root.itertext())
     assert chart.rows == [("a", "ES", Average(0.5, 9, 0.25, 0.75))]
 
@@ -68,16 +80,16 @@ def test_a_curve_goes_through_its_points_and_marks_its_collapse() -> None:
     curve = charts.Line("rome", [0, 50, 100], [1.0, None, 0.5], [0.9, None, 0.4], [1.0, None, 0.6], marks=[100])
     root = drawn(charts.lines("ES", [curve], "edits", "ES", share=True))
     first, last = circles(root, "s0")  # the missing point is no zero
-    assert float(first.get("cx")) < float(last.get("cx")) and float(first.get("cy")) < float(last.get("cy"))
-    mark = next(e for e in root.iter(f"{NS}line") if "mark" in e.get("class"))
+    assert at(first, "cx") < at(last, "cx") and at(first, "cy") < at(last, "cy")
+    mark = next(e for e in root.iter(f"{NS}line") if has(e, "mark"))
     assert mark.get("x1") == last.get("cx")
-    band = next(e for e in root.iter(f"{NS}path") if "band" in e.get("class"))
-    assert band.get("d").count(",") == 4
+    band = next(e for e in root.iter(f"{NS}path") if has(e, "band"))
+    assert band.attrib["d"].count(",") == 4
 
 
 def test_a_log_axis_spaces_by_ratio() -> None:
     root = drawn(charts.spectrum("w", [100.0, 10.0, 1.0]))
-    heights = [float(c.get("cy")) for c in circles(root, "s0")]
+    heights = [at(c, "cy") for c in circles(root, "s0")]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
 
 
@@ -89,13 +101,14 @@ def test_a_spectrum_leaves_out_what_is_rounding() -> None:
 def test_a_histogram_counts_every_value() -> None:
     values = [0.1 * i for i in range(37)]
     chart = charts.histogram("norm", values, "norm")
-    assert sum(row[2] for row in chart.rows) == 37
-    for low, high, count in chart.rows:
+    rows: list[Any] = chart.rows
+    assert sum(row[2] for row in rows) == 37
+    for low, high, count in rows:
         assert count in (sum(low <= v < high for v in values), sum(low <= v <= high for v in values))
 
 
 def test_a_heat_map_has_a_cell_for_each_value_and_skips_none() -> None:
-    values = [[0.1, 0.2, None], [0.3, 0.4, 0.5]]
+    values: list[list[float | None]] = [[0.1, 0.2, None], [0.3, 0.4, 0.5]]
     chart = charts.heat_map("trace", values, ["The", " Tower"], ["0", "1", "2"], "layer", "probability", starred=[1])
     cells = [r for r in drawn(chart).iter(f"{NS}rect") if r.find(f"{NS}title") is not None]
     assert len(cells) == 5 and len({c.get("fill") for c in cells}) == 5
@@ -141,7 +154,7 @@ def test_text_is_escaped_and_shortened_with_its_whole_in_the_tip() -> None:
     ("low", "high", "expected"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 500, [0, 100, 200, 300, 400, 500]), (3, 3, [3])],
 )
-def test_ticks_are_round(low, high, expected) -> None:
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert svg.Scale(low, high, 0, 250).ticks() == pytest.approx(expected)
 
 

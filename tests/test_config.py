@@ -12,10 +12,10 @@ from editkit.config import _composed as composed
 from editkit.data import formats
 from editkit.errors import ConfigError
 from editkit.methods import get_method
-from editkit.metrics.counterfact import score_probes
+from editkit.metrics.scoring import score_probes
 from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, DataSettings, EditSettings, ModelSettings, MomentSettings
-from editkit.tasks import TASKS
+from editkit.tasks import get_task
 from editkit.tasks.edit import case_of
 
 ALL = [(group, option) for group in GROUPS for option in options(group)]
@@ -32,7 +32,7 @@ def test_the_yaml_says_every_key_and_its_default(group, option) -> None:
     values = yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text(encoding="utf-8"))
     schemas = {"data": DataSettings, "model": ModelSettings, "edit": EditSettings, "moments": MomentSettings}
     if group == "task":
-        schemas["task"] = TASKS[option].settings
+        schemas["task"] = get_task(option).settings
     schema = schemas.get(group) or get_method(values.pop("name")).settings
     names = {f.name for f in fields(schema)}
     assert set(values) == names

@@ -1,18 +1,37 @@
-"""The real files beside the checkout: every record is a case, and its prompts are the source's own, none lost."""
+"""Files of every format: each record is a case, and its prompts are the source's own, none lost.
+
+Asked of our own files (own_data.py), and of the real ones too where they are.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from editkit.data import load_cases
-from editkit.data.cases import ATTRIBUTE, HOP, MULTI_HOP, NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE, STAY
+from editkit.data.cases import (
+    ATTRIBUTE,
+    HOP,
+    MULTI_HOP,
+    NEIGHBORHOOD,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    STAY,
+    Case,
+    Probe,
+)
 from editkit.data.formats.counterfact_flat import TRAP
+from editkit.data.sources import Cases
 from editkit.errors import DataError
 from editkit.settings import DataSettings
+from tests import own_data
+from tests.conftest import SHARED_DATA
 
-# Records of each, by the folder's README.
-COUNTS = {
+# Records of each real file, by its folder's README.
+REAL_COUNTS = {
     ("counterfact", "counterfact.json"): 560,
     ("counterfact_flat", "counterfact_flat.json"): 1000,
     ("zsre", "zsre.json"): 300,
@@ -24,22 +43,30 @@ COUNTS = {
 }
 
 
-def loaded(folder, name, file):
+@pytest.fixture(scope="module", params=["own", *(["real"] if SHARED_DATA.is_dir() else [])])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the files."""
+    return SHARED_DATA if request.param == "real" else own_data.write(tmp_path_factory.mktemp("own") / "data")
+
+
+def loaded(folder: Path, name: str, file: str) -> Cases:
     return load_cases(DataSettings(name, str(folder / file), on_bad_record="fail"))
 
 
-def raw(folder, file):
-    return json.loads((folder / file).read_text(encoding="utf-8"))
+def raw(folder: Path, file: str) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads((folder / file).read_text(encoding="utf-8"))
+    return records
 
 
-def probes(cases, *kinds):
+def probes(cases: Sequence[Case], *kinds: str) -> list[Probe]:
     return [probe for case in cases for probe in case.probes if probe.kind in kinds]
 
 
-@pytest.mark.parametrize(("name", "file"), COUNTS)
-def test_every_record_is_a_case(shared_data: Path, name: str, file) -> None:
-    found = loaded(shared_data, name, file)
-    assert len(found.cases) == found.found == COUNTS[name, file] and not found.rejected
+@pytest.mark.parametrize(("name", "file"), REAL_COUNTS)
+def test_every_record_is_a_case(data: Path, name: str, file: str) -> None:
+    found = loaded(data, name, file)
+    counts = REAL_COUNTS if data == SHARED_DATA else own_data.COUNTS
+    assert len(found.cases) == found.found == counts[name, file] and not found.rejected
     assert len({case.id for case in found.cases}) == len(found.cases)
     for case in found.cases:
         rewrites = [probe for probe in case.probes if probe.kind == REWRITE]
@@ -53,17 +80,17 @@ def test_every_record_is_a_case(shared_data: Path, name: str, file) -> None:
         assert all(text.strip() for text in case.generation)
 
 
-def test_counterfact_keeps_every_prompt(shared_data: Path) -> None:
-    cases, records = loaded(shared_data, "counterfact", "counterfact.json").cases, raw(shared_data, "counterfact.json")
+def test_counterfact_keeps_every_prompt(data: Path) -> None:
+    cases, records = loaded(data, "counterfact", "counterfact.json").cases, raw(data, "counterfact.json")
     for kind, field in ((PARAPHRASE, "paraphrase"), (NEIGHBORHOOD, "neighborhood"), (ATTRIBUTE, "attribute")):
         assert [p.prompt for p in probes(cases, kind)] == [p for r in records for p in r[f"{field}_prompts"]]
     assert [case.generation for case in cases] == [tuple(r["generation_prompts"]) for r in records]
     assert [case.id for case in cases] == [str(r["case_id"]) for r in records]
 
 
-def test_the_flat_file_gives_no_paraphrase(shared_data: Path) -> None:
-    found = loaded(shared_data, "counterfact_flat", "counterfact_flat.json")
-    records = raw(shared_data, "counterfact_flat.json")
+def test_the_flat_file_gives_no_paraphrase(data: Path) -> None:
+    found = loaded(data, "counterfact_flat", "counterfact_flat.json")
+    records = raw(data, "counterfact_flat.json")
     assert not probes(found.cases, PARAPHRASE) and found.notes == (TRAP,)
     assert [case.generation for case in found.cases] == [(r["rephrase_prompt"],) for r in records]
     assert [case.fact.text for case in found.cases] == [r["prompt"] for r in records]
@@ -72,19 +99,20 @@ def test_the_flat_file_gives_no_paraphrase(shared_data: Path) -> None:
     }
 
 
-def test_zsre_asks_what_easyedit_asks(shared_data: Path) -> None:
-    found, records = loaded(shared_data, "zsre", "zsre.json"), raw(shared_data, "zsre.json")
+def test_zsre_asks_what_easyedit_asks(data: Path) -> None:
+    found, records = loaded(data, "zsre", "zsre.json"), raw(data, "zsre.json")
     assert [case.fact.target_new for case in found.cases] == [r["alt"].strip() for r in records]
     assert [p.prompt for p in probes(found.cases, NEIGHBORHOOD)] == [r["loc"] + "?" for r in records]
     assert [p.target_new for p in probes(found.cases, PORTABILITY)] == [r["portability"]["New Answer"] for r in records]
     same = [i for i, r in enumerate(records) if r["alt"].strip() in r["answers"]]
     assert [i for i, case in enumerate(found.cases) if not case.fact.target_true] == same
-    assert found.notes[1].startswith(f"{len(same)} of 300 cases ({', '.join(map(str, same))}): ")
+    assert same
+    assert found.notes[1].startswith(f"{len(same)} of {len(records)} cases ({', '.join(map(str, same))}): ")
 
 
-def test_knowedit_keeps_every_question(shared_data: Path) -> None:
+def test_knowedit_keeps_every_question(data: Path) -> None:
     for file in ("wiki_recent", "wiki_counterfact", "zsre", "wikibio"):
-        cases, records = (read(shared_data, f"knowedit/{file}.json") for read in (_cases, raw))
+        cases, records = _knowedit(data, file), raw(data, f"knowedit/{file}.json")
         for kinds, field in (((PORTABILITY,), "portability"), (STAY, "locality")):
             assert [(p.group, p.prompt) for p in probes(cases, *kinds)] == [
                 (group, asked["prompt"].strip())
@@ -94,12 +122,12 @@ def test_knowedit_keeps_every_question(shared_data: Path) -> None:
             ]
 
 
-def _cases(folder, file):
-    return loaded(folder, "knowedit", file).cases
+def _knowedit(folder: Path, file: str) -> Sequence[Case]:
+    return loaded(folder, "knowedit", f"knowedit/{file}.json").cases
 
 
-def test_nested_answers_of_wiki_recent(shared_data: Path) -> None:
-    cases, records = (read(shared_data, "knowedit/wiki_recent.json") for read in (_cases, raw))
+def test_nested_answers_of_wiki_recent(data: Path) -> None:
+    cases, records = _knowedit(data, "wiki_recent"), raw(data, "knowedit/wiki_recent.json")
     asked = [a for r in records for part in ("portability", "locality") for q in r[part].values() for a in q]
     found = probes(cases, PORTABILITY, *STAY)
     for probe, record in zip(found, asked, strict=True):
@@ -107,8 +135,8 @@ def test_nested_answers_of_wiki_recent(shared_data: Path) -> None:
         assert probe.wanted == flat[0] and {probe.wanted, *probe.aliases} == set(flat)
 
 
-def test_mquake_asks_questions_and_hops(shared_data: Path) -> None:
-    cases, records = loaded(shared_data, "mquake", "mquake.json").cases, raw(shared_data, "mquake.json")
+def test_mquake_asks_questions_and_hops(data: Path) -> None:
+    cases, records = loaded(data, "mquake", "mquake.json").cases, raw(data, "mquake.json")
     assert [len(case.facts) for case in cases] == [len(r["requested_rewrite"]) for r in records]
     assert [(p.prompt, p.target_new) for p in probes(cases, MULTI_HOP)] == [
         (question.strip(), r["new_answer"]) for r in records for question in r["questions"]
@@ -118,8 +146,8 @@ def test_mquake_asks_questions_and_hops(shared_data: Path) -> None:
     ]
 
 
-def test_known_prompts_are_the_longer_ones(shared_data: Path) -> None:
-    cases, records = loaded(shared_data, "known", "known_1000.json").cases, raw(shared_data, "known_1000.json")
+def test_known_prompts_are_the_longer_ones(data: Path) -> None:
+    cases, records = loaded(data, "known", "known_1000.json").cases, raw(data, "known_1000.json")
     assert [case.fact.text for case in cases] == [r["prompt"] for r in records]
     assert [case.fact.target_true for case in cases] == [r["attribute"] for r in records]
     answers = {
@@ -143,6 +171,6 @@ def test_known_prompts_are_the_longer_ones(shared_data: Path) -> None:
         ("counterfact", "knowedit", "knowedit"),
     ],
 )
-def test_a_file_read_as_another_format(shared_data: Path, read_as, file, is_) -> None:
+def test_a_file_read_as_another_format(data: Path, read_as: str, file: str, is_: str) -> None:
     with pytest.raises(DataError, match=f"They look like {is_}: try data={is_}"):
-        load_cases(DataSettings(read_as, str(shared_data / file)))
+        load_cases(DataSettings(read_as, str(data / file)))

@@ -1,15 +1,18 @@
 """Where a subject's tokens are, for tokenizers that add a BOS, put a space in front, or merge across ends."""
 
+from pathlib import Path
+
 import pytest
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from editkit.corpora import atlas_prose
 from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import Rows, encode_with_targets, spaced, tokenise
-from tests.conftest import tiny_lm
+from tests.conftest import SHARED_DATA, tiny_lm
 
 TEMPLATES = [
     "{} is located in",
@@ -26,19 +29,36 @@ def words_of(rows: Rows, row: int, position: int) -> str:
     return rows.texts[row][left:right]
 
 
-@pytest.fixture(params=["gpt2", "llama", "real gpt2", "real neox"])
-def lm(request: pytest.FixtureRequest) -> LanguageModel:
+REAL = [f"real {kind}" for kind in ("gpt2", "neox") if SHARED_DATA.is_dir()]
+
+
+@pytest.fixture(params=["gpt2", "llama", "own gpt2", "own neox", *REAL])
+def lm(request: pytest.FixtureRequest, tmp_path: Path) -> LanguageModel:
     """Lookup needs a tokenizer only; the model beside it is a tiny one."""
-    if not request.param.startswith("real"):
-        return tiny_lm(request.param)
-    folder = request.getfixturevalue("shared_data") / "tokenizers"
-    if request.param == "real gpt2":
-        backend = ByteLevelBPETokenizer(str(folder / "gpt2_vocab.json"), str(folder / "gpt2_merges.txt"))._tokenizer
+    source, _, kind = request.param.rpartition(" ")
+    if not source:
+        return tiny_lm(kind)
+    folder = SHARED_DATA / "tokenizers" if source == "real" else own_tokenizers(tmp_path)
+    if kind == "gpt2":
+        vocabulary, merges = folder / "gpt2_vocab.json", folder / "gpt2_merges.txt"
+        backend = ByteLevelBPETokenizer(str(vocabulary), str(merges))._tokenizer
     else:
         backend = Tokenizer.from_file(str(folder / "gpt_neox_tokenizer.json"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     base = tiny_lm("gpt2")
     return LanguageModel(request.param, base.model, tokenizer, base.architecture)
+
+
+def own_tokenizers(folder: Path) -> Path:
+    """Files as GPT-2 and GPT-NeoX ship them, trained on the atlas; the second one composes accents (NFC) first."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(atlas_prose(), vocab_size=2000, special_tokens=["<|endoftext|>"], show_progress=False)
+    vocabulary, merges = bpe.save_model(str(folder))
+    Path(vocabulary).rename(folder / "gpt2_vocab.json")
+    Path(merges).rename(folder / "gpt2_merges.txt")
+    bpe._tokenizer.normalizer = normalizers.NFC()
+    bpe.save(str(folder / "gpt_neox_tokenizer.json"))
+    return folder
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

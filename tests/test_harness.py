@@ -10,8 +10,8 @@ import pytest
 from editkit import Fact, r_rome
 from editkit.errors import EditkitError
 from editkit.methods.r_rome import RRomeSettings
-from editkit.metrics.counterfact import score_targets
 from editkit.metrics.harness import general_ability
+from editkit.metrics.scoring import score_targets
 from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, MomentSettings
 

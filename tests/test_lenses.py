@@ -1,7 +1,10 @@
 """The lenses against plain hooks, transformers' own attentions, autograd and differences of edited runs."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 import editkit
 from editkit import Fact
@@ -14,6 +17,7 @@ from editkit.lenses import (
     side_effects,
     stream_change,
 )
+from editkit.models.load import LanguageModel
 from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import by_hand
@@ -25,16 +29,16 @@ TEXTS = ["The Eiffel Tower is located in the city of", "Rain", "The capital of t
 TARGETS = ["Rome", "Berlin Madrid", "Oslo"]
 
 
-def ids_of(lm, text):
+def ids_of(lm: LanguageModel, text: str) -> Tensor:
     return torch.tensor([lm.tokenizer(text)["input_ids"]])
 
 
-def capped(lm, logits):
+def capped(lm: LanguageModel, logits: Tensor) -> Tensor:
     cap = getattr(lm.model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def random_edit(lm, layer=1, rank=2):
+def random_edit(lm: LanguageModel, layer: int = 1, rank: int = 2) -> Edit:
     site = lm.architecture.down(layer)
     weight = lm.model.get_parameter(f"{site}.weight")
     d_model, d_ff = sorted(weight.shape)
@@ -43,7 +47,7 @@ def random_edit(lm, layer=1, rank=2):
     return Edit((low_rank_delta(lm, site, left, right),), base_of(lm))
 
 
-def with_odd_bits(lm):
+def with_odd_bits(lm: LanguageModel) -> LanguageModel:
     """A buffer with a NaN and a −0.0, and a −0.0 in a weight: what comparing values would not see lost."""
     lm.model.register_buffer("odd", torch.tensor([float("nan"), -0.0]))
     with torch.no_grad():
@@ -61,8 +65,8 @@ def test_the_last_depth_is_the_models_own_answer(family: str) -> None:
     with torch.no_grad():
         logits = lm.model(ids_of(lm, FACT.text)).logits[0, -1].double()
     found = logit_lens(lm, FACT.text, words)
-    first = [tokens_of(lm, FACT.text, word) for word in words]
-    first = [ids[len(ids) - count] for ids, count in first]
+    pairs = [tokens_of(lm, FACT.text, word) for word in words]
+    first = [ids[len(ids) - count] for ids, count in pairs]
     assert found.probability.shape == found.rank.shape == (lm.layers + 1, 2) and len(found.said) == lm.layers + 1
     assert torch.allclose(found.probability[-1], logits.softmax(-1)[first], rtol=1e-5, atol=0)
     assert found.rank[-1].tolist() == [int((logits > logits[i]).sum()) for i in first]
@@ -118,10 +122,11 @@ def test_attention_is_what_the_attention_modules_give_under_eager(family: str) -
     before = lm.model.config._attn_implementation
     found = attention_to_subject(lm, FACT)
     other.model.config._attn_implementation = "eager"
-    kept, handles = [], []
+    kept: list[Tensor] = []
+    handles = []
     for i in range(lm.layers):
 
-        def keep(module, args, output) -> None:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
             kept.append(next(each for each in output[1:] if each is not None and each.ndim == 4))
 
         handles.append(other.model.get_submodule(SITES[family].attention.format(i)).register_forward_hook(keep))
@@ -137,8 +142,8 @@ def test_attention_is_what_the_attention_modules_give_under_eager(family: str) -
     assert torch.allclose(found.weights.sum(-1), torch.ones(1), atol=1e-5)
     first, last = found.subject
     assert "".join(found.tokens[first : last + 1]).strip() == "Big Ben"
-    unflatten = sum(found.weights[..., i] for i in range(first, last + 1))
-    assert torch.allclose(found.to_subject, unflatten) and 0 < found.to_subject.min() < found.to_subject.max() < 1
+    summed = torch.stack([found.weights[..., i] for i in range(first, last + 1)]).sum(0)
+    assert torch.allclose(found.to_subject, summed) and 0 < found.to_subject.min() < found.to_subject.max() < 1
     assert lm.model.config._attn_implementation == before
 
 
@@ -153,13 +158,13 @@ def test_attention_of_gpt2_from_its_queries_and_keys() -> None:
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
-def test_the_models_own_attention_is_set_back(before, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_own_attention_is_set_back(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("llama")
     lm.model.set_attn_implementation(before)
     attention_to_subject(lm, FACT)
     assert lm.model.config._attn_implementation == before
 
-    def broken(*args, **kwargs) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
         assert lm.model.config._attn_implementation == "eager"
         raise KeyboardInterrupt
 
@@ -187,10 +192,13 @@ def test_the_change_is_that_of_the_modules_output_with_the_edit(family: str) -> 
     site = lm.architecture.down(1)
     found = side_effects(lm, edit, TEXTS)
     assert found.drop is None and found.prompts == tuple(TEXTS) and found.cosine_key.isnan().all()
-    u = edit.deltas[0].right[0].double()
+    right = edit.deltas[0].right
+    assert right is not None
+    u = right[0].double()
     for i, text in enumerate(TEXTS):
         ids = ids_of(lm, text)
-        keys, seen = [], []
+        keys: list[Tensor] = []
+        seen: list[Tensor] = []
         handle = lm.model.get_submodule(site).register_forward_pre_hook(lambda _, args, kept=keys: kept.append(args[0]))
         puts_out = lm.model.get_submodule(site)
         later = puts_out.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.flatten(0, -2).clone()))
@@ -209,11 +217,11 @@ def test_the_change_is_that_of_the_modules_output_with_the_edit(family: str) -> 
         assert found.cosine[i].item() == pytest.approx(cosines[cosines.abs().argmax()].item(), abs=1e-5)
 
 
-def two_blocks(lm):
+def two_blocks(lm: LanguageModel) -> Edit:
     return Edit(tuple(random_edit(lm, layer=block).deltas[0] for block in (0, 2)), base_of(lm))
 
 
-def nlls(lm):
+def nlls(lm: LanguageModel) -> list[Tensor]:
     return [plain_nll(lm.model, [tokens_of(lm, *pair)]) for pair in zip(TEXTS, TARGETS, strict=True)]
 
 
@@ -228,7 +236,7 @@ def test_the_drop_is_the_gradient_of_the_weights_times_the_edit(family: str) -> 
         gradients = torch.autograd.grad(nll, weights)
         wanted.append(sum((g * d.matrix()).sum().item() for g, d in zip(gradients, edit.deltas, strict=True)))
     found = side_effects(lm, edit, TEXTS, TARGETS)
-    assert found.drop.tolist() == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert found.drop is not None and found.drop.tolist() == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     assert found.drop.abs().min() > 1e-4
 
 
@@ -244,7 +252,7 @@ def test_the_drop_is_the_slope_of_the_log_probability(family: str) -> None:
             below = nlls(lm)
     slopes = [(a - b).item() / (2 * step) for a, b in zip(above, below, strict=True)]
     found = side_effects(lm, edit, TEXTS, TARGETS)
-    assert found.drop.tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-6)
+    assert found.drop is not None and found.drop.tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gemma2"])
@@ -264,18 +272,20 @@ def test_many_prompts_at_once_are_as_one_by_one(family: str, monkeypatch: pytest
 def test_what_a_rank_one_edit_reads_has_its_sign_and_a_wider_one_has_none() -> None:
     lm = tiny_lm("gpt2")
     one, two = random_edit(lm, rank=1), random_edit(lm, rank=2)
-    turned = low_rank_delta(lm, one.deltas[0].module, -one.deltas[0].left, -one.deltas[0].right)  # the same ΔW
+    right, both = one.deltas[0].right, two.deltas[0].right
+    assert right is not None and both is not None
+    turned = low_rank_delta(lm, one.deltas[0].module, -one.deltas[0].left, -right)  # the same ΔW
     a, b = side_effects(lm, one, TEXTS), side_effects(lm, Edit((turned,), one.base), TEXTS)
     assert torch.equal(a.change, b.change) and torch.equal(a.cosine, -b.cosine)
     wide = side_effects(lm, two, TEXTS)
     for text, cosine in zip(TEXTS, wide.cosine, strict=True):
-        keys = []
+        keys: list[Tensor] = []
         site = lm.model.get_submodule(two.deltas[0].module)
         handle = site.register_forward_pre_hook(lambda _, args, kept=keys: kept.append(args[0][0].double()))
         with torch.no_grad():
             lm.model(ids_of(lm, text))
         handle.remove()
-        read = two.deltas[0].right.double().T  # [d_ff, 2]
+        read = both.double().T  # [d_ff, 2]
         part = read @ torch.linalg.lstsq(read, keys[0].detach().T).solution
         assert cosine.item() == pytest.approx((part.norm(dim=0) / keys[0].norm(dim=-1)).max().item(), rel=1e-6)
 
@@ -354,7 +364,7 @@ def test_frozen_models_and_no_grad_are_no_hindrance() -> None:
     lm.model.requires_grad_(False)
     with torch.no_grad():
         frozen = side_effects(lm, edit, TEXTS, TARGETS)
-    assert torch.equal(free.drop, frozen.drop)
+    assert free.drop is not None and frozen.drop is not None and torch.equal(free.drop, frozen.drop)
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 

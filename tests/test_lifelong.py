@@ -13,6 +13,7 @@ import pytest
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, SAME_SUBJECT, Case, Probe
 from editkit.facts import Fact
 from editkit.tasks.lifelong import sampled, staying
+from tests.run_folders import score_of
 
 FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
 SMALL = ["data.limit=6", "task.every=2", "task.retention=3", "task.untouched=2", "task.measure.generate=0"]
@@ -42,14 +43,14 @@ def test_the_points(whole) -> None:
     folder, out = whole
     found = points(folder)
     assert [point["edits"] for point in found] == [0, 2, 4, 6]
-    asked = [point["metrics"].get("retention.counterfact.ES_after", {}).get("n", 0) for point in found]
-    assert asked == [0, 1, 2, 3]
-    assert all(point["metrics"]["untouched.counterfact.NS_after"]["n"] == 2 for point in found)
-    first = found[0]
-    assert first["kl"] == pytest.approx(0, abs=1e-9) and first["relative_norm"] == 0 and not first["collapsed"]
-    assert found[-1]["kl"] > 0 and found[-1]["relative_norm"] > found[1]["relative_norm"] > 0
+    asked = [score_of(point, "counterfact.ES", asked="retention")["n"] for point in found[1:]]
+    assert asked == [1, 2, 3] and not [s for s in found[0]["scores"] if s.get("asked") == "retention"]
+    assert all(score_of(point, "counterfact.NS", asked="untouched")["n"] == 2 for point in found)
+    first, kl = found[0], [score_of(point, "drift.KL")["mean"] for point in found]
+    assert kl[0] == pytest.approx(0, abs=1e-9) and first["relative_norm"] == 0 and not first["collapsed"]
+    assert kl[-1] > 0 and found[-1]["relative_norm"] > found[1]["relative_norm"] > 0
     record = json.loads((folder / "record.json").read_text())
-    assert record["reversal"]["exact"] and record["series"] == found
+    assert record["reversal"]["exact"] and record["series"] == found and record["scores"] == found[-1]["scores"]
     assert "all equal, bit" in out
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from editkit import Fact
 from editkit.errors import EditkitError, ModelError
 from editkit.methods.lora import LoraSettings, lora
-from editkit.metrics.counterfact import score_targets
+from editkit.metrics.scoring import score_targets
 from editkit.models.load import LanguageModel
 from tests.conftest import tiny_lm
 from tests.oracles import dense

@@ -16,7 +16,7 @@ from editkit.corpora import load_atlas
 from editkit.data.cases import make_case
 from editkit.errors import EditFileError, EditkitError, ModelError
 from editkit.methods.mend import Mend, MendSettings, mend, rank_one_gradients
-from editkit.metrics.counterfact import score_probes
+from editkit.metrics.scoring import score_probes
 from editkit.models.load import LanguageModel
 from editkit.nethook import requires_grad
 from tests.conftest import tiny_lm

@@ -25,11 +25,14 @@ from editkit.data.cases import (
     Probe,
 )
 from editkit.facts import Fact
-from editkit.metrics.counterfact import score_probes
-from editkit.metrics.drift import Drift
+from editkit.metrics.counterfact import ES, NS, PS, S
+from editkit.metrics.drift import KL, PERPLEXITY
 from editkit.metrics.fluency import consistency, ngram_entropy, words
 from editkit.metrics.generation import exact
-from editkit.metrics.measure import look, rows_of, values_of_rows
+from editkit.metrics.measure import look, rows_of, scores_of_rows, values_of_rows
+from editkit.metrics.metric import Average, Metric, Protocol, Score
+from editkit.metrics.running_text import Drift
+from editkit.metrics.scoring import score_probes
 from editkit.metrics.summary import RESAMPLES, summary
 from editkit.models.architecture import architecture_of
 from editkit.models.generate import generate, generate_batch
@@ -207,6 +210,12 @@ def test_parts_of_locality_and_portability_have_their_own_figures() -> None:
     expected = {"locality": 1 / 2, "locality_Relation_Specificity": 0, "locality_Forgetfulness": 1}
     expected |= {"portability": 1 / 2, "portability_Reasoning": 1, "portability_Subject_Aliasing": 0}
     assert {name: found[f"easyedit.{name}_after"] for name in expected} == expected
+    parts = {
+        (s.metric.name, s.metric.part): s.value
+        for s in scores_of_rows(rows_of(case, before, after))
+        if s.when == "after"
+    }
+    assert parts["easyedit.portability", "Reasoning"] == 1 and parts["easyedit.locality", ""] == 1 / 2
     assert found["generation.portability_after"] == 1 / 2  # no old answer is known: both are asked
 
 
@@ -317,33 +326,44 @@ def test_texts_are_scored_where_there_are_prompts_and_references() -> None:
 # --- averages -----------------------------------------------------------------------------------------------------
 
 
+A, B = (Metric(Protocol("test"), name) for name in "ab")
+
+
+def cases(*rows: dict[Metric, float | None]) -> list[list[Score]]:
+    return [[Score(metric, "after", value) for metric, value in row.items()] for row in rows]
+
+
+def averages(rows: list[list[Score]]) -> dict[Metric, Average | None]:
+    return {score.metric: score.average for score in summary(rows)}
+
+
 def test_averages_are_over_cases_and_leave_out_those_without_a_value() -> None:
-    found = summary([{"a": 1.0, "b": None}, {"a": 0.0, "b": 0.5}, {"a": None, "b": None}, {"a": 0.5}])
-    assert found["a"].mean == 0.5 and found["a"].n == 3
-    assert found["b"].mean == 0.5 and found["b"].n == 1 and found["b"].low == found["b"].high == 0.5
-    assert "c" not in summary([{"c": None}]) and summary([]) == {}
+    found = averages(cases({A: 1.0, B: None}, {A: 0.0, B: 0.5}, {A: None, B: None}, {A: 0.5}))
+    assert found[A].mean == 0.5 and found[A].n == 3
+    assert found[B].mean == 0.5 and found[B].n == 1 and found[B].low == found[B].high == 0.5
+    assert found[B].interval is None  # one case has no interval
+    assert summary(cases({A: None})) == [] and summary([]) == []
 
 
 def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     rng = random.Random(1)
     values = [rng.random() if rng.random() < 0.8 else None for _ in range(40)]
-    (found,) = summary([{"a": v} for v in values]).values()
+    found = averages(cases(*({A: v} for v in values)))[A]
     drawn = numpy.random.default_rng(0).integers(40, size=(RESAMPLES, 40))
     means = []
     for resample in drawn:
-        there = [values[i] for i in resample if values[i] is not None]
+        there = [v for i in resample if (v := values[i]) is not None]
         means.append(sum(there) / len(there))
     low, high = numpy.quantile(means, [0.025, 0.975])
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_s_is_the_harmonic_mean_of_the_averages() -> None:
-    cases = [{f"counterfact.{k}_after": v for k, v in zip(("ES", "PS", "NS"), row, strict=True)} for row in
-             ((1.0, 0.5, 0.75), (1.0, 1.0, 0.25), (0.0, 0.0, 1.0))]  # fmt: skip
-    found = summary(cases)["counterfact.S_after"]
+    rows = ((1.0, 0.5, 0.75), (1.0, 1.0, 0.25), (0.0, 0.0, 1.0))
+    found = averages(cases(*(dict(zip((ES, PS, NS), row, strict=True)) for row in rows)))[S]
     assert found.mean == pytest.approx(3 / (1 / (2 / 3) + 1 / 0.5 + 1 / (2 / 3))) and found.n == 3
     drawn = numpy.random.default_rng(0).integers(3, size=(RESAMPLES, 3))
-    columns = numpy.array([list(case.values()) for case in cases])
+    columns = numpy.array(rows)
     each = []
     for resample in drawn:
         means = columns[resample].mean(0)
@@ -410,8 +430,7 @@ def test_drift_is_that_of_a_plain_loop(atlas_lm: LanguageModel) -> None:
     try:
         with torch.no_grad():
             weight.mul_(1.3)
-        after, found = [_log_p(atlas_lm, ids) for ids in drift.blocks], drift.measure(atlas_lm)
-        averages = drift.averages(atlas_lm)
+        after, scores = [_log_p(atlas_lm, ids) for ids in drift.blocks], drift.measure(atlas_lm)
     finally:
         with torch.no_grad():
             weight.copy_(held)
@@ -422,16 +441,18 @@ def test_drift_is_that_of_a_plain_loop(atlas_lm: LanguageModel) -> None:
             nll -= q[place][ids[place + 1]].item()
             n += 1
     assert n == 6 * 63
-    assert found["kl"] == pytest.approx(kl / n, rel=1e-4) and found["kl"] > 1e-4
-    assert found["perplexity"] == pytest.approx(math.exp(nll / n), rel=1e-4)
-    assert averages["kl"].n == 6 and averages["kl"].low <= found["kl"] <= averages["kl"].high
+    assert [score.metric for score in scores] == [KL, PERPLEXITY]
+    found, perplexity = (score.average for score in scores)
+    assert found.mean == pytest.approx(kl / n, rel=1e-4) and found.mean > 1e-4
+    assert perplexity.mean == pytest.approx(math.exp(nll / n), rel=1e-4)
+    assert found.n == 6 and found.low <= found.mean <= found.high
     blocks = [(p.exp() * (p - q))[:-1].sum(-1).mean().item() for p, q in zip(before, after, strict=True)]
     drawn = numpy.random.default_rng(0).integers(6, size=(RESAMPLES, 6))
     means = [sum(blocks[i] for i in resample) / 6 for resample in drawn]
-    assert (averages["kl"].low, averages["kl"].high) == pytest.approx(numpy.quantile(means, [0.025, 0.975]), rel=1e-3)
-    assert averages["perplexity"].low < found["perplexity"] < averages["perplexity"].high
-    same = drift.measure(atlas_lm)
-    assert same["kl"] == pytest.approx(0, abs=1e-9) and same["perplexity"] == pytest.approx(drift.perplexity)
+    assert (found.low, found.high) == pytest.approx(numpy.quantile(means, [0.025, 0.975]), rel=1e-3)
+    assert perplexity.low < perplexity.mean < perplexity.high
+    same = [score.average.mean for score in drift.measure(atlas_lm)]
+    assert same == [pytest.approx(0, abs=1e-9), pytest.approx(drift.perplexity)]
 
 
 def _log_p(lm, ids):

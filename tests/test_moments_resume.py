@@ -210,7 +210,7 @@ def test_processes_at_once_collect_once(tmp_path: Path) -> None:
 def test_a_state_that_cannot_be_saved_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     monkeypatch.setattr(moments_collect, "SAVE_EVERY", 0)
-    monkeypatch.setattr(moments_collect, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.warns(UserWarning, match="would start again: .*No space left"):
         found = second_moments(lm, [0], MomentSettings(tokens=600, block=32), progress=False, cache=tmp_path)
     assert found[0].count >= 600 and torch.isfinite(found[0].matrix).all()

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_events_come_in_order_and_equal_a_trace(family: str) -> None:
     parameter = next(n for n, p in model.named_parameters() if n.startswith(blocks[0]) and p.ndim == 2)
     wanted = model.get_parameter(parameter).grad.clone()
     model.zero_grad()
-    events = []
+    events: list[Any] = []
     with Callbacks(model) as callbacks:
         callbacks.add(events.append, blocks, on=["forward", "backward", "parameter"], parameters=parameter)
         loss_of(logits(model)).backward()
@@ -70,7 +70,7 @@ def test_events_come_in_order_and_equal_a_trace(family: str) -> None:
 
 
 def test_callbacks_are_called_in_the_order_added(fresh: PreTrainedModel) -> None:
-    heard = []
+    heard: list[Any] = []
     with Callbacks(fresh) as callbacks:
         for name in "abc":
             callbacks.add(
@@ -83,7 +83,7 @@ def test_callbacks_are_called_in_the_order_added(fresh: PreTrainedModel) -> None
 
 
 def test_steps_and_calls_are_counted(fresh: PreTrainedModel) -> None:
-    heard = []
+    heard: list[Any] = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.step, e.call)), BLOCKS[0], on=["forward", "step"], name="x")
         for batch in callbacks.steps([IDS, IDS]):
@@ -96,7 +96,7 @@ def test_steps_and_calls_are_counted(fresh: PreTrainedModel) -> None:
 
 
 def test_inference_has_forward_events_alone(fresh: PreTrainedModel) -> None:
-    heard = []
+    heard: list[Any] = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.call)), BLOCKS[0], on=["forward", "backward"], name="x")
         fresh.generate(IDS, max_new_tokens=3, do_sample=False)
@@ -106,7 +106,7 @@ def test_inference_has_forward_events_alone(fresh: PreTrainedModel) -> None:
 def test_inputs_are_given_on_request(fresh: PreTrainedModel) -> None:
     with Trace(fresh, BLOCKS[1], inputs=True) as trace:
         fresh(IDS)
-    heard = []
+    heard: list[Any] = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(heard.append, BLOCKS[1], inputs=True)
         fresh(IDS)
@@ -130,13 +130,13 @@ def test_nothing_is_kept(fresh: PreTrainedModel) -> None:
         for batch in callbacks.steps([IDS] * 3):
             loss_of(logits(fresh, batch)).backward()
         listener = callbacks._open["x"].listener
-        assert all(not r._kept and not r._earlier for r in listener._records.values())
+        assert listener is not None and all(not r._kept and not r._earlier for r in listener._records.values())
 
 
 def test_frozen_parameters_are_left_out(fresh: PreTrainedModel) -> None:
     fresh.requires_grad_(False)
     fresh.transformer.h[1].mlp.c_proj.weight.requires_grad_(True)
-    heard = []
+    heard: list[Any] = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(
             lambda e: heard.append(e.site), on="parameter", parameters="transformer.h.*.mlp.*.weight", name="x"
@@ -148,7 +148,7 @@ def test_frozen_parameters_are_left_out(fresh: PreTrainedModel) -> None:
 
 
 def test_v16_autograd_grad_fires_no_parameter_event(fresh: PreTrainedModel) -> None:
-    heard = []
+    heard: list[Any] = []
     weight = fresh.transformer.h[0].mlp.c_proj.weight
     with Callbacks(fresh) as callbacks:
         callbacks.add(heard.append, on="parameter", parameters="transformer.h.0.mlp.c_proj.weight", name="x")
@@ -202,11 +202,15 @@ class Scale(nn.Module):
         return x.clone()
 
 
-def flow_through(faulty: nn.Module, on_bad: str = "record", **options: Any) -> GradientFlow:
+def flow_through(
+    faulty: nn.Module, on_bad: Literal["record", "warn", "raise"] = "record", **options: Any
+) -> GradientFlow:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), faulty, nn.Linear(4, 4))
     with Callbacks(net) as callbacks:
-        flow = callbacks.add(GradientFlow(on_bad=on_bad, **options), ["0", "1", "2", "3"], parameters="*.weight")
+        flow: GradientFlow = callbacks.add(
+            GradientFlow(on_bad=on_bad, **options), ["0", "1", "2", "3"], parameters="*.weight"
+        )
         for batch in callbacks.steps([torch.ones(2, 4)] * 2):
             net(batch).pow(2).sum().backward()
             net.zero_grad()
@@ -221,7 +225,7 @@ def test_the_first_bad_gradient_is_named(factor: float, fault: str) -> None:
     flow = flow_through(Scale(factor))
     first = flow.first_bad
     # The scale sits before site 2's output, so site 1's output is the first whose gradient is bad.
-    assert (first.kind, first.site, first.step, first.fault) == ("backward", "1", 0, fault)
+    assert first is not None and (first.kind, first.site, first.step, first.fault) == ("backward", "1", 0, fault)
     assert str(first).startswith(f"step 0: gradient at '1' is {fault}")
     assert {f.site for f in flow.findings} == {"0", "1", "0.weight", "1.weight"}
     faults = {(row["site"], row["kind"]): row["faults"] for row in flow.table()}
@@ -232,7 +236,9 @@ def test_the_first_bad_gradient_is_named(factor: float, fault: str) -> None:
 
 def test_a_healthy_model_has_no_finding(fresh: PreTrainedModel) -> None:
     with Callbacks(fresh) as callbacks:
-        flow = callbacks.add(GradientFlow(on_bad="raise"), "transformer.h.*", parameters="transformer.h.*.**.weight")
+        flow: GradientFlow = callbacks.add(
+            GradientFlow(on_bad="raise"), "transformer.h.*", parameters="transformer.h.*.**.weight"
+        )
         for scale in callbacks.steps([1.0, 1e-12]):  # the scale of the loss does not matter
             (scale * loss_of(logits(fresh))).backward()
             fresh.zero_grad()
@@ -246,7 +252,7 @@ def test_a_bad_value_is_named_where_it_begins() -> None:
             return x.sub(100).log()
 
     first = flow_through(Log()).first_bad
-    assert (first.kind, first.site, first.fault) == ("forward", "2", "NaN")
+    assert first is not None and (first.kind, first.site, first.fault) == ("forward", "2", "NaN")
 
 
 def test_bad_gradients_raise_or_warn_on_request() -> None:
@@ -256,7 +262,7 @@ def test_bad_gradients_raise_or_warn_on_request() -> None:
         flow_through(Scale(0.0), on_bad="warn")
     assert len(warned) == 2  # one a step
     with pytest.raises(HookError, match="on_bad='scream'"):
-        GradientFlow(on_bad="scream")
+        GradientFlow(on_bad=cast(Any, "scream"))
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "parameter", "step"])
@@ -267,14 +273,14 @@ def test_stop_leaves_the_body(fresh: PreTrainedModel, kind: str) -> None:
             Stop(when=lambda e: e.step == 1 and e.kind == kind),
             BLOCKS[1],
             parameters="lm_head.weight",
-            on=kind,
+            on=cast(Any, kind),
         )
         for batch in callbacks.steps([IDS] * 3):
             loss_of(logits(fresh, batch)).backward()
         after.append("not reached")
     assert not after
     assert callbacks.step == 1
-    assert callbacks.stopped.startswith("the condition held in step 1")
+    assert callbacks.stopped is not None and callbacks.stopped.startswith("the condition held in step 1")
 
 
 def test_stop_after_steps(fresh: PreTrainedModel) -> None:

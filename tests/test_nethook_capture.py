@@ -112,7 +112,7 @@ def test_v05_edit_functions(gpt2: PreTrainedModel) -> None:
     def forgets(h: torch.Tensor) -> None:
         h.mul_(2)
 
-    bad = {
+    bad: dict[str, Any] = {
         "edit at 'transformer.h.1.mlp' returned NoneType: return the changed tensor": forgets,
         r"returned \(\[2, 7, 31\], .*: shape, dtype and device must stay \(\[2, 7, 32\]": lambda h: h[..., :-1],
         "torch.float64": lambda h: h.double(),
@@ -122,7 +122,8 @@ def test_v05_edit_functions(gpt2: PreTrainedModel) -> None:
     for message, edit in bad.items():
         for option in ("edit", "edit_input"):
             expected = pytest.raises(HookError, match=message.replace("edit at", f"{option} at"))
-            with expected, torch.no_grad(), Trace(gpt2, MLP, **{option: edit}):
+            options: dict[str, Any] = {option: edit}
+            with expected, torch.no_grad(), Trace(gpt2, MLP, **options):
                 logits(gpt2)
 
 

@@ -1,7 +1,7 @@
 """Trace on every family: edits take effect and are undone, gradients equal autograd's."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_edit_takes_effect_and_is_undone(family: str, site: str) -> None:
         during = logits(model)
     assert (during - before).abs().max() > 1e-3
     assert torch.equal(logits(model), before) and count_hooks(model) == hooks
-    assert t.output.shape[-1] == model.config.hidden_size
+    assert t.output.shape[-1] == cast(Any, model).config.hidden_size
 
 
 @pytest.mark.parametrize(("family", "site"), named_sites())
@@ -67,17 +67,18 @@ def test_rank_one_sum_equals_the_weight_gradient(family: str, site: str) -> None
         loss_of(logits(model)).backward()
     k, g = t.input.flatten(0, -2), t.grad.flatten(0, -2)  # [rows, d_ff], [rows, d_model]
     product = k.T @ g if isinstance(get_module(model, site), Conv1D) else g.T @ k
-    assert torch.allclose(product, weight.grad, atol=1e-6, rtol=1e-4)
+    assert weight.grad is not None and torch.allclose(product, weight.grad, atol=1e-6, rtol=1e-4)
     model.zero_grad()
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(5, 3), lambda: Conv1D(3, 5)], ids=["Linear", "Conv1D"])
 def test_rank_one_sum_in_either_orientation(make: Callable[[], nn.Module]) -> None:
-    net = nn.Sequential(make(), nn.Tanh())
+    module: Any = make()
+    net = nn.Sequential(module, nn.Tanh())
     with Trace(net, "0", inputs=True, grads=True) as t:
         net(torch.randn(2, 4, 5)).pow(2).sum().backward()
     product = torch.einsum("btk,btm->km", t.input, t.grad)
-    expected = net[0].weight.grad if isinstance(net[0], Conv1D) else net[0].weight.grad.T
+    expected = module.weight.grad if isinstance(module, Conv1D) else module.weight.grad.T
     assert torch.allclose(product, expected, atol=1e-5)
 
 

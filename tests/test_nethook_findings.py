@@ -46,6 +46,7 @@ def test_v16_post_accumulate_hooks_see_backward_and_not_autograd_grad() -> None:
     net, seen = nn.Linear(3, 2), []
 
     def frees(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
         seen.append(parameter.grad.clone())
         parameter.grad = None
 

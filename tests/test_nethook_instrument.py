@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -220,6 +221,6 @@ def test_closed_is_closed(fresh: PreTrainedModel) -> None:
 
 def test_a_rule_that_returns_nothing_is_named(fresh: PreTrainedModel) -> None:
     with InstrumentedModel(fresh) as im:
-        im.add("forgetful", MLPS[0], edit=lambda h: None)
+        im.add("forgetful", MLPS[0], edit=cast(Any, lambda h: None))
         with pytest.raises(HookError, match=r"rule 'forgetful' \(edit\) at 'transformer.h.0.mlp' returned NoneType"):
             im(IDS)

@@ -2,7 +2,8 @@
 
 import copy
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_v08_a_failing_set_up_leaves_no_hook(gpt2: PreTrainedModel) -> None:
     assert count_hooks(gpt2) == hooks
 
     class Unhookable(nn.Module):
-        def register_forward_hook(self, *args: Any, **kwargs: Any) -> None:
+        def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
             raise ZeroDivisionError
 
     net = nn.Sequential(nn.Linear(1, 1), Unhookable())
@@ -46,7 +47,7 @@ def test_v08_a_failing_set_up_leaves_no_hook(gpt2: PreTrainedModel) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_v10_compiled_models_are_refused(gpt2: PreTrainedModel) -> None:
-    compiled = torch.compile(gpt2, backend="eager")
+    compiled: Any = torch.compile(gpt2, backend="eager")
     with pytest.raises(HookError, match="is compiled and would ignore the hooks: trace and call the model before"):
         Trace(compiled, MLP).__enter__()
     net = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
@@ -79,7 +80,8 @@ def test_v21_activation_checkpointing_inside_a_block(gpt2: PreTrainedModel) -> N
             self.inner = nn.Linear(2, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(self.inner, x, use_reentrant=False)
+            output: torch.Tensor = checkpoint(self.inner, x, use_reentrant=False)
+            return output
 
     net = Checkpointed()
     with pytest.raises(HookError, match="'inner' ran again during backward"), Trace(net, "inner"):
@@ -89,7 +91,8 @@ def test_v21_activation_checkpointing_inside_a_block(gpt2: PreTrainedModel) -> N
 def test_v22_stop_refuses_the_callers_cache(gpt2: PreTrainedModel) -> None:
     cache = gpt2(IDS, use_cache=True).past_key_values
     lengths = [layer.get_seq_length() for layer in cache.layers]
-    for call in (lambda: gpt2(IDS, past_key_values=cache), lambda: gpt2(IDS, cache)):
+    calls: list[Callable[[], Any]] = [lambda: gpt2(IDS, past_key_values=cache), lambda: gpt2(IDS, cache)]
+    for call in calls:
         with (
             pytest.raises(HookError, match=r"stop=True would leave the given cache half filled.*use_cache=False"),
             Trace(gpt2, MLP, stop=True),
@@ -141,17 +144,17 @@ def test_only_the_trace_that_stopped_catches_it(gpt2: PreTrainedModel) -> None:
 def test_exceptions_leave_no_hook(gpt2: PreTrainedModel, where: str) -> None:
     error = KeyboardInterrupt if where == "interrupt" else ZeroDivisionError
 
-    def fails(h: torch.Tensor) -> None:
+    def fails(h: Any) -> Any:
         raise error
 
     hooks = count_hooks(gpt2)
-    options = {"edit": fails} if where in ("edit", "interrupt") else {}
+    options: dict[str, Any] = {"edit": fails} if where in ("edit", "interrupt") else {}
     with pytest.raises(error), Trace(gpt2, [*BLOCKS, MLP], inputs=True, grads=True, stop=True, **options):
         assert count_hooks(gpt2) > hooks
         if where == "body":
             raise error
         if where == "model":
-            handle = gpt2.transformer.h[1].ln_1.register_forward_hook(lambda *_: fails(0))
+            handle = gpt2.get_submodule("transformer.h.1.ln_1").register_forward_hook(lambda *_: fails(0))
             try:
                 logits(gpt2)
             finally:
@@ -184,7 +187,7 @@ def test_bad_options(gpt2: PreTrainedModel) -> None:
     with pytest.raises(HookError, match="given no site"):
         Trace(gpt2, [])
     with pytest.raises(HookError, match="calls='first', when='after_edit': give 'last' or 'all'"):
-        Trace(gpt2, MLP, calls="first")
+        Trace(gpt2, MLP, calls=cast(Any, "first"))
     net = nn.Sequential(nn.Identity())
     with pytest.raises(HookError, match="The call of '0' holds no tensor"), Trace(net, "0", inputs=True):
         net(None)

@@ -35,7 +35,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._given: dict[int, StorageWeakRef] = {}  # parameters and inputs; a weak reference keeps the key unique
         self.peak = 0
@@ -96,18 +96,21 @@ def figures(batch: Callable[[], object], batches: int = BATCHES) -> list[tuple[i
 
 @pytest.fixture(scope="module")
 def gpt2() -> nn.Module:
-    return build("gpt2")
+    model: nn.Module = build("gpt2")
+    return model
 
 
 _BUILT: dict[str, nn.Module] = {}
 
 
 def built(family: str) -> nn.Module:
-    return _BUILT.setdefault(family, build(family))
+    model: nn.Module = _BUILT.setdefault(family, build(family))
+    return model
 
 
 def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS, use_cache=False).logits
+    output: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return output
 
 
 def sites_of(family: str) -> list[str]:
@@ -169,7 +172,7 @@ def test_gradients_and_errors_leave_nothing_alive(gpt2: PreTrainedModel, ends: s
     """A captured gradient, an early stop and an error drop their graphs too."""
     sites = ["transformer.h.0", "transformer.h.1.mlp"]
 
-    def fails(h: torch.Tensor) -> None:
+    def fails(h: torch.Tensor) -> Any:
         raise ZeroDivisionError
 
     def batch() -> None:
@@ -219,7 +222,13 @@ def test_the_meters_do_see_growth(gpt2: PreTrainedModel, graph: bool, options: d
 @pytest.mark.parametrize("family", SITES)
 def test_looking_builds_no_graph(family: str) -> None:
     """With gradients on: the model's own graph, not one node more; without: none, and nothing saved for backward."""
-    model, sites, saved = built(family), sites_of(family), []
+    model, sites = built(family), sites_of(family)
+    saved: list[Tensor] = []
+
+    def save(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
     plain = graph_nodes(logits(model))
     with Trace(model, sites, inputs=True, clone=True, positions=-1 if family != "opt" else None, calls="all") as t:
         looked = graph_nodes(logits(model))
@@ -228,7 +237,7 @@ def test_looking_builds_no_graph(family: str) -> None:
         assert not call.output.requires_grad and call.output.grad_fn is None
         assert not call.input.requires_grad and call.input.grad_fn is None
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda x: x),
         torch.no_grad(),
         Trace(model, sites, inputs=True),
     ):
@@ -253,7 +262,7 @@ def test_other_arguments_are_detached_too() -> None:
     model, kept = built("bloom"), []
 
     def batch() -> None:
-        with Trace(model, SITES["bloom"].mlp.format(1), inputs=True, positions=-1) as t:
+        with Trace(model, SITES["bloom"].mlp_of(1), inputs=True, positions=-1) as t:
             logits(model)
         kept.append(t)
 

@@ -48,7 +48,7 @@ traces = st.fixed_dictionaries(
 FAULTS = ["none", "before", "after", "edit", "edit_grad", "forward", "unknown site", "idle site", "bad option"]
 
 
-def options_of(drawn: dict, names: list[str], fault: str, error: BaseException | None) -> dict:
+def options_of(drawn: dict[str, Any], names: list[str], fault: str, error: BaseException | None) -> dict[str, Any]:
     options = {k: v for k, v in drawn.items() if k not in ("sites", "by_site")}
     sites = list(dict.fromkeys(names[i % len(names)] for i in drawn["sites"]))
     sites += {"unknown site": ["no.such"], "idle site": ["idle.0"]}.get(fault, [])
@@ -57,6 +57,7 @@ def options_of(drawn: dict, names: list[str], fault: str, error: BaseException |
         if option == fault:
 
             def change(h: torch.Tensor) -> None:
+                assert error is not None
                 raise error
 
         options[option] = {sites[0]: change} if change and drawn["by_site"] else change
@@ -65,7 +66,7 @@ def options_of(drawn: dict, names: list[str], fault: str, error: BaseException |
     return {"sites": sites, **options}
 
 
-def add_others(model: nn.Module, where: list[int], called: list[str]) -> list:
+def add_others(model: nn.Module, where: list[int], called: list[str]) -> list[Any]:
     """Hooks of every kind that are somebody else's. Module backward hooks forbid in-place successors."""
     modules = list(model.modules())
     kinds = [
@@ -139,7 +140,7 @@ def test_whatever_happens_the_hooks_are_what_they_were(
             raise error
         assert any(model._forward_hooks or m._forward_hooks for m in model.modules())
 
-    escaped = None
+    escaped: BaseException | None = None
     try:
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(grad):
             nest(model, each, body, [])

@@ -38,13 +38,13 @@ def matches(pattern: list[str], text: str) -> bool:
 
 SHARED = "tied"  # the segment at which one module has several places
 segments = st.sampled_from(["a", "b", "ab", "mlp", "h_1", "0", "1", "12", "+", "(x)", SHARED, SHARED])
-shapes = st.recursive(
+shapes: st.SearchStrategy[Any] = st.recursive(
     st.just({}), lambda child: st.dictionaries(segments, child, min_size=1, max_size=3), max_leaves=10
 )
 pieces = st.sampled_from(["a", "b", "ab", "mlp", "0", "1", "+", "(x)", ".", ".", "*", "*", "**", "?", "[ab1]", "[0-2]"])
 
 
-def named_tree(shape: dict, shared: nn.Module) -> nn.Module:
+def named_tree(shape: dict[str, Any], shared: nn.Module) -> nn.Module:
     module = nn.Module()
     module.register_parameter("weight", nn.Parameter(torch.zeros(1)))
     for name, child in shape.items():

@@ -29,7 +29,8 @@ def apply(option: str, given: dict[str, Any], site: str, h: Tensor) -> Tensor:
     if given[option] is None:
         return h
     change, h = EDITS[given[option]], h.clone()
-    return change(h, site) if given[option] == "tells its site" else change(h)
+    changed: Tensor = change(h, site) if given[option] == "tells its site" else change(h)
+    return changed
 
 
 @settings(STABLE, max_examples=150)
@@ -86,7 +87,7 @@ def test_looking_changes_nothing(spec: list[Spec], sites: list[int]) -> None:
     """Captures without edits: the same bits, and gradients of the same bits, as without a trace."""
     model = grown(spec)
     names = [n for n, m in model.named_modules() if not isinstance(m, First) and not n.startswith("idle")]
-    sites = list(dict.fromkeys(names[i % len(names)] for i in sites))
+    chosen = list(dict.fromkeys(names[i % len(names)] for i in sites))
 
     def figures() -> list[Tensor]:
         model.zero_grad()
@@ -100,7 +101,7 @@ def test_looking_changes_nothing(spec: list[Spec], sites: list[int]) -> None:
     with torch.random.fork_rng(devices=[]):
         expected = figures()
         try:
-            with Trace(model, sites, inputs=True, clone=True):
+            with Trace(model, chosen, inputs=True, clone=True):
                 found = figures()
         except HookError as error:
             assert "Never ran" in str(error)

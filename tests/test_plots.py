@@ -1,9 +1,11 @@
-"""Pictures: what is drawn are the numbers given, labels do not overlap, equal figures are equal files."""
+"""Plots: the numbers given are drawn, labels do not overlap, equal figures are equal files, and anyone can add one."""
 
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pandas
@@ -12,7 +14,7 @@ import torch
 
 from editkit import plots
 from editkit.activations.probes import Norms
-from editkit.errors import EditkitError
+from editkit.errors import ConfigError, EditkitError
 from editkit.lenses import Attention, Lens, StreamChange
 from editkit.metrics.correlation import rank_correlation
 from editkit.tracing import PARTS, AverageTrace, Proposal, Traced
@@ -22,14 +24,14 @@ ODD = ["$x^{", " $\\frac", "\n", " ", "\x07", "東京", "\ufffd", "_under", "%s"
 KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
 
 
-def traced(tokens=6, blocks=4, kinds=KINDS[:3], words=()):
+def traced(tokens: int = 6, blocks: int = 4, kinds: Sequence[str] = KINDS[:3], words: Sequence[str] = ()) -> Traced:
     draw = torch.Generator().manual_seed(tokens * blocks)
     names = [*words, *(f" token{i}" for i in range(len(words), tokens))]
     tables = {kind: 0.1 + 0.8 * torch.rand(tokens, blocks, generator=draw, dtype=torch.float64) for kind in kinds}
     return Traced(names, (1, 2), " Paris", 0.95, 0.1, 10, tables)
 
 
-def averaged(facts=12, blocks=4, kinds=KINDS[:3]):
+def averaged(facts: int = 12, blocks: int = 4, kinds: Sequence[str] = KINDS[:3]) -> AverageTrace:
     draw = torch.Generator().manual_seed(facts)
     tables = {kind: torch.rand(facts, len(PARTS), blocks, generator=draw, dtype=torch.float64) for kind in kinds}
     for table in tables.values():
@@ -39,24 +41,31 @@ def averaged(facts=12, blocks=4, kinds=KINDS[:3]):
     return AverageTrace(tuple(f"fact {i}" for i in range(facts)), clean, clean - 0.7, tables, 10)
 
 
-def proposal(*layers):
+def proposal(*layers: int) -> Proposal:
     return Proposal(layers, 0.5, 0.4, 0.6, (0.1,) * 4, (0,), 0.1, 0.0, 0.2, 0.7, 0.7, 12)
 
 
-def lens(depths=5, words=("Paris", "Rome")):
+def lens(depths: int = 5, words: tuple[str, ...] = ("Paris", "Rome")) -> Lens:
     p = torch.linspace(0, 1, depths * len(words), dtype=torch.float64).view(depths, len(words))
     return Lens(
         "a prompt of $ome length", words, p, torch.zeros(depths, len(words), dtype=torch.long), (" is",) * depths
     )
 
 
-def probe_rows(kinds=("rewrite", "paraphrase", "neighborhood", "a kind of probe that nobody has ever named before")):
+def probe_rows(
+    kinds: Sequence[str] = (
+        "rewrite",
+        "paraphrase",
+        "neighborhood",
+        "a kind of probe that nobody has ever named before",
+    ),
+) -> list[dict[str, Any]]:
     sides = {"probability_new_before": 0.1, "probability_new_after": 0.9}
     sides |= {"probability_true_before": 0.8, "probability_true_after": 0.2}
     return [{"case": c, "kind": kind} | {k: v + 0.01 * c for k, v in sides.items()} for kind in kinds for c in range(3)]
 
 
-def flow(sites=("h.0", "h.1")):
+def flow(sites: Sequence[str] = ("h.0", "h.1")) -> list[dict[str, Any]]:
     return [
         {"site": site, "kind": kind, "calls": 2, "rms_min": 0.1, "rms_mean": 0.2 + i, "rms_max": 9.0 + i,
          "faults": ["zero"] if i == 1 else []}
@@ -64,7 +73,7 @@ def flow(sites=("h.0", "h.1")):
     ]  # fmt: skip
 
 
-def spectra(n=3):
+def spectra(n: int = 3) -> list[dict[str, Any]]:
     return [
         {"parameter": f"transformer.h.{i}.mlp.c_proj.weight", "singular_values": [2.0, 1e-17],
          "base_singular_values": [9.0, 5.0, 4.0]}
@@ -72,7 +81,9 @@ def spectra(n=3):
     ]  # fmt: skip
 
 
-def everything(tokens=6, blocks=4, heads=3, words=()):
+def everything(
+    tokens: int = 6, blocks: int = 4, heads: int = 3, words: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
     """Each picture, by name."""
     one = traced(tokens, blocks, KINDS, words)
     names = tuple(one.tokens)
@@ -97,15 +108,15 @@ def everything(tokens=6, blocks=4, heads=3, words=()):
     yield "gradients", plots.gradient_lines(flow(sites))
 
 
-def shown_texts(figure):
+def shown_texts(figure: Any) -> list[tuple[str, Any]]:
     """(text, its box in pixels) of everything that is written when the figure is painted."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    written = []
+    written: list[tuple[str, Any]] = []
     paint = Text.draw
 
-    def watched(text, renderer, *rest, **named):
+    def watched(text: Any, renderer: Any, *rest: Any, **named: Any) -> Any:
         if text.get_visible() and text.get_text().strip():
             written.append((text.get_text(), text.get_window_extent(renderer)))
         return paint(text, renderer, *rest, **named)
@@ -117,7 +128,7 @@ def shown_texts(figure):
     return written
 
 
-def overlaps(figure):
+def overlaps(figure: Any) -> list[tuple[str, str]]:
     texts = shown_texts(figure)
     return [
         (a, b)
@@ -131,7 +142,7 @@ def overlaps(figure):
     ("tokens", "blocks", "heads", "words"),
     [(12, 8, 8, ODD), (120, 48, 64, (*ODD, *(LONG + str(i) for i in range(20)))), (3, 1, 1, ())],
 )
-def test_labels_never_overlap_nor_leave_the_figure(tokens, blocks, heads, words) -> None:
+def test_labels_never_overlap_nor_leave_the_figure(tokens: int, blocks: int, heads: int, words: Sequence[str]) -> None:
     for name, figure in everything(tokens, blocks, heads, words):
         assert not overlaps(figure), name
         width, height = figure.bbox.width, figure.bbox.height
@@ -146,7 +157,7 @@ def test_the_overlap_check_finds_one() -> None:
     assert ("on top", "of it") in overlaps(figure)
 
 
-def images(figure):
+def images(figure: Any) -> list[Any]:
     return [axes.images[0] for axes in figure.axes if axes.images]
 
 
@@ -225,7 +236,9 @@ def test_saving_writes_the_picture_twice_and_the_numbers(tmp_path: Path) -> None
 
 DRAW = """
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from tests.test_plots import everything
 from editkit import plots
 for name, figure in everything():
@@ -271,7 +284,9 @@ def test_the_same_figure_is_the_same_file_twice(tmp_path: Path) -> None:
         (lambda: plots.trace_map(traced(tokens=2000)), "inches tall was asked for"),
     ],
 )
-def test_a_wrong_request_is_one_clear_error(ask, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_request_is_one_clear_error(
+    ask: Callable[[], object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EditkitError) as caught:
         ask()
@@ -281,10 +296,67 @@ def test_a_wrong_request_is_one_clear_error(ask, message: str, tmp_path: Path, m
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for draw in (
+    draws: list[Callable[[], object]] = [
         lambda: plots.trace_map(traced()),
         lambda: plots.average_lines(averaged()),
         lambda: plots.lens_lines(lens()),
-    ):
+    ]
+    for draw in draws:
         with pytest.raises(EditkitError, match=r'pip install "editkit\[plots\]"'):
             draw()
+
+
+OUTSIDE = """
+from editkit import plots
+from editkit.plots.shared.canvas import blank, done
+
+def loss_line(losses, *, path=None):
+    from pandas import DataFrame
+    figure = blank(3.4, 2.4)
+    figure.subplots().plot(losses)
+    return done(figure, DataFrame({"loss": losses}), path)
+
+plots.register("loss_line", loss_line)
+"""
+
+
+def in_another_process(code: str, folder: Path) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_another_package_adds_a_plot_without_touching_a_file(tmp_path: Path, installed: bool) -> None:
+    (tmp_path / "theirs.py").write_text(OUTSIDE)
+    (tmp_path / "theirs-1.dist-info").mkdir()
+    (tmp_path / "theirs-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    points = "[editkit.plots]\nloss_line = theirs\n" if installed else ""
+    (tmp_path / "theirs-1.dist-info" / "entry_points.txt").write_text(points)
+    code = "" if installed else "import theirs; "
+    code += "from editkit import plots; plots.loss_line([3.0, 1.5], path='loss'); print(*plots.names())"
+    assert {"loss_line", "trace_map", "heat_map"} <= set(in_another_process(code, tmp_path))
+    assert (tmp_path / "loss.csv").read_text() == "loss\n3.0\n1.5\n" and (tmp_path / "loss.png").exists()
+
+
+def test_matplotlib_and_torch_are_imported_when_something_is_drawn(tmp_path: Path) -> None:
+    code = "import sys; from editkit import plots; plots.trace_map\n"
+    code += "print(*{'matplotlib', 'torch', 'pandas'} & {*sys.modules})"
+    assert in_another_process(code, tmp_path) == []
+
+
+def test_our_plots_are_registered_as_anyone_s_and_named_in_the_help() -> None:
+    ours = [name for name in plots.names() if getattr(plots, name).__module__.startswith("editkit.plots.")]
+    assert len(ours) == 12 and all(f"    {name} " in str(plots.__doc__) for name in ours)
+    assert set(ours) <= set(dir(plots))
+    with pytest.raises(AttributeError, match="no plot 'tracemap': did you mean 'trace_map'"):
+        plots.tracemap  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("trace_map", "'trace_map' is registered already"), ("save", "does not use"), ("a b", "give a Python name")],
+)
+def test_a_name_that_is_taken_or_cannot_be_called_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plots.register(name, lambda *, path=None: None)

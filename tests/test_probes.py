@@ -4,13 +4,16 @@ import gc
 import resource
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import nn
+from datasets import Dataset
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from editkit.activations import probes
@@ -29,16 +32,16 @@ FAMILIES = ["gpt2", "llama"]
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest):
-    return request.param
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def lm(family: str):
+def lm(family: str) -> LanguageModel:
     return tiny_lm(family)
 
 
-def one_by_one(lm, texts, sites):
+def one_by_one(lm: LanguageModel, texts: Sequence[str], sites: Sequence[str]) -> list[dict[str, Tensor]]:
     """For each text alone, unpadded and without mask or positions: {site: [tokens, d]}."""
     rows = []
     for text in texts:
@@ -67,8 +70,13 @@ def test_looking_saves_nothing_for_backward_and_changes_no_switch(
     lm: LanguageModel, family: str, tmp_path: Path
 ) -> None:
     switches = [m.training for m in lm.model.modules()], [p.requires_grad for p in lm.model.parameters()]
-    saved = []
-    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+
+    def save(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with saved_tensors_hooks(save, lambda t: t):
         lm.model(**batch_of(lm))
         assert saved  # the counter counts
         saved.clear()
@@ -111,7 +119,9 @@ def test_heat_map_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("batch_size", [3, 32])
-def test_features_equal_those_of_texts_one_by_one(lm: LanguageModel, family: str, tmp_path: Path, batch_size) -> None:
+def test_features_equal_those_of_texts_one_by_one(
+    lm: LanguageModel, family: str, tmp_path: Path, batch_size: int
+) -> None:
     sites, alone = sites_of(family), one_by_one(lm, TEXTS, sites_of(family))
     ints = [2, 0, -2, 1]
     if family == "llama":
@@ -122,7 +132,12 @@ def test_features_equal_those_of_texts_one_by_one(lm: LanguageModel, family: str
         "ints": [{s: h[i] for s, h in row.items()} for row, i in zip(alone, ints, strict=True)],
         "function": [{s: h[len(h) // 2] for s, h in row.items()} for row in alone],
     }
-    asked = {"last": "last", "mean": "mean", "ints": ints, "function": lambda rows, row: (rows.last(row) + 1) // 2}
+    asked: dict[str, Any] = {
+        "last": "last",
+        "mean": "mean",
+        "ints": ints,
+        "function": lambda rows, row: (rows.last(row) + 1) // 2,
+    }
     for name, position in asked.items():
         path = tmp_path / f"{name}.parquet"
         made = features(lm, TEXTS, sites, path=path, position=position, columns={"text": TEXTS}, batch_size=batch_size)
@@ -156,7 +171,7 @@ def test_features_stream(lm: LanguageModel, family: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(probes, "ROW_GROUP", 4)
     path, sizes, alive = tmp_path / "f.parquet", [], []
 
-    def texts():
+    def texts() -> Iterator[str]:
         for i in range(20):
             if i % 4 == 0 and i:
                 (part,) = tmp_path.iterdir()
@@ -176,7 +191,7 @@ def test_features_stream(lm: LanguageModel, family: str, tmp_path: Path, monkeyp
 def test_an_interrupt_leaves_the_old_file_and_no_half(lm: LanguageModel, family: str, tmp_path: Path) -> None:
     path = tmp_path / "f.parquet"
 
-    def texts():
+    def texts() -> Iterator[str]:
         yield from TEXTS
         raise KeyboardInterrupt
 
@@ -209,7 +224,7 @@ def test_a_file_made_again_is_read_again(lm: LanguageModel, family: str, tmp_pat
     assert torch.allclose(torch.tensor(first), torch.tensor(second).flip(0), atol=1e-5)
 
 
-BAD_FEATURES = {
+BAD_FEATURES: dict[str, tuple[dict[str, Any], str]] = {
     "one string": ({"texts": "one text"}, "list of texts"),
     "no batch": ({"batch_size": 0}, "batch_size is 0"),
     "no text": ({"texts": []}, "there are no texts"),
@@ -224,9 +239,9 @@ BAD_FEATURES = {
 
 
 @pytest.mark.parametrize("case", BAD_FEATURES)
-def test_features_say_what_is_wrong(case, tmp_path: Path) -> None:
-    options, message = BAD_FEATURES[case]
-    options = {"texts": TEXTS} | options
+def test_features_say_what_is_wrong(case: str, tmp_path: Path) -> None:
+    given, message = BAD_FEATURES[case]
+    options: dict[str, Any] = {"texts": TEXTS} | given
     with pytest.raises(EditkitError, match=message):
         features(tiny_lm("gpt2"), sites="transformer.h.0", path=tmp_path / "f.parquet", **options)
     assert not list(tmp_path.iterdir())
@@ -240,7 +255,7 @@ def test_a_column_may_not_have_the_name_of_a_site(tmp_path: Path) -> None:
 # A linear probe
 
 
-def clusters(n=90, d=6, seed=0):
+def clusters(n: int = 90, d: int = 6, seed: int = 0) -> tuple[Tensor, list[str]]:
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 3, (n,), generator=g)
     x = torch.randn(n, d, generator=g) * torch.arange(1, d + 1) + 2.0 * nn.functional.one_hot(y, d) + 5
@@ -265,14 +280,15 @@ def test_a_probe_is_the_minimum_of_its_loss() -> None:
 
 def test_probes_say_what_is_wrong() -> None:
     x, y = clusters(9)
-    for given, labels, l2, message in [
+    bad: list[tuple[Tensor, list[Any], float, str]] = [
         (x, ["a"] * 9, 0.01, "all are 'a'"),
         (x, [*y[:8], None], 0.01, "1 of 9 labels are None"),
         (x, y[:5], 0.01, "with 5 labels"),
         (x[0], y, 0.01, "Features of "),
         (x / 0, y, 0.01, "9 of 9 rows"),
         (x, y, 0.0, "must be above 0"),
-    ]:
+    ]
+    for given, labels, l2, message in bad:
         with pytest.raises(EditkitError, match=message):
             LinearProbe.fit(given, labels, l2=l2)
     with pytest.raises(EditkitError, match=r"given to a probe for \[rows, 6\]"):
@@ -280,22 +296,23 @@ def test_probes_say_what_is_wrong() -> None:
 
 
 @pytest.fixture(scope="module")
-def kinds(atlas_lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory):
+def kinds(atlas_lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Every subject of the atlas once, with nothing after it: features of its last token, its kind, its continent."""
     atlas = load_atlas()
     facts = [facts[0] for facts in atlas.by_subject.values()]
     continents = {f.subject: f.object for f in atlas.by_relation["country_continent"]}
     path = tmp_path_factory.mktemp("kinds") / "kinds.parquet"
-    columns = {
-        "subject": [f.subject for f in facts],
+    subjects = [f.subject for f in facts]
+    columns: dict[str, list[Any]] = {
+        "subject": subjects,
         "kind": [f.kind for f in facts],
         "continent": [continents.get(f.subject) for f in facts],
     }
     sites = ["transformer.wte", "transformer.h.5"]
-    return features(atlas_lm, columns["subject"], sites, path=path, columns=columns, batch_size=128)
+    return features(atlas_lm, subjects, sites, path=path, columns=columns, batch_size=128)
 
 
-def test_a_probe_reads_kind_and_continent_off_the_atlas_model(kinds) -> None:
+def test_a_probe_reads_kind_and_continent_off_the_atlas_model(kinds: Dataset) -> None:
     countries = kinds.select([i for i, continent in enumerate(kinds["continent"]) if continent is not None])
     for rows, label in ((kinds, "kind"), (countries, "continent")):
         result = fit_probe(rows, "transformer.h.5", label)
@@ -309,7 +326,7 @@ def test_a_probe_reads_kind_and_continent_off_the_atlas_model(kinds) -> None:
     assert fit_probe(nonsense, "transformer.h.5", "kind").test_accuracy < 0.25
 
 
-def test_majority_accuracy_and_groups_are_counted_by_hand(kinds) -> None:
+def test_majority_accuracy_and_groups_are_counted_by_hand(kinds: Dataset) -> None:
     first = fit_probe(kinds, "transformer.h.5", "kind", seed=3, test=0.4)
     again = fit_probe(kinds.with_format("torch"), "transformer.h.5", "kind", seed=3, test=0.4)
     assert (first.test_accuracy, first.majority_accuracy) == (again.test_accuracy, again.majority_accuracy)
@@ -320,7 +337,7 @@ def test_majority_accuracy_and_groups_are_counted_by_hand(kinds) -> None:
     assert (result.train_accuracy, result.test_accuracy, result.majority_accuracy) == (1.0, 0.0, 0.0)
 
 
-def test_fit_probe_says_what_is_wrong(kinds) -> None:
+def test_fit_probe_says_what_is_wrong(kinds: Dataset) -> None:
     with pytest.raises(EditkitError, match="did you mean 'kind'"):
         fit_probe(kinds, "transformer.h.5", "kinds")
     with pytest.raises(EditkitError, match="not one vector a row"):

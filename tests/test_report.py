@@ -1,6 +1,5 @@
 """The page: what the record holds stands in it, it is safe and alone, and it says what is wrong with a folder."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,13 +10,15 @@ import pandas
 import pytest
 
 from editkit import report
-from editkit.data import cases
 from editkit.errors import ConfigError, OutputError, RecordError
-from editkit.metrics.fluency import GENERATION
-from editkit.metrics.generation import DISTRACTED
-from editkit.report import aggregate, compare, glossary, published, reproduce
-from editkit.runs.read import Average, Run, find, metrics_of
-from tests.run_folders import RELATIONS, benchmark, lifelong, record
+from editkit.metrics.counterfact import ES, NS, PS
+from editkit.metrics.fluency import GE, RS
+from editkit.metrics.metric import RETENTION, Average, registered
+from editkit.numbers import mean
+from editkit.report import aggregate, compare, published, reproduce
+from editkit.report.series import LIFELONG
+from editkit.runs.read import Run, find
+from tests.run_folders import copied, record_of, score_of, setting
 
 VOID = {"meta", "rect", "line", "path", "circle", "br"}
 
@@ -74,92 +75,140 @@ def page(folder: Path) -> Parsed:
     return Parsed(report.write(folder).read_text(encoding="utf-8"))
 
 
-def edit_folder(folder: Path, prompt="{} is in the city of", subject="The Tower", answer="Rome", **changes) -> Path:
-    """A folder of task=edit with one probe."""
-    found = record(
-        "edit", "r_rome", metrics={"ES_before": 0.0, "ES_after": 1.0, "ES_n": 1, "PS_after": None, "PS_n": 0}
-    )
-    found["config"]["edit"] = {"prompt": prompt, "subject": subject, "target_new": answer, "target_true": "Paris"}
-    found["edit"] = {"rank": 1, "norm": 6.155485984288063, "relative_norm": 0.1797779, "parameters": ["h.4.weight"]}
-    found["texts"] = {w: {"top": [[f" {answer}", 0.75]], "continuation": f" {answer} and"} for w in ("before", "after")}
-    folder.mkdir(parents=True, exist_ok=True)
-    row = {"kind": "rewrite", "prompt": prompt.replace("{}", subject), "target_true": "Paris", "target_new": answer}
-    numbers = {"probability_true_before": 0.9984, "probability_true_after": 0.0394}
-    numbers |= {"probability_new_before": 0.00013, "probability_new_after": 0.9540}
-    row = {name: text.replace("\ud800", "") for name, text in row.items()}  # which Parquet cannot hold
-    pandas.DataFrame([row | numbers]).to_parquet(folder / "cases.parquet")
-    (folder / "record.json").write_text(json.dumps(found | changes), encoding="utf-8")
-    return folder
+def texts(prompt: str, subject: str, answer: str):
+    """A change of an edit's record: the texts of its fact, and what the model says."""
+
+    def change(record: dict) -> None:
+        record["config"]["edit"] |= {"prompt": prompt, "subject": subject, "target_new": answer}
+        look = {"top": [[f" {answer}", 0.75]], "continuation": f" {answer} and"}
+        record["texts"] = {"before": look, "after": look}
+
+    return change
 
 
-def test_every_metric_of_the_record_stands_in_the_page(tmp_path: Path) -> None:
-    found = benchmark(tmp_path / "run")
+def edit_folder(source: Path, target: Path, prompt="{} is in", subject="The Tower", answer="Rome") -> Path:
+    """A copy of a folder of task=edit with other texts, in its table too."""
+    copied(source, target, texts(prompt, subject, answer))
+    cases = pandas.read_parquet(target / "cases.parquet")
+    plain = [text.replace("\ud800", "") for text in (prompt.replace("{}", subject), answer)]  # Parquet cannot hold it
+    first = cases.kind == "rewrite"
+    cases.loc[first, "prompt"], cases.loc[first, "target_new"] = plain
+    cases[first].to_parquet(target / "cases.parquet")
+    return target
+
+
+def cell(score: dict) -> str:
+    """A score as a cell of a table."""
+    bounds = "" if score["n"] == 1 else f" [{mean(score['low'])}, {mean(score['high'])}]"
+    return mean(score["mean"]) + bounds
+
+
+def test_every_metric_of_the_record_stands_in_the_page(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    found = copied(real_runs["benchmark"], tmp_path / "run")
     shown = page(tmp_path / "run")
     assert not shown.problems
-    for name in ("ES", "PS", "NS", "S", "NM"):
-        after = found["metrics"][f"counterfact.{name}_after"]
-        row = shown.row(name, 5)
-        assert row[2] == f"{after['mean']:.3f} [{after['low']:.3f}, {after['high']:.3f}]"
-        assert row[3] == str(after["n"])
-    before = found["metrics"]["counterfact.NS_before"]
-    assert shown.row("NS", 5)[1].startswith(f"{before['mean']:.3f} [")
-    assert shown.row("RS", 5)[1:4] == ["–", "–", "0"]  # a metric that is null
-    assert shown.row("GE", 5)[2:4] == [f"{found['metrics']['counterfact.GE_after']['mean']:.3f}", "30"]  # no interval
+    rows = [[" ".join(c.split()) for c in row] for row in shown.rows if len(row) == 5]
+    for score in found["scores"]:
+        short, place = score["metric"].partition(".")[2], {"before": 1, "after": 2}[score["when"]]
+        mine = [row for row in rows if row[0] == short]  # EasyEdit and CounterFact both have a portability
+        assert cell(score) in [row[place] for row in mine], score
+        assert str(score["n"]) in [row[3] for row in mine]
+    meanings = {entry.metric.label: entry.metric.meaning for entry in registered()}
+    assert shown.row("NM", 5)[4] == meanings["NM"] and all(entry.metric.meaning for entry in registered())
 
 
-def test_a_relation_s_average_is_that_of_its_cases(tmp_path: Path) -> None:
-    benchmark(tmp_path / "run")
-    table = pandas.read_parquet(tmp_path / "run" / "edits.parquet").groupby("relation")["counterfact.PS_after"]
+def test_a_relation_s_average_is_that_of_its_cases(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["benchmark"], tmp_path / "run")
+    table = pandas.read_parquet(tmp_path / "run" / "edits.parquet").groupby("relation")[PS.column()]
     shown = page(tmp_path / "run")
-    for relation in RELATIONS:
-        row = shown.row(relation, 4)
+    for relation in table.groups:
+        row = shown.row(str(relation), 4)
         assert row[1] == str(table.count()[relation])
         assert row[3].split()[0] == f"{table.mean()[relation]:.3f}"
 
 
-def test_worst_cases_are_those_of_lowest_score_with_their_texts(tmp_path: Path) -> None:
-    benchmark(tmp_path / "run", good=0.7)
+def test_worst_cases_are_those_of_lowest_score_with_their_texts(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["benchmark"], tmp_path / "run")
     edits = pandas.read_parquet(tmp_path / "run" / "edits.parquet")
-    score = edits[[f"counterfact.{n}_after" for n in ("ES", "PS", "NS")]].mean(axis=1)
-    lowest = edits.assign(score=score).sort_values("score", kind="stable").head(10)
+    score = edits[[metric.column() for metric in (ES, PS, NS)]].mean(axis=1)
+    lowest = edits.assign(score=score).sort_values("score", kind="stable")
+    rewrites = pandas.read_parquet(tmp_path / "run" / "cases.parquet").query("kind == 'rewrite'").set_index("case")
     shown = page(tmp_path / "run")
-    found = re.findall(r"(\d\.\d{3}) (Subject \d+): Old → New", shown.text)
-    assert found == [(f"{s:.3f}", subject) for s, subject in zip(lowest.score, lowest.subject, strict=True)]
-    assert f"{lowest.subject.iloc[0]} in phrasing 0 is the {lowest.relation.iloc[0]}" in shown.text
-    assert "New. And so on" in shown.text and "Old. And so on" in shown.text
+    expected = [
+        f"{s:.3f} {subject}: {rewrites.target_true[case]} → {rewrites.target_new[case]}"
+        for s, subject, case in zip(lowest.score, lowest.subject, lowest.case, strict=True)
+    ]
+    places = [shown.text.index(text) for text in expected]
+    assert places == sorted(places) and len(places) == 3
+    assert rewrites.said_after.iloc[0].split()[0] in shown.text
 
 
-def test_one_edit(tmp_path: Path) -> None:
-    shown = page(edit_folder(tmp_path / "run"))
-    assert "The Tower is in the city of … Paris → Rome" in shown.text
-    assert shown.row("rewrite", 5)[1:] == [
-        "The Tower is in the city of", "Paris → Rome", "0.9984 → 0.0394", "0.0001 → 0.9540"
-    ]  # fmt: skip
-    assert shown.row("ES", 5)[1:4] == ["0.000", "1.000", "1"] and shown.row("PS", 5)[1:4] == ["–", "–", "–"]
-    assert "0.1798" in shown.text and "Every compared bit is what it was before." in shown.text
-
-
-def test_a_run_that_was_not_restored_says_so(tmp_path: Path) -> None:
-    unequal = {"exact": False, "unequal": ["h.4.weight"]}
-    assert "NOT EQUAL to what it was before." in page(edit_folder(tmp_path / "run", reversal=unequal)).text
-
-
-def test_lifelong_points_and_collapse(tmp_path: Path) -> None:
-    found = lifelong(tmp_path / "run", lasts=200)
-    first = next(point["edits"] for point in found["series"] if point["collapsed"])
+def test_one_edit(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    found = copied(real_runs["edit"], tmp_path / "run")
     shown = page(tmp_path / "run")
-    assert f"Collapsed: first called so at {first} edits" in shown.text
-    for point in found["series"]:
+    assert "The Eiffel Tower is located in the city of … Paris → Rome" in shown.text and not shown.problems
+    row = pandas.read_parquet(tmp_path / "run" / "cases.parquet").iloc[0]
+    arrows = [f"{row[f'probability_{w}_before']:.4f} → {row[f'probability_{w}_after']:.4f}" for w in ("true", "new")]
+    first = shown.row("rewrite", 7)  # the table of prompts
+    assert first[1:3] == ["The Eiffel Tower is located in the city of", "Paris → Rome"]
+    assert first[3] == arrows[0] and "→" in first[4]
+    assert shown.row("ES", 5)[1:4] == [cell(score_of(found, "counterfact.ES", w)) for w in ("before", "after")] + ["1"]
+    assert "Every compared bit is what it was before." in shown.text and "said before" not in shown.text
+
+
+def test_a_page_says_whether_the_edit_landed_and_what_to_try(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    """The fixture takes four steps only: whatever came of it, record and page say the same."""
+    found = copied(real_runs["edit"], tmp_path / "run")["verdict"]
+    shown = page(tmp_path / "run")
+    assert found["summary"].startswith("The edit ") and found["summary"] in shown.text
+    assert found["landed"] or (found["reasons"] and found["try_"])
+    assert all(text in shown.text for text in (*found["reasons"], *found["try_"]))
+
+
+def test_one_edit_is_a_benchmark_of_one_case(real_runs: dict[str, Path]) -> None:
+    one, many = (pandas.read_parquet(real_runs[task] / "cases.parquet") for task in ("edit", "benchmark"))
+    texts_only = {"text_before", "text_after"}  # of sampled texts: a column where there are any
+    assert list(one.columns) == [name for name in many.columns if name not in texts_only]
+    first, second = (Run.at(real_runs[task]) for task in ("edit", "benchmark"))
+    assert {ES, PS, NS} <= set(first.sides()) & set(second.sides())
+    assert set(first.sides()) - set(second.sides()) <= {entry.metric for entry in registered()}
+
+
+def test_a_run_that_was_not_restored_says_so(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["edit"], tmp_path / "run", setting("reversal", {"exact": False, "unequal": ["h.4.weight"]}))
+    assert "NOT EQUAL to what it was before." in page(tmp_path / "run").text
+
+
+def collapsed(record: dict) -> None:
+    for point in record["series"][2:]:
+        point["collapsed"] = True
+
+
+def test_the_page_of_a_lifelong_run(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    found = copied(real_runs["lifelong"], tmp_path / "run", collapsed)
+    text = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    shown = Parsed(text)
+    assert not shown.problems and "Collapsed: first called so at 4 edits" in shown.text
+    for name in ("ES", "PS", "NS"):  # the tiles
+        score = score_of(found["series"][-1], f"counterfact.{name}", asked="retention")
+        assert f"{name} at the end {mean(score['mean'])}" in shown.text
+    untouched = score_of(found["series"][-1], "counterfact.NS", asked="untouched")
+    assert f"untouched at the end {mean(untouched['mean'])}" in shown.text
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert titles == [chosen.title for chosen in LIFELONG] and len(titles) <= 8
+    names = [title + chosen.axis for title, chosen in zip(titles, LIFELONG, strict=True)]
+    assert not any("_" in name or "counterfact" in name for name in names)
+    for point in found["series"][1:]:
         row = next(r for r in shown.rows if len(r) > 8 and r[0].strip() == str(point["edits"]))
-        assert " ".join(row[1].split()).startswith(f"{point['metrics']['retention.ES']['mean']:.3f} [")
-    assert not shown.problems
-    labels = [a["aria-label"] for t, a in shown.tags if t == "svg"]
-    assert any("singular value over number of the singular value" in label and "update ΔW" in label for label in labels)
+        assert " ".join(row[1].split()) == cell(score_of(point, "counterfact.ES", asked="retention"))
+    # What is no chart stands in a table, at every point.
+    along = shown.row("counterfact.NM", 4)
+    assert len(along) == 2 + len(found["series"]) + 1
 
 
-def test_the_page_is_alone_and_runs_nothing(tmp_path: Path) -> None:
-    benchmark(tmp_path / "a")
-    lifelong(tmp_path / "b")
+def test_the_page_is_alone_and_runs_nothing(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["benchmark"], tmp_path / "a")
+    copied(real_runs["lifelong"], tmp_path / "b")
     for folder in (tmp_path / "a", tmp_path / "b", tmp_path):
         text = report.write(folder).read_text(encoding="utf-8")
         shown = Parsed(text)
@@ -174,9 +223,9 @@ def test_the_page_is_alone_and_runs_nothing(tmp_path: Path) -> None:
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&</text></svg>{{ 7*7 }}"
 
 
-def test_texts_are_shown_and_never_obeyed(tmp_path: Path) -> None:
-    folder = edit_folder(tmp_path / "<b>run", f"{{}} {HOSTILE}", HOSTILE, HOSTILE)
-    plain = page(edit_folder(tmp_path / "plain"))
+def test_texts_are_shown_and_never_obeyed(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = edit_folder(real_runs["edit"], tmp_path / "<b>run", f"{{}} {HOSTILE}", HOSTILE, HOSTILE)
+    plain = page(edit_folder(real_runs["edit"], tmp_path / "plain"))
     shown = page(folder)
     elements = [sorted(t for t, _ in parsed.tags if t != "title") for parsed in (shown, plain)]
     assert elements[0] == elements[1]  # but for the tips of what was shortened, not one more
@@ -186,65 +235,122 @@ def test_texts_are_shown_and_never_obeyed(tmp_path: Path) -> None:
     assert "<b>run" in both.text and not {"b", "script"} & {t for t, _ in both.tags}
 
 
-def test_odd_texts(tmp_path: Path) -> None:
+def test_odd_texts(real_runs: dict[str, Path], tmp_path: Path) -> None:
     """Wide letters, right-to-left marks, what no file can hold, and a very long word."""
     long = "x" * 5000
-    folder = edit_folder(tmp_path / "run", "{} はどこ \u202e \x00\x1b[31m " + long, "東京タワー \ud800", "ローマ")
+    odd = "{} はどこ \u202e \x00\x1b[31m " + long
+    folder = edit_folder(real_runs["edit"], tmp_path / "run", odd, "東京タワー \ud800", "ローマ")
     text = report.write(folder).read_text(encoding="utf-8")
     shown = Parsed(text)
     assert "東京タワー" in shown.text and "ローマ" in shown.text and long in shown.text
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f]", text) and "\ufffd" in text
 
 
-@pytest.mark.parametrize(
-    "missing", ["metrics", "edit", "timings", "texts", "environment", "data", "reversal", "config"]
-)
-def test_a_part_may_be_missing(tmp_path: Path, missing) -> None:
-    folder = edit_folder(tmp_path / "run", **{missing: None})
-    assert not page(folder).problems
-    found = benchmark(tmp_path / "other")
-    found.pop(missing, None)
-    (tmp_path / "other" / "record.json").write_text(json.dumps(found))
-    assert not page(tmp_path / "other").problems
+PARTS = [
+    "scores",
+    "metrics",
+    "verdict",
+    "edit",
+    "timings",
+    "texts",
+    "environment",
+    "data",
+    "reversal",
+    "config",
+    "series",
+]
+
+
+@pytest.mark.parametrize("missing", PARTS)
+def test_a_part_may_be_missing(real_runs: dict[str, Path], tmp_path: Path, missing: str) -> None:
+    for task in ("edit", "benchmark", "lifelong"):
+        copied(real_runs[task], tmp_path / task, lambda record: record.pop(missing))
+        assert not page(tmp_path / task).problems
+    copied(real_runs["edit"], tmp_path / "null", setting(missing, None))
+    assert not page(tmp_path / "null").problems
     assert not page(tmp_path).problems
 
 
-def test_tables_may_be_missing_or_empty(tmp_path: Path) -> None:
-    found = benchmark(tmp_path / "run")
+def test_tables_may_be_missing_or_empty(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    found = copied(real_runs["benchmark"], tmp_path / "run")
     (tmp_path / "run" / "cases.parquet").unlink()
-    assert "The table of probes does not hold this case." in page(tmp_path / "run").text
+    assert "The table of prompts does not hold this case." in page(tmp_path / "run").text
     (tmp_path / "run" / "edits.parquet").unlink()
     shown = page(tmp_path / "run")
-    assert "Worst cases" not in shown.text and f"{found['metrics']['counterfact.ES_after']['mean']:.3f}" in shown.text
+    assert "Worst cases" not in shown.text and cell(score_of(found, "counterfact.ES")) in shown.row("ES", 5)
 
 
-def test_nan_is_no_number(tmp_path: Path) -> None:
-    found = benchmark(tmp_path / "run")
-    found["metrics"]["counterfact.ES_after"] |= {"mean": float("nan")}
-    (tmp_path / "run" / "record.json").write_text(json.dumps(found))
+def test_nan_is_no_number(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    def change(record: dict) -> None:
+        score_of(record, "counterfact.ES")["mean"] = float("nan")
+
+    copied(real_runs["benchmark"], tmp_path / "run", change)
     shown = page(tmp_path / "run")
     assert shown.row("ES", 5)[2] == "–" and "nan" not in shown.text.lower().split()
 
 
-def test_runs_side_by_side(tmp_path: Path) -> None:
-    first = benchmark(tmp_path / "10", "rome")
-    second = benchmark(tmp_path / "9", "memit", good=0.5)
+def test_a_metric_that_is_not_registered_here_is_known_from_the_record(
+    real_runs: dict[str, Path], tmp_path: Path
+) -> None:
+    def change(record: dict) -> None:
+        for score in record["scores"]:
+            score["metric"] = score["metric"].replace("counterfact.NM", "foreign.calm")
+        for declared in record["metrics"]:
+            if declared["name"] == "counterfact.NM":
+                declared |= {"name": "foreign.calm", "short": "calm", "protocol": {"name": "foreign", "title": "Mine"}}
+
+    found = copied(real_runs["benchmark"], tmp_path / "run", change)
+    shown = page(tmp_path / "run")
+    assert shown.row("calm", 5)[2] == cell(score_of(found, "foreign.calm")) and "Mine" in shown.text
+    assert shown.row("calm", 5)[4].startswith("p(old) − p(new)")
+
+
+def test_another_format_is_refused_in_one_line(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    def older(record: dict) -> None:
+        record |= {"schema": 1, "metrics": {"ES_after": 1.0}}
+        del record["format"]
+
+    copied(real_runs["edit"], tmp_path / "old", older)
+    copied(real_runs["edit"], tmp_path / "new", setting("format", 3))
+    for name, number in (("old", 1), ("new", 3)):
+        with pytest.raises(
+            RecordError, match=rf"record.json' was written in format {number} by editkit \d.*Run it again"
+        ):
+            report.write(tmp_path / name)
+
+
+def other_method(record: dict) -> None:
+    record["config"]["method"]["name"] = "memit"
+
+
+def test_runs_side_by_side(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    first = copied(real_runs["benchmark"], tmp_path / "10")
+    second = copied(real_runs["benchmark"], tmp_path / "9", other_method)
     shown = page(tmp_path)
     assert "2 runs compared" in shown.text and not shown.problems
-    for name, found in (("rome", first), ("memit", second)):
+    for name, found in (("r_rome", first), ("memit", second)):
         rows = [[" ".join(c.split()) for c in row] for row in shown.rows if row and row[0].strip() == name]
-        metrics = next(row for row in rows if len(row) > 6)
-        assert metrics[2].startswith(f"{found['metrics']['counterfact.ES_after']['mean']:.3f} [")
+        metrics = next(row for row in rows if len(row) > 6 and row[1] == "3")
+        assert metrics[2] == cell(score_of(found, "counterfact.ES"))
     runs, _ = find([tmp_path])
     assert [run.folder.name for run in runs] == ["9", "10"]  # numbers as numbers
-    assert compare._differing(runs) == ["method.name"]  # layer is rome's own
+    assert compare._differing(runs) == ["method.name"]
 
 
-def test_names_of_like_runs_hold_their_folder(tmp_path: Path) -> None:
+def test_lifelong_runs_are_overlaid(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["lifelong"], tmp_path / "a")
+    copied(real_runs["lifelong"], tmp_path / "b", other_method)
+    shown = page(tmp_path)
+    labels = [a["aria-label"] for t, a in shown.tags if t == "svg"]
+    assert len([label for label in labels if "over edits" in label]) == len(LIFELONG) and not shown.problems
+    assert "r_rome from" in labels[-1] and "memit from" in labels[-1]
+
+
+def test_names_of_like_runs_hold_their_folder(real_runs: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a", "b"):
-        benchmark(tmp_path / name, "rome", seed=name == "b")
+        copied(real_runs["benchmark"], tmp_path / name, setting("config.seed", int(name == "b")))
     runs, _ = find([tmp_path])
-    assert compare._names(runs, tmp_path) == ["rome (a)", "rome (b)"]
+    assert compare._names(runs, tmp_path) == ["r_rome (a)", "r_rome (b)"]
     assert compare._differing(runs) == ["seed"]
 
 
@@ -254,8 +360,8 @@ def test_bold_is_what_the_best_cannot_be_told_from() -> None:
     assert compare._best(found, 0) == set() == compare._best([Average(0.9, 10), Average(0.5, 10)], 1)
 
 
-def test_unfinished_runs_are_listed_with_their_error(tmp_path: Path) -> None:
-    benchmark(tmp_path / "0")
+def test_unfinished_runs_are_listed_with_their_error(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["benchmark"], tmp_path / "0")
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "failed.txt").write_text("Layer 77 was asked for\n")
     (tmp_path / "2").mkdir()
@@ -264,44 +370,50 @@ def test_unfinished_runs_are_listed_with_their_error(tmp_path: Path) -> None:
     assert shown.row("1")[1] == "Layer 77 was asked for" and "interrupted" in shown.row("2")[1]
 
 
-def published_run(folder: Path, **changes) -> Run:
-    found = benchmark(folder, "rome", model="gpt2-xl", data_name="counterfact", **changes)
-    (folder / "record.json").write_text(json.dumps(found))
-    return Run.at(folder)
+def like_a_paper(model: str = "gpt2-xl", data: str = "counterfact", method: str = "rome"):
+    """A change of a record: as if it were of another model, data set and method."""
+
+    def change(record: dict) -> None:
+        record["model"]["name"] = record["config"]["model"]["name"] = model
+        record["config"]["data"]["name"], record["config"]["method"]["name"] = data, method
+
+    return change
 
 
-def test_published_numbers_stand_beside_a_run_of_the_same_setting(tmp_path: Path) -> None:
-    run = published_run(tmp_path / "run")
+def test_published_numbers_stand_beside_a_run_of_the_same_setting(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    found = copied(real_runs["benchmark"], tmp_path / "run", like_a_paper())
+    run = Run.at(tmp_path / "run")
     rows = {row.method: row for row in published.matching(run)}
     assert set(rows) == {"", "rome"}
     # ROME, table 4, as METHODS.md has it: 89.2/100.0/96.4/75.4/621.9/41.9
-    assert rows["rome"].values == {"S": 0.892, "ES": 1.0, "PS": 0.964, "NS": 0.754, "GE": 6.219, "RS": 0.419}
+    values = {metric.short: value for metric, value in rows["rome"].values.items()}
+    assert values == {"S": 0.892, "ES": 1.0, "PS": 0.964, "NS": 0.754, "GE": 6.219, "RS": 0.419}
+    assert {GE, RS} <= set(rows["rome"].values)
     shown = page(tmp_path / "run")
     printed = [[" ".join(c.split()) for c in row] for row in shown.rows if row and row[0].strip() == "printed"]
     assert printed[1][1:] == ["0.892", "1.000", "0.964", "0.754", "6.219", "0.419"]
-    assert "60 records, there 7,500" in shown.text and "40,000 tokens of 'atlas'" in shown.text
-    own = published.own(run, rows[""])
-    assert own["ES"].mean == run.record["metrics"]["counterfact.ES_before"]["mean"]
+    mine = [[" ".join(c.split()) for c in row] for row in shown.rows if row and row[0].strip() == "this run"]
+    assert mine[1][2] == cell(score_of(found, "counterfact.ES"))
+    assert "3 records, there 7,500" in shown.text and "2,000 tokens of 'atlas'" in shown.text
+    assert published.own(run, rows[""])[ES].mean == score_of(found, "counterfact.ES", "before")["mean"]
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": "gpt2"}, {"data_name": "zsre"}, {"data_name": "counterfact_flat"}, {"method": "r_rome"}]
+    "other", [{"model": "gpt2"}, {"data": "zsre"}, {"data": "counterfact_flat"}, {"method": "r_rome"}]
 )
-def test_published_numbers_do_not_stand_beside_another_setting(tmp_path: Path, change) -> None:
-    found = {"method": "rome", "model": "gpt2-xl", "data_name": "counterfact"} | change
-    benchmark(tmp_path / "run", **found)
-    assert [row for row in published.matching(Run.at(tmp_path / "run")) if row.method or "model" in change] == (
-        [] if "data_name" in change or "model" in change or "method" in change else None
-    )
+def test_published_numbers_do_not_stand_beside_another_setting(real_runs, tmp_path: Path, other) -> None:
+    copied(real_runs["benchmark"], tmp_path / "run", like_a_paper(**other))
+    assert not [row for row in published.matching(Run.at(tmp_path / "run")) if row.method or "model" in other]
 
 
-def test_sequences_are_compared_with_sequences(tmp_path: Path) -> None:
-    lifelong(tmp_path / "run", "alphaedit", model="gpt2-xl", data_name="counterfact")
+def test_sequences_are_compared_with_sequences(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    found = copied(real_runs["lifelong"], tmp_path / "run", like_a_paper(method="alphaedit"))
     run = Run.at(tmp_path / "run")
     (row,) = published.matching(run)
-    assert row.values == {"ES": 0.995, "PS": 0.9395, "NS": 0.6639}
-    assert published.own(run, row)["ES"].mean == run.record["series"][-1]["metrics"]["retention.ES"]["mean"]
-    assert "500 edits, there 2,000" in published.differences(run, row)
+    assert {metric.short: value for metric, value in row.values.items()} == {"ES": 0.995, "PS": 0.9395, "NS": 0.6639}
+    last = score_of(found["series"][-1], "counterfact.ES", asked=RETENTION)
+    assert published.own(run, row)[ES].mean == last["mean"] and "alphaedit, arXiv" in page(tmp_path / "run").text
+    assert "6 edits, there 2,000" in published.differences(run, row)
 
 
 @pytest.mark.parametrize(
@@ -318,18 +430,11 @@ def test_sequences_are_compared_with_sequences(tmp_path: Path) -> None:
         (["-m", "seed=range(3)"], "python -m editkit.run -m 'seed=range(3)'", False),
     ],
 )
-def test_the_command_runs_it_again(tmp_path: Path, words_, expected, alone) -> None:
-    found = record("edit", "rome")
+def test_the_command_runs_it_again(real_runs: dict[str, Path], tmp_path: Path, words_, expected, alone) -> None:
+    found = record_of(real_runs["edit"])
+    found["config"]["method"]["name"] = "rome"
     found["environment"]["command"] = ["/somewhere/editkit/run.py", *words_]
     assert reproduce.command(Run(tmp_path, found)) == (expected, alone)
-
-
-def test_metrics_of_both_shapes() -> None:
-    flat = metrics_of({"ES_before": 0.0, "ES_after": 1.0, "ES_n": 3}, "counterfact")
-    assert flat["counterfact.ES"].after == Average(1.0, 3) and flat["counterfact.ES"].before == Average(0.0, 3)
-    nested = metrics_of({"zsre.efficacy_after": {"mean": 0.5, "n": 2, "low": 0.1, "high": None}, "kl": 0.25})
-    assert nested["zsre.efficacy"].after == Average(0.5, 2, 0.1, None) and nested["zsre.efficacy"].before is None
-    assert nested["kl"].after == Average(0.25)
 
 
 def test_an_average_s_interval_holds_the_mean_and_is_the_same_twice() -> None:
@@ -338,29 +443,26 @@ def test_an_average_s_interval_holds_the_mean_and_is_the_same_twice() -> None:
     assert found == aggregate.average([0.0, 1.0, 1.0, 1.0]) and aggregate.average([None]) is None
 
 
-def test_kinds_of_probe_are_those_of_the_cases() -> None:
-    kinds = {v for k, v in vars(cases).items() if k.isupper() and isinstance(v, str)} - {cases.HOP}  # a group
-    assert kinds | {DISTRACTED, GENERATION} == set(glossary.KINDS)
-
-
 def command(*arguments, cwd):
     return subprocess.run([sys.executable, "-m", "editkit.report", *map(str, arguments)], cwd=cwd, capture_output=True,
                           text=True, timeout=60)  # fmt: skip
 
 
-def test_the_command_prints_the_page_last_and_needs_no_torch(tmp_path: Path) -> None:
-    benchmark(tmp_path / "run")
+def test_the_command_prints_the_page_last_and_needs_no_torch(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    names = ["run", "edit", "lifelong"]
+    for name, task in zip(names, ("benchmark", "edit", "lifelong"), strict=True):
+        copied(real_runs[task], tmp_path / name)
     code = "import sys; sys.modules.update(torch=None, pandas=None, transformers=None, matplotlib=None)\n"
-    code += "from editkit.report.__main__ import main; sys.exit(main(['run']))"
+    code += f"from editkit.report.__main__ import main; sys.exit(any([main([name]) for name in {names}]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "run/report.html\n"), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, [f"{name}/report.html" for name in names]), done.stderr
     done = command("run", "--out", "elsewhere/page.html", cwd=tmp_path)
     assert done.stdout == "elsewhere/page.html\n" and (tmp_path / "elsewhere/page.html").is_file()
 
 
-def test_several_folders_make_one_page_beside_them(tmp_path: Path) -> None:
-    benchmark(tmp_path / "x" / "a")
-    benchmark(tmp_path / "x" / "b" / "0", "memit")
+def test_several_folders_make_one_page_beside_them(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["benchmark"], tmp_path / "x" / "a")
+    copied(real_runs["benchmark"], tmp_path / "x" / "b" / "0", other_method)
     path = report.write(tmp_path / "x" / "a", tmp_path / "x" / "b")
     assert path == tmp_path / "x" / "report.html" and "2 runs compared" in path.read_text(encoding="utf-8")
     hrefs = [a.get("href") for t, a in Parsed(path.read_text(encoding="utf-8")).tags if t == "a"]
@@ -370,8 +472,8 @@ def test_several_folders_make_one_page_beside_them(tmp_path: Path) -> None:
     assert "../x/a/report.html" in [a.get("href") for t, a in shown.tags if t == "a"]
 
 
-def broken(folder: Path, name: str, data: bytes) -> None:
-    benchmark(folder)
+def broken(source: Path, folder: Path, name: str, data: bytes) -> None:
+    copied(source, folder)
     (folder / name).write_bytes(data)
 
 
@@ -381,15 +483,18 @@ def broken(folder: Path, name: str, data: bytes) -> None:
         ("record.json", b'{"task": "bench'),
         ("record.json", b"\xff\xfe"),
         ("record.json", b"[]"),
-        ("record.json", b'{"schema": 1}'),
-        ("record.json", b'{"task": "edit", "metrics": [1]}'),
-        ("record.json", b'{"task": "edit", "series": [1]}'),
+        ("record.json", b'{"format": 2}'),
+        ("record.json", b'{"task": "edit"}'),
+        ("record.json", b'{"task": "edit", "format": 2, "scores": {}}'),
+        ("record.json", b'{"task": "edit", "format": 2, "scores": [1]}'),
+        ("record.json", b'{"task": "edit", "format": 2, "config": [1]}'),
+        ("record.json", b'{"task": "lifelong", "format": 2, "series": [1]}'),
         ("cases.parquet", b"PAR1 half"),
         ("edits.parquet", b""),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, data) -> None:
-    broken(tmp_path / "run", name, data)
+def test_a_damaged_file_is_named(real_runs: dict[str, Path], tmp_path: Path, name: str, data) -> None:
+    broken(real_runs["benchmark"], tmp_path / "run", name, data)
     with pytest.raises(RecordError, match=re.escape(str(tmp_path / "run" / name))):
         report.write(tmp_path / "run")
     assert not (tmp_path / "run" / "report.html").exists()
@@ -406,20 +511,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, data) -> None:
         ([], 2, "FOLDER"),
     ],
 )
-def test_a_wrong_request_is_one_line(tmp_path: Path, arguments, code, message: str) -> None:
+def test_a_wrong_request_is_one_line(real_runs, tmp_path: Path, arguments, code, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").touch()
-    broken(tmp_path / "damaged", "record.json", b"{")
-    benchmark(tmp_path / "good", cases=2)
+    broken(real_runs["benchmark"], tmp_path / "damaged", "record.json", b"{")
+    copied(real_runs["benchmark"], tmp_path / "good")
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
-def test_the_errors_are_the_family_s(tmp_path: Path) -> None:
+def test_the_errors_are_the_family_s(real_runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         report.write(tmp_path / "nowhere")
-    benchmark(tmp_path / "run", cases=2)
+    copied(real_runs["benchmark"], tmp_path / "run")
     with pytest.raises(OutputError):
         report.write(tmp_path / "run", to="/dev/null/page.html")

@@ -15,20 +15,23 @@ import torch
 from editkit import propose_layers, report
 from editkit.errors import RecordError
 from editkit.numbers import number
-from editkit.runs.record import Record, write_record
 from editkit.tracing import PARTS, AverageTrace, Traced
-from tests.run_folders import record
+from tests.run_folders import copied, score_of, setting
 from tests.test_report import Parsed, page
 
 TOKENS = ["The", " <b>Eiffel</b>", " $Tower", "\n", " is"]
 
 
-def written(folder, found, name, **trace):
-    """A run's folder with the arrays of `found`."""
-    made = record("trace", "r_rome")
-    found.save(folder / name)
-    write_record(folder, Record(**{k: v for k, v in made.items() if k != "trace"}, trace=trace))
-    return folder
+@pytest.fixture
+def written(real_runs):
+    """A function: a copy of a trace's real run, with the arrays of `found` in place of its own."""
+
+    def write(folder, found, name, **trace):
+        copied(real_runs[name], folder, setting("trace", trace))
+        found.save(folder / name)
+        return folder
+
+    return write
 
 
 def traced(kinds=("state", "mlp")):
@@ -63,7 +66,7 @@ def cells(text):
     return found
 
 
-def test_every_cell_of_a_prompt_s_maps_says_its_probability(tmp_path: Path) -> None:
+def test_every_cell_of_a_prompt_s_maps_says_its_probability(written, tmp_path: Path) -> None:
     one = traced()
     text = report.write(written(tmp_path / "run", one, "trace", kind="one")).read_text(encoding="utf-8")
     found = cells(text)
@@ -84,7 +87,7 @@ def test_every_cell_of_a_prompt_s_maps_says_its_probability(tmp_path: Path) -> N
     assert len(rows) == 15 and rows[0][4].strip() == number(one.probability["mlp"][0, 0].item())
 
 
-def test_rows_are_reached_by_the_keyboard_and_say_their_most(tmp_path: Path) -> None:
+def test_rows_are_reached_by_the_keyboard_and_say_their_most(written, tmp_path: Path) -> None:
     one = traced(("state",))
     shown = page(written(tmp_path / "run", one, "trace", kind="one"))
     stops = [a["aria-label"] for tag, a in shown.tags if tag == "g" and a.get("tabindex") == "0"]
@@ -96,7 +99,7 @@ def test_rows_are_reached_by_the_keyboard_and_say_their_most(tmp_path: Path) -> 
     assert [a["role"] for tag, a in shown.tags if tag == "svg"] == ["group"]
 
 
-def test_an_average_s_page_has_its_proposal_means_and_bounds(tmp_path: Path) -> None:
+def test_an_average_s_page_has_its_proposal_means_and_bounds(written, tmp_path: Path) -> None:
     average = averaged()
     proposal = propose_layers(average)
     told = asdict(proposal) | {"text": str(proposal)}
@@ -120,13 +123,13 @@ def test_an_average_s_page_has_its_proposal_means_and_bounds(tmp_path: Path) -> 
     assert sum(a.get("class", "").endswith("band") for tag, a in shown.tags if tag == "path") == 4
 
 
-def test_an_average_without_a_proposal(tmp_path: Path) -> None:
+def test_an_average_without_a_proposal(written, tmp_path: Path) -> None:
     folder = written(tmp_path / "run", averaged(), "average", kind="average", proposal=None)
     shown = page(folder)
     assert "Blocks to edit" not in shown.text and "Over blocks" in shown.text
 
 
-def test_the_page_needs_no_torch_and_stands_beside_others(tmp_path: Path) -> None:
+def test_the_page_needs_no_torch_and_stands_beside_others(written, tmp_path: Path) -> None:
     written(tmp_path / "x" / "a", traced(), "trace", kind="one")
     written(tmp_path / "x" / "b", averaged(), "average", kind="average", proposal=None)
     code = "import sys; sys.modules.update(torch=None, pandas=None, transformers=None, matplotlib=None)\n"
@@ -137,7 +140,7 @@ def test_the_page_needs_no_torch_and_stands_beside_others(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["trace.npz", "trace.json"])
 @pytest.mark.parametrize("damage", ["gone", "half", "foreign"])
-def test_damaged_arrays_are_named(tmp_path: Path, name: str, damage) -> None:
+def test_damaged_arrays_are_named(written, tmp_path: Path, name: str, damage) -> None:
     folder = written(tmp_path / "run", traced(), "trace", kind="one")
     path = folder / name
     if damage == "gone":
@@ -154,3 +157,14 @@ def test_damaged_arrays_are_named(tmp_path: Path, name: str, damage) -> None:
     with pytest.raises(RecordError, match=re.escape(str(folder / "trace.npz"))):
         report.write(folder)
     assert not (folder / "report.html").exists()
+
+
+def test_a_real_run_s_page_shows_what_the_tracer_wrote(real_runs, tmp_path: Path) -> None:
+    one = copied(real_runs["trace"], tmp_path / "one")
+    found = Traced.load(tmp_path / "one" / "trace")
+    shown = page(tmp_path / "one")
+    assert not shown.problems and number(found.total_effect, 3) in shown.text and "Paris" in shown.text
+    assert score_of(one, "trace.total_effect")["mean"] == found.total_effect
+    copied(real_runs["average"], tmp_path / "many")
+    traced_facts = len(AverageTrace.load(tmp_path / "many" / "average").texts)
+    assert f"facts {traced_facts}" in page(tmp_path / "many").text and not page(tmp_path).problems

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from editkit import Edit, load
+from tests.run_folders import score_of
 
 FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
 
@@ -51,16 +52,16 @@ def test_the_run_folder_is_named_on_the_last_line_and_complete(finished: Path) -
         "report.html",
     }
     record = json.loads((found / "record.json").read_text())
-    assert (
-        record["reversal"]["exact"] and record["metrics"]["ES_after"] == 1.0 and record["metrics"]["ES_before"] == 0.0
-    )
+    es = [score_of(record, "counterfact.ES", when)["mean"] for when in ("before", "after")]
+    assert record["reversal"]["exact"] and es == [0.0, 1.0]
     assert record["environment"]["packages"]["torch"] and record["timings"]["total"] > 0
+    assert record["verdict"]["landed"] and record["verdict"]["summary"] in finished[1]
     steps = record["edit"]["provenance"]["reports"][0]["steps"]
     assert {"loss", "nll", "kl", "weight_decay"} <= set(steps[0])
     config = yaml.safe_load((found / "config.yaml").read_text())
     assert config["method"]["name"] == "r_rome" and config["seed"] == 0
     cases = pandas.read_parquet(found / "cases.parquet")
-    assert set(cases.kind) == {"rewrite", "paraphrase", "neighborhood", "portability"}
+    assert set(cases.kind) == {"rewrite", "paraphrase", "neighborhood", "distracted", "portability"}
     assert (cases.probability_new_after[cases.kind == "rewrite"] > 0.5).all()
 
 
@@ -96,7 +97,7 @@ def test_a_sweep_leaves_one_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     path = tmp_path / done.stdout.splitlines()[-1]
     table = pandas.read_csv(path)
-    assert len(table) == 4 and {"method.layer", "seed", "ES_after", "NS_after", "reversal_exact"} <= set(table.columns)
+    assert len(table) == 4 and {"method.layer", "seed", "counterfact.ES_after", "reversal_exact"} <= set(table.columns)
     assert table.reversal_exact.all() and sorted(table["method.layer"].unique()) == [3, 4]
     page = tmp_path / done.stdout.splitlines()[-2]
     assert page.name == "report.html" and "4 runs compared" in page.read_text(encoding="utf-8")

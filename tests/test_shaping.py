@@ -2,14 +2,17 @@
 Llama (Linear)."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from editkit.activations.shaping import ActivationPenalty, clamp_norm, match_reference, project_off, rank_one
 from editkit.errors import EditkitError, ModelError
 from editkit.models.load import LanguageModel
-from editkit.nethook import Trace, get_module, get_parameter
+from editkit.nethook import Trace, get_parameter
 from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import TEXTS, assert_same, batch_of, by_hand, count_hooks, gradients, sites_of
@@ -18,18 +21,18 @@ FAMILIES = ["gpt2", "llama"]
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest):
-    return request.param
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def lm(family: str):
+def lm(family: str) -> LanguageModel:
     return tiny_lm(family)
 
 
 # Losses on activations
 
-PENALTIES = {
+PENALTIES: dict[str, tuple[str | Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] = {
     "l1": ("l1", lambda h: sum(h.abs().flatten()) / h.numel()),
     "l2": ("l2", lambda h: sum((h**2).flatten()) / h.numel()),
     "own": (lambda h: h.relu().amax(-1).mean(), lambda h: h.clamp(min=0).max(-1).values.sum() / h[..., 0].numel()),
@@ -38,7 +41,7 @@ PENALTIES = {
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", PENALTIES)
-def test_penalty_gradients_equal_those_written_by_hand(lm: LanguageModel, family: str, name: str, masked) -> None:
+def test_penalty_gradients_equal_those_written_by_hand(lm: LanguageModel, family: str, name: str, masked: bool) -> None:
     sites, batch = sites_of(family)[:2], batch_of(lm)
     given, plain = PENALTIES[name]
     with ActivationPenalty(lm.model, sites, given) as penalty:
@@ -50,7 +53,7 @@ def test_penalty_gradients_equal_those_written_by_hand(lm: LanguageModel, family
     with by_hand(lm.model, sites) as seen:
         loss = lm.model(**batch).loss
     rows = [h[batch["attention_mask"].bool()] if masked else h for h in seen.values()]
-    expected = sum(plain(h) for h in rows) / len(rows)
+    expected: Any = sum(plain(h) for h in rows) / len(rows)
     (loss + 0.3 * expected).backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
     assert_same(mine, gradients(lm.model), 1e-5)
@@ -58,9 +61,9 @@ def test_penalty_gradients_equal_those_written_by_hand(lm: LanguageModel, family
 
 
 def test_an_l1_penalty_makes_activations_smaller(lm: LanguageModel, family: str) -> None:
-    site, batch = SITES[family].mlp.format(1), batch_of(lm)
+    site, batch = SITES[family].mlp_of(1), batch_of(lm)
 
-    def trained(weight):
+    def trained(weight: float) -> Any:
         model = copy.deepcopy(lm.model)
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(15):
@@ -213,7 +216,7 @@ def test_rank_one_terms_sum_to_autograds_weight_gradient(family: str, site: str)
     batch, other = batch_of(lm), batch_of(lm, TEXTS[:2])
     switches = [p.requires_grad for p in lm.model.parameters()]
 
-    def loss():
+    def loss() -> Any:
         return lm.model(**batch).loss + 2 * lm.model(**other).loss
 
     found = rank_one(lm.model, site, loss)
@@ -222,7 +225,7 @@ def test_rank_one_terms_sum_to_autograds_weight_gradient(family: str, site: str)
     assert len(found.keys) == len(found.grads) == batch["input_ids"].numel() + other["input_ids"].numel()
     loss().backward()
     grad = get_parameter(lm.model, f"{site}.weight").grad
-    assert found.weight_grad().shape == grad.shape
+    assert grad is not None and found.weight_grad().shape == grad.shape
     assert torch.allclose(found.weight_grad(), grad, atol=1e-6, rtol=1e-4)
     term = torch.outer(found.grads[0], found.keys[0])  # g kᵀ of the first position
     alone = type(found)(site, found.keys[:1], found.grads[:1], found.orientation).weight_grad()
@@ -230,19 +233,19 @@ def test_rank_one_terms_sum_to_autograds_weight_gradient(family: str, site: str)
 
 
 def test_rank_one_says_what_is_wrong(lm: LanguageModel, family: str) -> None:
-    batch, down = batch_of(lm), SITES[family].down_projection.format(1)
+    batch, down = batch_of(lm), SITES[family].down_of(1)
     with pytest.raises(ModelError, match="editkit edits Linear and Conv1D"):
-        rank_one(lm.model, SITES[family].mlp.format(1), lambda: lm.model(**batch).loss)
+        rank_one(lm.model, SITES[family].mlp_of(1), lambda: lm.model(**batch).loss)
 
-    def elsewhere():
+    def elsewhere() -> Any:
         lm.model(**batch)
         return get_parameter(lm.model, f"{down}.weight").square().sum()
 
     @torch.no_grad()
-    def dead():
+    def dead() -> Any:
         return lm.model(**batch).loss
 
     for loss in (elsewhere, dead):
         with pytest.raises(EditkitError, match=f"gives '{down}' no gradient"):
             rank_one(lm.model, down, loss)
-    assert count_hooks(lm.model) == 0 and get_module(lm.model, down).weight.requires_grad
+    assert count_hooks(lm.model) == 0 and get_parameter(lm.model, f"{down}.weight").requires_grad

@@ -14,6 +14,7 @@ from editkit.models.load import LanguageModel
 from editkit.settings import TraceSettings
 from editkit.tracing import AverageTrace, Traced, trace
 from editkit.tracing.average import TracedFact
+from tests.run_folders import score_of
 
 FAST = ["task.trace.samples=1", "task.trace.kinds=[state,mlp]"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # bytes are compared
@@ -47,7 +48,7 @@ def test_one_fact_is_traced_as_by_the_function(tmp_path: Path, atlas_lm: Languag
     for kind, table in wanted.probability.items():
         assert found.probability[kind].numpy() == pytest.approx(table.numpy(), abs=1e-5)
     record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert record["trace"]["kind"] == "one" and record["metrics"]["total_effect"] == found.total_effect
+    assert record["trace"]["kind"] == "one" and score_of(record, "trace.total_effect")["mean"] == found.total_effect
     assert record["reversal"]["exact"] and not (tmp_path / "run" / "edit.safetensors").exists()
 
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from editkit import Fact, trace
 from editkit.errors import ConfigError, EditkitError, FactError
@@ -19,6 +22,8 @@ from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import count_hooks
 
+Key = tuple[str, int]  # kind of activation, block
+Hooked = tuple[nn.Module, Callable[..., Any]]
 FAMILIES = [family for family in SITES if family != "mixtral"]
 FACTS = [
     Fact("{} is located in the city of", "The Eiffel Tower", "Rome"),
@@ -27,7 +32,7 @@ FACTS = [
 ]
 
 
-def by_both(lm, fact, **settings):
+def by_both(lm: LanguageModel, fact: Fact, **settings: Any) -> list[Traced]:
     return [trace(lm, fact, TraceSettings(engine=e, samples=3, **settings), progress=False) for e in ("replay", "full")]
 
 
@@ -63,7 +68,7 @@ def test_putting_all_back_is_the_clean_run_and_nothing_the_corrupted(family: str
 
 
 @pytest.mark.parametrize("corruption", ["noise", "swap"])
-def test_against_a_loop_of_plain_hooks(corruption) -> None:
+def test_against_a_loop_of_plain_hooks(corruption: str) -> None:
     """The reference's way, written out with plain hooks: one forward a place, its frozen parts of a first forward."""
     lm, fact = tiny_lm("gpt2"), FACTS[0]
     settings = TraceSettings(corruption=corruption, samples=3, kinds=TRACE_KINDS, window=2)
@@ -71,68 +76,73 @@ def test_against_a_loop_of_plain_hooks(corruption) -> None:
     found = trace(lm, fact, settings, others=[other, "Bonn"], seed=5, progress=False)
     ids = torch.tensor([lm.tokenizer(fact.text)["input_ids"]])
     first, last = found.subject
-    blocks = lm.model.transformer.h
+    model: Any = lm.model
+    blocks = model.transformer.h
 
-    def run(rows, hooks):
+    def run(rows: Tensor, hooks: Sequence[Hooked]) -> Tensor:
         handles = [module.register_forward_hook(hook) for module, hook in hooks]
         try:
             with torch.no_grad():
-                return lm.model(rows).logits[:, -1].softmax(-1)
+                probabilities: Tensor = model(rows).logits[:, -1].softmax(-1)
+            return probabilities
         finally:
             for handle in handles:
                 handle.remove()
 
-    modules = {("state", i): b for i, b in enumerate(blocks)} | {("mlp", i): b.mlp for i, b in enumerate(blocks)}
+    modules: dict[Key, nn.Module] = {("state", i): b for i, b in enumerate(blocks)} | {
+        ("mlp", i): b.mlp for i, b in enumerate(blocks)
+    }
     modules |= {("attention", i): b.attn for i, b in enumerate(blocks)}
 
-    def keeping(kept):
-        def keep(key):
+    def keeping(kept: dict[Key, Tensor]) -> list[Hooked]:
+        def keep(key: Key) -> Callable[..., Any]:
             return lambda _, __, out: kept.__setitem__(key, out[0] if isinstance(out, tuple) else out)
 
         return [(module, keep(key)) for key, module in modules.items()]
 
-    def put(key, token, values):
-        def hook(module, args, out):
+    def put(key: Key, token: int, values: dict[Key, Tensor]) -> Hooked:
+        def hook(module: nn.Module, args: Any, out: Any) -> Any:
             h = (out[0] if isinstance(out, tuple) else out).clone()
             h[:, token] = values[key][:, token]
             return (h, *out[1:]) if isinstance(out, tuple) else h
 
         return modules[key], hook
 
-    clean, noisy = {}, {}
+    clean: dict[Key, Tensor] = {}
+    noisy: dict[Key, Tensor] = {}
     answer = run(ids, keeping(clean))[0].argmax()
     if corruption == "noise":
         rows = ids.repeat(3, 1)
         with torch.no_grad():
-            subject = noised(lm, ids[0, first : last + 1], settings, lm.model.transformer.wte.weight.std().item(), 5)
+            subject = noised(lm, ids[0, first : last + 1], settings, model.transformer.wte.weight.std().item(), 5)
 
-        def corrupt(module, args, out):
+        def corrupt(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             out = out.clone()
             out[:, first : last + 1] = subject
             return out
 
-        corruption = [(lm.model.transformer.wte, corrupt)]
-        assert (subject - lm.model.transformer.wte.weight[ids[0, first : last + 1]].detach()).std() == pytest.approx(
+        changes: list[Hooked] = [(model.transformer.wte, corrupt)]
+        assert (subject - model.transformer.wte.weight[ids[0, first : last + 1]].detach()).std() == pytest.approx(
             0.6, abs=0.1
         )
     else:  # the other prompt itself
         assert found.others == (other,)
-        rows, corruption = torch.tensor([lm.tokenizer(fact.prompt.replace("{}", other))["input_ids"]]), []
+        rows, changes = torch.tensor([lm.tokenizer(fact.prompt.replace("{}", other))["input_ids"]]), []
         assert rows.shape == ids.shape
-    assert found.corrupted == pytest.approx(run(rows, corruption + keeping(noisy))[:, answer].mean().item(), rel=1e-4)
+    assert found.corrupted == pytest.approx(run(rows, changes + keeping(noisy))[:, answer].mean().item(), rel=1e-4)
     for token in range(ids.shape[1]):
         for layer in range(lm.layers):
             window = range(max(0, layer - 1), min(lm.layers, layer + 1))
             state, behind = [put(("state", layer), token, clean)], range(layer + 1, lm.layers)
-            changes = {
+            puts = {
                 "state": state,
                 "mlp": [put(("mlp", i), token, clean) for i in window],
                 "attention": [put(("attention", i), token, clean) for i in window],
                 "severed_mlp": state + [put(("mlp", i), token, noisy) for i in behind],
                 "severed_attention": state + [put(("attention", i), token, noisy) for i in behind],
             }
-            for kind, hooks in changes.items():
-                p = run(rows, corruption + hooks)[:, answer].mean().item()
+            for kind, hooks in puts.items():
+                p = run(rows, changes + hooks)[:, answer].mean().item()
                 assert found.probability[kind][token, layer] == pytest.approx(p, rel=1e-4), (kind, token, layer)
 
 
@@ -204,7 +214,7 @@ def test_a_trace_is_kept_with_its_axes(tmp_path: Path) -> None:
         (3, (1, 2), [[1], [], [2], [], [], []]),
     ],
 )
-def test_the_parts_of_a_prompt(tokens, subject: str, parts) -> None:
+def test_the_parts_of_a_prompt(tokens: int, subject: tuple[int, int], parts: list[list[int]]) -> None:
     assert parts_of(tokens, subject) == dict(zip(PARTS, parts, strict=True))
 
 
@@ -220,10 +230,10 @@ def test_a_seed_decides_the_noise_and_the_window_is_scaled() -> None:
 def test_what_cannot_be_replayed_is_traced_at_full_depth(recwarn: pytest.WarningsRecorder) -> None:
     lm = tiny_lm("gpt2")
 
-    def scaled(module, args, output) -> None:
+    def scaled(module: nn.Module, args: Any, output: Any) -> None:
         output.last_hidden_state = 1.5 * output.last_hidden_state
 
-    handle = lm.model.transformer.register_forward_hook(scaled)
+    handle = lm.model.get_submodule("transformer").register_forward_hook(scaled)
     fast, slow = by_both(lm, FACTS[0], kinds=("state",))
     handle.remove()
     assert torch.equal(fast.probability["state"], slow.probability["state"])
@@ -254,6 +264,6 @@ def test_the_atlas_model_recalls_at_the_subjects_last_token(atlas_lm: LanguageMo
         ({"engine": "fast"}, "trace.engine must be one of replay, full"),
     ],
 )
-def test_bad_settings(settings, message: str) -> None:
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TraceSettings(**settings)

@@ -1,9 +1,11 @@
 """The average trace against means and resamples written out, what it skips and keeps, and the proposal."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from editkit import Fact, average_trace, propose_layers, trace
 from editkit.errors import EditkitError
@@ -39,11 +41,11 @@ def test_it_is_the_mean_over_facts_of_the_mean_over_the_tokens_of_a_part() -> No
     assert found.count("state").tolist() == [3, 3, 3, 2, 1, 2]
 
 
-def made(effect, total=0.8):
+def made(effect: Mapping[str, Tensor], total: float = 0.8) -> AverageTrace:
     """An average trace with `effect[kind]` [facts, parts, blocks]."""
     n = len(next(iter(effect.values())))
     clean = torch.full((n,), 0.9, dtype=torch.float64)
-    return AverageTrace(tuple(f"fact {i}" for i in range(n)), clean, clean - total, effect, window=1)
+    return AverageTrace(tuple(f"fact {i}" for i in range(n)), clean, clean - total, dict(effect), window=1)
 
 
 def test_intervals_are_of_resampled_facts() -> None:
@@ -85,12 +87,13 @@ def test_swapping_takes_the_other_facts_subjects(atlas_lm: LanguageModel) -> Non
     assert len(found.texts) + len(found.skipped) == 4 and len(found.texts) >= 2
 
 
-class Interrupted(list):
+class Interrupted(list[Fact]):
     """A list of facts at whose third the user presses Ctrl-C, when it is gone through for tracing."""
 
     passes = 0
+    at = 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Fact]:
         Interrupted.passes += 1
         for i, fact in enumerate(super().__iter__()):
             if i == self.at and Interrupted.passes > 2:  # twice its subjects are collected

@@ -4,6 +4,8 @@ At the subject the MLP of one block looks its name up and writes the answer; the
 to the last token. Nothing else in the model does anything.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,7 +35,7 @@ def by_hand(idle: int) -> LanguageModel:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
@@ -54,7 +56,7 @@ def by_hand(idle: int) -> LanguageModel:
     return LanguageModel("by-hand", model, found, architecture_of("gpt2"))
 
 
-def sites(idle):
+def sites(idle: int) -> dict[str, set[tuple[int, int]]]:
     """Where each kind brings the answer back, all of it; nothing comes back anywhere else."""
     looks_up, copies = idle, idle + 1
     state = {(SUBJECT, block) for block in range(copies)} | {(LAST, copies)}
@@ -69,7 +71,7 @@ def sites(idle):
 
 @pytest.mark.parametrize("engine", ["replay", "full"])
 @pytest.mark.parametrize("idle", [0, 1])
-def test_the_known_sites_and_no_other(idle, engine) -> None:
+def test_the_known_sites_and_no_other(idle: int, engine: str) -> None:
     """Rome in the place of Paris: the rest of the stream has the same mean and size, so what comes back is exact."""
     lm = by_hand(idle)
     settings = TraceSettings(corruption="swap", window=1, kinds=TRACE_KINDS, engine=engine)
@@ -85,7 +87,7 @@ def test_the_known_sites_and_no_other(idle, engine) -> None:
 
 
 @pytest.mark.parametrize("idle", [0, 1])
-def test_noise_finds_them_too(idle) -> None:
+def test_noise_finds_them_too(idle: int) -> None:
     found = trace(by_hand(idle), FACT, TraceSettings(window=1, kinds=TRACE_KINDS), progress=False)
     for kind, wanted in sites(idle).items():
         effect = found.indirect_effect(kind)

@@ -1,7 +1,7 @@
-"""What is in a model's activations: their norms, features from them for another task, and a linear probe.
+"""What is in a model's activations: their norms, activations as features for another task, and a linear probe.
 
-All of it only looks: no graph is built, training mode and `requires_grad` stay as they are, nothing stays hooked.
-Names that a model lacks are HookErrors. What changes training by way of activations is in `shaping`.
+Nothing here changes the model: no graph is built, training mode and `requires_grad` are not touched, and all hooks are
+removed. A name that the model lacks is a HookError. For losses on activations see `shaping`.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 Position = str | Callable[[Rows, int], int] | Iterable[int]
 
-ROW_GROUP = 1024  # rows: the writer keeps some kB for each group to the end, so one a batch would add up
+ROW_GROUP = 1024  # rows; the writer keeps some kB for each group, so a group for each batch would add up
 
-_END = object()  # in place of what a stream that ended too soon did not give
+_END = object()  # stands for the missing values of a stream that ended too soon
 
 
 def _listed(sites: str | Iterable[str]) -> list[str]:
@@ -43,7 +43,7 @@ def _listed(sites: str | Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """L2 norms of activations: `values` [sites, tokens] in float32 on the CPU, with the names of rows and columns."""
+    """L2 norms of activations: `values` is [sites, tokens], float32 on the CPU; `sites` and `tokens` are its names."""
 
     values: Tensor
     sites: tuple[str, ...]
@@ -51,10 +51,9 @@ class Norms:
 
 
 def activation_norms(lm: LanguageModel, text: str, sites: str | Iterable[str]) -> Norms:
-    """L2 norm of the output of each of `sites` at each token of one `text`.
+    """L2 norm of the output of each of `sites` at each token of `text`; `editkit.plots.norm_map` draws it.
 
-    Computes only; `editkit.plots.heat_map` draws it. Raises EditkitError for a site whose output is not
-    [batch, tokens, d].
+    Raises EditkitError for a site whose output is not [batch, tokens, d].
     """
     rows, outputs = _look(lm, [text], _listed(sites))
     values = torch.stack([h[0].float().norm(dim=-1).cpu() for h in outputs.values()])
@@ -62,9 +61,9 @@ def activation_norms(lm: LanguageModel, text: str, sites: str | Iterable[str]) -
 
 
 def _look(lm: LanguageModel, texts: Sequence[str], sites: list[str]) -> tuple[Rows, dict[str, Tensor]]:
-    """The texts' rows, and each site's output [rows, tokens, d]."""
+    """Run the model on `texts`: (the tokenised rows, {site: output [rows, tokens, d]})."""
     rows = tokenise(lm, texts)
-    places = (rows.mask.cumsum(1) - 1).clamp(min=0)  # a token's place among its own row's, wherever the padding is
+    places = (rows.mask.cumsum(1) - 1).clamp(min=0)  # position ids that do not depend on the side of the padding
     with torch.no_grad(), Trace(lm.model, sites, stop=True) as trace:
         lm.model(**rows.inputs(), position_ids=places, use_cache=False)
     outputs = {site: trace[site].output for site in sites}
@@ -91,16 +90,18 @@ def features(
     batch_size: int = 32,
     progress: bool = True,
 ) -> "Dataset":
-    """Activations of `texts` as a data set: a column of float32 [d] a site, named after it, and the given `columns`.
+    """Activations of `texts` as a data set: for each site a column of float32 [d] with its name, and `columns`.
 
-    - `texts`, `columns`: lists, or generators; they are read a batch at a time and nothing of them is kept.
-    - `path`: the Parquet file to write, a row group every 1024 rows. It appears under this name when it is whole.
-    - `position`: "last" (each text's last token), "mean" (over its tokens, padding left out), an int for each row
+    - `texts`: a list or a generator, read a batch at a time. `sites`: names of modules.
+    - `path`: the Parquet file to write, in row groups of 1024 rows. It has this name once it is complete.
+    - `position`: "last" (each text's last token), "mean" (over its tokens, without padding), an int for each row
       (negative ones count from the row's end), or a function of (`Rows`, row) such as
       `lambda rows, row: lookup_position(rows, row, "{} is in", subject)`.
+    - `columns`: {name: a value for each text}, lists or generators, copied into the data set.
+    - `batch_size`: texts in one forward pass. `progress`: show a bar.
 
-    The data set is mapped, not loaded: an Arrow copy in editkit's cache (`$EDITKIT_CACHE`), which features for the same
-    `path` replace. Moved or shared, the Parquet file is all there is to take: `Dataset.from_parquet(path)`.
+    The data set is memory-mapped from an Arrow copy in editkit's cache (`$EDITKIT_CACHE`), which a later call with the
+    same `path` replaces. To move or share the data, take the Parquet file: `Dataset.from_parquet(path)`.
     Raises EditkitError for unequal lengths, positions outside a row, and column values of mixed types.
     """
     import pyarrow
@@ -108,7 +109,7 @@ def features(
     from datasets import Dataset
 
     names, columns, path = _listed(sites), dict(columns or {}), Path(path)
-    # Dataset.from_parquet would make this copy too, but reads the whole file into memory to do so.
+    # Dataset.from_parquet would make this copy too, but by reading the complete file into memory.
     copy = cache_folder() / "features" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.arrow"
     if isinstance(texts, str) or batch_size < 1:
         raise EditkitError(f"features needs a list of texts and batches of 1 or more; batch_size is {batch_size}.")
@@ -123,12 +124,14 @@ def features(
         arrow: Any = None
         waiting: list[Any] = []
         for batch, places, extra in _batches(texts, position, columns, batch_size):
+            # 1) a batch's vectors [rows, d] of each site
             rows, outputs = _look(lm, batch, names)
             at = None if position == "mean" else _indices(rows, position, places)
             vectors = {}
             for site, h in outputs.items():
                 flat = pyarrow.array(_pooled(h, rows, at).cpu().numpy().ravel())
                 vectors[site] = pyarrow.FixedSizeListArray.from_arrays(flat, h.shape[-1])
+            # 2) with the given columns, a table; the first one fixes the types
             try:
                 table = pyarrow.table(vectors | extra, schema=parquet and parquet.schema)
             except (pyarrow.ArrowException, TypeError) as error:
@@ -137,11 +140,13 @@ def features(
                     f"features: a column's values {near} are not plain, or not of the type they began with: {error}. "
                     "Give strings, numbers or lists, of one type a column."
                 ) from error
+            # 3) open both files at the first batch
             if parquet is None:
                 # Vectors do not repeat: a dictionary or statistics of them cost memory for each row group.
                 options = {"use_dictionary": False, "write_statistics": False}
                 parquet = stack.enter_context(pyarrow.parquet.ParquetWriter(temporary, table.schema, **options))
                 arrow = stack.enter_context(pyarrow.ipc.new_stream(mapped, table.schema))
+            # 4) write; Parquet in row groups
             arrow.write_table(table)
             waiting.append(table)
             if sum(map(len, waiting)) >= ROW_GROUP:
@@ -158,7 +163,7 @@ def features(
 def _batches(
     texts: Iterable[str], position: Position, columns: dict[str, Iterable[Any]], size: int
 ) -> Iterator[tuple[list[str], list[int], dict[str, list[Any]]]]:
-    """(texts, positions or [], columns) a batch at a time."""
+    """(texts, positions or [], columns) for each batch."""
     streams: list[tuple[str, Iterable[Any]]] = [("texts", texts), *((f"column '{c}'", columns[c]) for c in columns)]
     if not isinstance(position, str) and not callable(position):
         streams.append(("position", position.tolist() if hasattr(position, "tolist") else position))
@@ -175,7 +180,7 @@ def _batches(
 
 
 def _indices(rows: Rows, position: Position, places: list[int]) -> list[int]:
-    """The chosen token of each row."""
+    """[rows]: the chosen token of each row, from 0."""
     if isinstance(position, str) and position != "last":
         raise EditkitError(f"position={position!r}: give 'last', 'mean', an int for each row, or a function.")
     chosen = []
@@ -189,7 +194,7 @@ def _indices(rows: Rows, position: Position, places: list[int]) -> list[int]:
 
 
 def _pooled(h: Tensor, rows: Rows, at: list[int] | None) -> Tensor:
-    """[rows, d] in float32 of h [rows, tokens, d]: at one position a row, or (None) the mean over its tokens."""
+    """[rows, d] in float32 from `h` [rows, tokens, d]: at positions `at` [rows], or the mean over tokens."""
     if at is not None:
         return h[torch.arange(len(at)), at].float()
     mask = rows.mask.to(h.device)[..., None]
@@ -201,21 +206,22 @@ def _pooled(h: Tensor, rows: Rows, at: list[int] | None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """Multinomial logistic regression on standardised features. `fit` makes one."""
+    """Multinomial logistic regression on standardised features; made by `fit`."""
 
     classes: tuple[Any, ...]
-    weight: Tensor  # [classes, d] in float64, of the standardised features
+    weight: Tensor  # [classes, d], float64, for standardised features
     bias: Tensor  # [classes]
-    centre: Tensor  # [d], of the features it was fitted on
-    scale: Tensor  # [d]
-    majority: Any  # the label that most of those it was fitted on have
+    centre: Tensor  # [d], mean of the training features
+    scale: Tensor  # [d], their standard deviation
+    majority: Any  # the most frequent training label
 
     @classmethod
     def fit(cls, features: Tensor, labels: Sequence[Any], *, l2: float = 0.01) -> "LinearProbe":
-        """Minimise mean cross-entropy + l2/2 · ‖W‖² from zero by LBFGS in float64.
+        """Minimise mean cross-entropy + l2/2 · ‖W‖² by LBFGS in float64, from zero.
 
-        `features` [rows, d]. The problem is convex and the start fixed: the same data give the same probe. Raises
-        EditkitError for one class alone, missing labels, features that are not finite, or unequal lengths.
+        `features`: [rows, d]. `labels`: [rows]. The problem is convex and the start fixed, so the same data give the
+        same probe. Raises EditkitError for a single class, missing labels, features that are not finite, or unequal
+        lengths.
         """
         x, labels = _matrix(features, labels)
         counts = Counter(labels)
@@ -228,7 +234,7 @@ class LinearProbe:
         index = {label: i for i, label in enumerate(classes)}
         target = torch.tensor([index[label] for label in labels])
         centre, scale = x.mean(0), x.std(0, correction=0)
-        scale = torch.where(scale > 0, scale, 1.0)  # a constant feature says nothing, and must not divide by 0
+        scale = torch.where(scale > 0, scale, 1.0)  # a constant feature must not divide by 0
         x = (x - centre) / scale
         weight = torch.zeros(len(classes), x.shape[1], dtype=x.dtype, requires_grad=True)
         bias = torch.zeros(len(classes), dtype=x.dtype, requires_grad=True)
@@ -247,7 +253,7 @@ class LinearProbe:
         return cls(tuple(classes), weight.detach(), bias.detach(), centre, scale, counts.most_common(1)[0][0])
 
     def predict(self, features: Tensor) -> list[Any]:
-        """The likeliest class of each row of `features` [rows, d]."""
+        """[rows]: the likeliest class of each row of `features` [rows, d]."""
         x = features.detach().double().cpu()
         if x.ndim != 2 or x.shape[1] != len(self.centre):
             raise EditkitError(f"Features of {list(x.shape)} were given to a probe for [rows, {len(self.centre)}].")
@@ -255,9 +261,10 @@ class LinearProbe:
         return [self.classes[i] for i in scores.argmax(1).tolist()]
 
     def accuracy(self, features: Tensor, labels: Sequence[Any]) -> float:
-        """The share of rows whose class is predicted, 0 to 1."""
+        """The share of rows [rows, d] whose label is predicted, 0 to 1."""
         _, labels = _matrix(features, labels)
-        return sum(p == label for p, label in zip(self.predict(features), labels, strict=True)) / len(labels)
+        right = [bool(p == label) for p, label in zip(self.predict(features), labels, strict=True)]
+        return sum(right) / len(right)
 
 
 def _matrix(features: Tensor, labels: Sequence[Any]) -> tuple[Tensor, list[Any]]:
@@ -273,12 +280,12 @@ def _matrix(features: Tensor, labels: Sequence[Any]) -> tuple[Tensor, list[Any]]
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
-    """A fitted probe and how often it is right, as shares of 0 to 1."""
+    """A fitted probe and its accuracy, 0 to 1."""
 
     probe: LinearProbe
     train_accuracy: float
     test_accuracy: float
-    majority_accuracy: float  # on the test rows, of always answering the commonest class of the training rows
+    majority_accuracy: float  # on the test rows, of always predicting the most frequent training label
     train_rows: int
     test_rows: int
 
@@ -293,21 +300,28 @@ def fit_probe(
     group_column: str | None = None,
     l2: float = 0.01,
 ) -> ProbeResult:
-    """Fit a `LinearProbe` on some rows of `dataset` and test it on the others, drawn with `seed`.
+    """Fit a `LinearProbe` on some rows of `dataset` and test it on the others.
 
-    `test` is the share held out. With a `group_column` it is the share of groups: rows that name one subject must not
-    be on both sides, or memory passes for knowledge. The columns are read into memory. Raises EditkitError for a
-    column that is not there, a split with an empty side, and what `LinearProbe.fit` refuses.
+    - `dataset`: from `features`; the columns used are read into memory.
+    - `feature_column`, `label_column`: names of the columns.
+    - `test`: the share of rows to test on, drawn with `seed`.
+    - `group_column`: if given, groups are divided instead of rows. Rows about one subject must not be on both sides,
+      since the probe could then recognise the subject.
+    - `l2`: see `LinearProbe.fit`.
+
+    Raises EditkitError for a column that does not exist, an empty side, and what `LinearProbe.fit` refuses.
     """
     for column in [feature_column, label_column, *([group_column] if group_column else [])]:
         if column not in dataset.column_names:
             raise EditkitError(f"No column '{column}': {did_you_mean(column, dataset.column_names)}")
+    # 1) read the columns
     x = dataset.with_format("torch")[feature_column][:]
     plain = dataset.with_format(None)
     labels = plain[label_column][:]
     if not isinstance(x, Tensor):
         raise EditkitError(f"'{feature_column}' is not one vector a row. Give a column that features() made.")
     groups = plain[group_column][:] if group_column else list(range(len(labels)))
+    # 2) divide the groups
     names = list(dict.fromkeys(groups))
     held = round(test * len(names))
     if not 0 < held < len(names):
@@ -319,6 +333,7 @@ def fit_probe(
     tested = {names[i] for i in order[:held]}
     out = torch.tensor([g in tested for g in groups])
     seen, unseen = [[label for label, o in zip(labels, out, strict=True) if o == side] for side in (False, True)]
+    # 3) fit on one side, test on the other
     probe = LinearProbe.fit(x[~out], seen, l2=l2)
     return ProbeResult(
         probe,

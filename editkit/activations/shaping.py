@@ -1,12 +1,12 @@
-"""Training by way of activations: losses on them, and gradients shaped on their way through.
+"""Losses on activations, and functions that change gradients on their way back.
 
-Each is a short use of `nethook.Trace`; nothing stays hooked, whatever happens. Names that a model lacks are HookErrors.
+Each is a short use of `nethook.Trace`; hooks are removed on every exit. A name that the model lacks is a HookError.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,16 @@ def _wide(h: Tensor) -> Tensor:
 
 
 class ActivationPenalty:
-    """A differentiable penalty on what named modules put out, for one training step.
+    """A differentiable penalty on the outputs of named modules, for one training step.
 
         with ActivationPenalty(model, select(model, "transformer.h.*.mlp"), "l1") as penalty:
             loss = model(**batch).loss + 0.01 * penalty(batch["attention_mask"])
         loss.backward()
 
-    `penalty`: "l1" (mean |h|), "l2" (mean h²), or a function from a site's output to a scalar. The value is the mean
-    over sites and runs. Given a `mask` [batch, tokens], padding is left out, and a function sees
-    [positions, d]. A body is one step: raises EditkitError when the model runs again after the penalty was taken.
+    `penalty`: "l1" (mean |h|), "l2" (mean h²), or a function from a site's output [batch, tokens, d] to a scalar. The
+    value is the mean over sites and runs. With a `mask` [batch, tokens], padding is left out, and the function gets
+    [positions, d]. The body is one step: if the model runs again after the penalty was computed, the next call raises
+    EditkitError.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ActivationPenalty:
         self._trace = Trace(model, sites, calls="all", detach=False)
         self._taken = 0
 
-    def __enter__(self) -> "ActivationPenalty":
+    def __enter__(self) -> Self:
         self._taken = 0
         self._trace.__enter__()
         return self
@@ -56,7 +57,7 @@ class ActivationPenalty:
         self._trace.__exit__(*error)
 
     def __call__(self, mask: Tensor | None = None) -> Tensor:
-        """The penalty, a scalar with its graph."""
+        """The penalty, a scalar with a graph. `mask`: [batch, tokens], 1 for tokens and 0 for padding."""
         runs = self._runs()
         values = [self._penalty(_wide(_kept(h, mask, site))) for site, hs in runs.items() for h in hs]
         for value in values:
@@ -85,7 +86,7 @@ class ReferenceMatch(ActivationPenalty):
         self._reference = reference
 
     def __call__(self, mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The loss, a scalar with its graph. `inputs` are those of the model's call; its padding is left out."""
+        """The loss, a scalar with a graph. `inputs`: those of the model's call, whose padding is left out."""
         runs = self._runs()
         with torch.no_grad(), Trace(self._reference, list(runs), calls="all") as trace:
             self._reference(**inputs)
@@ -132,9 +133,9 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 
 def project_off(basis: Tensor) -> Callable[[Tensor], Tensor]:
-    """g ↦ g minus its projection on the span of the rows of `basis` [k, d] (or [d]), for g [..., d].
+    """A function that subtracts from g [..., d] its projection on the span of the rows of `basis` [k, d] (or [d]).
 
-    Raises EditkitError when the rows depend on each other, and when g has another width.
+    For `Trace(edit_grad=…)`. Raises EditkitError when the rows are linearly dependent, and when g has another width.
     """
     rows = torch.atleast_2d(basis.detach()).double()
     q, r = torch.linalg.qr(rows.T)  # q [d, k]
@@ -150,13 +151,17 @@ def project_off(basis: Tensor) -> Callable[[Tensor], Tensor]:
             raise EditkitError(f"The basis has rows of {len(q)} numbers; the gradient is {list(g.shape)}.")
         gradient = _wide(g)
         span = q.to(gradient)
-        return (gradient - gradient @ span @ span.T).to(g.dtype)
+        rest: Tensor = gradient - gradient @ span @ span.T
+        return rest.to(g.dtype)
 
     return edit
 
 
 def clamp_norm(limit: float) -> Callable[[Tensor], Tensor]:
-    """g ↦ g, shortened to an L2 norm of `limit` at each position where it is longer, for g [..., d]."""
+    """A function that scales g [..., d] down to an L2 norm of `limit` at each position where it is longer.
+
+    For `Trace(edit_grad=…)`. Raises EditkitError for a limit that is not positive and finite.
+    """
     if not 0 < limit < math.inf:
         raise EditkitError(f"clamp_norm({limit}): the limit must be above 0 and finite.")
 
@@ -170,23 +175,24 @@ def clamp_norm(limit: float) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class RankOne:
-    """What a linear module's weight gradient is made of: Σ g kᵀ over positions, each term of rank one."""
+    """The factors of a linear module's weight gradient Σ g kᵀ, a sum over positions of terms of rank one."""
 
     module: str
-    keys: Tensor  # [positions, d_in], what went in
+    keys: Tensor  # [positions, d_in], inputs of the module
     grads: Tensor  # [positions, d_out], dloss/doutput
-    orientation: str  # of the weight, as `models.architecture.orientation` says it
+    orientation: str  # of the weight, see `models.architecture.orientation`
 
     def weight_grad(self) -> Tensor:
-        """Σ g kᵀ in the orientation of the weight: [d_out, d_in] for Linear, [d_in, d_out] for Conv1D."""
+        """Σ g kᵀ, shaped like the weight: [d_out, d_in] for Linear, [d_in, d_out] for Conv1D."""
         return self.keys.T @ self.grads if self.orientation == "in_out" else self.grads.T @ self.keys
 
 
 def rank_one(model: nn.Module, module: str, loss: Callable[[], Tensor]) -> RankOne:
-    """Keys and output gradients at one Linear or Conv1D `module`; `loss` runs the model and gives a scalar.
+    """Keys and output gradients at one Linear or Conv1D `module`.
 
-    No parameter's `.grad` is written. Of a tied weight it is this module's part. Raises ModelError for another kind
-    of module, EditkitError when the loss does not depend on it.
+    `loss` runs the model and returns a scalar. No parameter's `.grad` is written. For a tied weight the result is this
+    module's part of the gradient. Raises ModelError for another kind of module, EditkitError when the loss does not
+    depend on it.
     """
     layout = orientation(get_module(model, module), module)
     with torch.enable_grad(), requires_grad(model, only=[f"{module}.weight"]):

@@ -9,14 +9,36 @@ subjects have the new object already (CounterFact).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from editkit.data.kinds import (
+    ATTRIBUTE,
+    HOP,
+    MULTI_HOP,
+    NEIGHBORHOOD,
+    PARAPHRASE,
+    PORTABILITY,
+    REWRITE,
+    SAME_SUBJECT,
+    STAY,
+    UNSEEN,
+)
 from editkit.errors import FactError
 from editkit.facts import Fact
 
-REWRITE, PARAPHRASE, UNSEEN = "rewrite", "paraphrase", "unseen_paraphrase"
-NEIGHBORHOOD, SAME_SUBJECT, PORTABILITY = "neighborhood", "same_subject", "portability"
-MULTI_HOP, ATTRIBUTE = "multi_hop", "attribute"
-STAY = (NEIGHBORHOOD, SAME_SUBJECT)  # the kinds whose true answer must stay
-HOP = "hop"  # group of the single steps of a multi-hop question (MQuAKE), of kind portability
+__all__ = [
+    "ATTRIBUTE",
+    "HOP",
+    "MULTI_HOP",
+    "NEIGHBORHOOD",
+    "PARAPHRASE",
+    "PORTABILITY",
+    "REWRITE",
+    "SAME_SUBJECT",
+    "STAY",
+    "UNSEEN",
+    "Case",
+    "Probe",
+    "make_case",
+]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Looking at an edit from inside: answers over depth, attention to the subject, and where an edit is felt.
+"""What an edit changes inside a model.
 
-    logit_lens             what the residual stream behind each block would say, read by the final norm and the head
-    attention_to_subject   how much the last token attends to the subject's, by block and head
-    side_effects           how much an edit will change what its weight puts out for other prompts, before it is applied
-    stream_change          how far one edit moves the residual stream, at each block and token
+    logit_lens             the next-token distribution after each block, by the final norm and the head
+    attention_to_subject   the last token's attention to the subject's tokens, by block and head
+    side_effects           how much an edit will change its weights' outputs for other prompts, before it is applied
+    stream_change          how far an edit moves the residual stream, at each block and token
 
-All of it only looks. An edit that is applied to look is taken back, and that verified, before anything is returned.
+None of these changes the model. Where an edit is applied to measure it, it is removed again, and that is verified,
+before the function returns.
 """
 
 from editkit.lenses.attention import Attention, attention_to_subject

@@ -1,4 +1,4 @@
-"""How much the last token attends to the subject."""
+"""The last token's attention to the subject."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,40 +18,40 @@ from editkit.nethook import get_module
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """The last token's attention. `weights`: [blocks, heads, tokens], each row over the tokens sums to 1."""
+    """The last token's attention. `weights` is [blocks, heads, tokens] and sums to 1 over the tokens."""
 
     axes: ClassVar[tuple[str, str, str]] = ("block", "head", "token")
 
     weights: Tensor
     tokens: tuple[str, ...]
-    subject: tuple[int, int]
+    subject: tuple[int, int]  # positions of its first and last token
 
     @property
     def to_subject(self) -> Tensor:
-        """[blocks, heads]: the share that goes to the subject's tokens."""
+        """[blocks, heads]: the share of attention on the subject's tokens."""
         first, last = self.subject
         return self.weights[..., first : last + 1].sum(-1)
 
 
 @torch.no_grad()
 def attention_to_subject(lm: LanguageModel, fact: Fact) -> Attention:
-    """How the last token of the fact's prompt attends, by block and head.
+    """The attention of the last token of the fact's prompt, by block and head.
 
-    Weights exist under transformers' "eager" attention alone: the model is run with it once and set back. Raises
-    EditkitError for a model that does not give its weights.
+    transformers gives weights only with its "eager" attention, so the model runs once with it and is then set back.
+    Raises EditkitError for a model that gives no weights.
     """
     rows = tokenise(lm, [fact.text])
     first = lookup_position(rows, 0, fact.prompt, fact.subject, "subject_first")
     last = lookup_position(rows, 0, fact.prompt, fact.subject)
     names = [lm.architecture.attention.format(i) for i in range(lm.layers)]
-    kept: list[Tensor] = []  # [heads, tokens] of each block, in the order in which they run
+    kept: list[Tensor] = []  # [heads, tokens] of each block, in the order of the forward pass
 
     def keep(module: Any, args: Any, output: Any) -> None:
-        """By hand: the hook layer keeps what goes on to the next module, and the weights do not."""
-        found = [each for each in output if isinstance(each, Tensor) and each.ndim == 4]
-        kept.extend(weights[0, :, -1].float().cpu() for weights in found[-1:])
+        """A hook of our own: nethook keeps the first tensor of an output, and the weights come later in it."""
+        weights = [each for each in output if isinstance(each, Tensor) and each.ndim == 4]
+        kept.extend(each[0, :, -1].float().cpu() for each in weights[-1:])
 
-    # Not by output_attentions=True, which leaves transformers' own hooks on the model for good.
+    # Not with output_attentions=True, which leaves hooks of transformers on the model.
     with _eager(lm), ExitStack() as hooks:
         for name in names:
             hooks.callback(get_module(lm.model, name).register_forward_hook(keep).remove)
@@ -67,9 +67,10 @@ def attention_to_subject(lm: LanguageModel, fact: Fact) -> Attention:
 
 @contextmanager
 def _eager(lm: LanguageModel) -> Iterator[None]:
-    """Eager attention inside, the model's own after.
+    """Eager attention in the body, the model's own afterwards.
 
-    Set where the modules read it at each call: `set_attn_implementation` does nothing for older families (Falcon).
+    It is set where modules read it at each call, since `set_attn_implementation` has no effect on older families
+    (Falcon).
     """
     configs = {id(module.config): module.config for module in lm.model.modules() if hasattr(module, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]

@@ -1,4 +1,4 @@
-"""Looking twice, without an edit and with it; and how far it moves the residual stream."""
+"""Measure without an edit and with it; and how far it moves the residual stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def before_and_after(lm: LanguageModel, edit: Edit, look: Callable[[], T]) -> tuple[T, T]:
-    """What `look()` gives without and with the edit; the model is as it was, verified, when this returns."""
+    """Call `look()` without and with the edit; returns both results. The model is restored, and that is verified."""
     before = look()
     with edit.applied(lm):
         after = look()
@@ -25,17 +25,17 @@ def before_and_after(lm: LanguageModel, edit: Edit, look: Callable[[], T]) -> tu
 
 @dataclass(frozen=True, eq=False)
 class StreamChange:
-    """How far an edit moves the residual stream behind each block, at each token. Both [blocks, tokens]."""
+    """How far an edit moves the residual stream after each block, at each token; float64."""
 
     axes: ClassVar[tuple[str, str]] = ("block", "token")
 
-    norm: Tensor  # ‖h after − h before‖
-    relative: Tensor  # over ‖h before‖
+    norm: Tensor  # [blocks, tokens], ‖h after − h before‖
+    relative: Tensor  # [blocks, tokens], norm / ‖h before‖
     tokens: tuple[str, ...]
 
 
 def stream_change(lm: LanguageModel, edit: Edit, text: str) -> StreamChange:
-    """The change of every block's residual stream by `edit`, for one text."""
+    """How far `edit` moves the residual stream after each block, at each token of `text`."""
     rows = tokenise(lm, [text])
     blocks = [lm.architecture.block.format(i) for i in range(lm.layers)]
 

@@ -1,4 +1,4 @@
-"""The logit lens: what each depth of a model would say."""
+"""The logit lens: the next-token distribution at each depth of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,18 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Lens:
-    """What each depth would say at the prompt's last token. Depth 0: the embedding; depth i: behind block i − 1."""
+    """Next-token probabilities at the prompt's last token, by depth.
+
+    Depth 0 is the embedding, depth i the residual stream after block i − 1.
+    """
 
     axes: ClassVar[tuple[str, str]] = ("depth", "word")
 
     text: str
-    words: tuple[str, ...]  # that are watched
-    probability: Tensor  # [depths, words], of the first token of each
-    rank: Tensor  # [depths, words], 0 for the likeliest token
-    said: tuple[str, ...]  # of each depth, the likeliest token
+    words: tuple[str, ...]
+    probability: Tensor  # [depths, words], of each word's first token
+    rank: Tensor  # [depths, words], of that token; 0 for the likeliest
+    said: tuple[str, ...]  # [depths], the likeliest token
 
     def to_frame(self) -> "DataFrame":
-        """A row a depth and word: depth, word, probability, rank, said."""
+        """A row for each depth and word: depth, word, probability, rank, said."""
         from pandas import DataFrame
 
         rows = [
@@ -43,11 +46,14 @@ class Lens:
 
 @torch.no_grad()
 def logit_lens(lm: LanguageModel, text: str, words: Sequence[str]) -> Lens:
-    """The logit lens (nostalgebraist 2020) of one prompt: P(word) behind each block.
+    """The logit lens (nostalgebraist 2020) of one prompt: P(word) after each block.
 
-    The stream of the last token is put through the final norm and the head; the last depth is the model's own answer.
-    `words`: as continuations; of a word of several tokens the first counts. Raises EditkitError for no word, FactError
-    for one that has no token of its own.
+    The last token's residual stream goes through the final norm and the head; the last depth is the model's own answer.
+
+    - `text`: the prompt.
+    - `words`: continuations; of a word of several tokens the first token counts.
+
+    Raises EditkitError for no word or an empty one, FactError for a word that has no token of its own.
     """
     if not all(word.strip() for word in words) or not words:
         raise EditkitError(f"The logit lens was given the words {list(words)}: name one or more, none of them empty.")

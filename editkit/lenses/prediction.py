@@ -1,7 +1,7 @@
-"""What an edit will do to other prompts, told from their keys and gradients before it is applied.
+"""Predict what an edit will do to other prompts from their keys and gradients, before it is applied.
 
-With k′ what the edited weight reads at a token of another prompt, ΔW k′ is how much its output there will change, and
-−Σ g · ΔW k′ how much log p of an answer will lose to first order, g being its gradient at that output.
+Let k′ be the input of the edited weight at a token of another prompt. The edit changes the output there by ΔW k′. Let g
+be the gradient of an answer's log p at that output. To first order, log p decreases by −Σ g · ΔW k′.
 """
 
 from collections.abc import Sequence
@@ -20,60 +20,63 @@ from editkit.models.lookup import lookup_position
 from editkit.models.tokens import Scored, encode_with_targets, spaced, tokenise, unflatten
 from editkit.nethook import Trace, requires_grad
 
-BATCH = 16  # prompts side by side
+BATCH = 16  # prompts in one forward pass
 
 
 @dataclass(frozen=True, eq=False)
 class SideEffects:
-    """What an edit will do to other prompts, predicted from their keys. Everything is [prompts], float64."""
+    """The predicted effect of an edit on other prompts. All tensors are [prompts], float64."""
 
     prompts: tuple[str, ...]
-    change: Tensor  # ‖ΔW k′‖ at the token where it is largest, over the edited weights together
-    relative: Tensor  # the same token's ‖ΔW k′‖ / ‖m‖, of what the weights put out unedited
-    cosine: Tensor  # cos(k′, u), the largest in size over tokens, with its sign; u: the directions that ΔW reads
-    cosine_key: Tensor  # cos(k′, k) with the edited fact's own key likewise; NaN where the edit does not say its fact
-    drop: Tensor | None = None  # −Σ g · ΔW k′ over tokens: what log p(target) will lose, to first order
+    change: Tensor  # ‖ΔW k′‖ at the token where it is largest, all edited weights together
+    relative: Tensor  # at the same token ‖ΔW k′‖ / ‖m‖, where m is the output of the unedited weights
+    cosine: Tensor  # cos(k′, u) of largest size over tokens, with its sign; u: the input directions of ΔW
+    cosine_key: Tensor  # likewise cos(k′, k) with the key of the edited fact; NaN if the edit does not name one fact
+    drop: Tensor | None = None  # −Σ g · ΔW k′ over tokens: the decrease of log p(target), to first order
 
 
 def side_effects(
     lm: LanguageModel, edit: Edit, prompts: Sequence[str], targets: Sequence[str] | None = None
 ) -> SideEffects:
-    """How much `edit` will change what its weights put out for `prompts`, from the keys k′ of the model as it is.
+    """Predict how much `edit` will change the outputs of its weights for `prompts`, from the unedited model's keys.
 
-    Exact for the first edited block; for later ones the keys themselves will have moved a little. With `targets`, a
-    continuation of each prompt, `drop` is what the target's mean log-probability a token loses, by the gradient g of
-    it at the outputs of the edited weights. Raises EditkitError for an edit of another base.
+    This is exact for the first edited block; in later blocks the edit changes the keys as well.
+
+    - `prompts`: texts. `targets`: a continuation of each; with them, `drop` is the decrease of the target's mean
+      log-probability per token.
+
+    Raises EditkitError for an edit of another base, or another number of targets than prompts.
     """
     edit.check_base(lm, whole=False)
     if targets is not None and len(targets) != len(prompts):
         raise EditkitError(f"{len(prompts)} prompts were given with {len(targets)} targets: give one for each.")
     own = _own_keys(lm, edit)
     written = [_Written(delta, _directions(delta), own.get(delta.module)) for delta in edit.deltas]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padding
-    found: dict[int, tuple[float, ...]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths, little padding
+    predicted: dict[int, tuple[float, ...]] = {}
     for begin in range(0, len(order), BATCH):
         part = order[begin : begin + BATCH]
         asked = [spaced(targets[i]) if targets is not None else "" for i in part]
         scored = encode_with_targets(lm, [prompts[i] for i in part], asked)
         passed = _passed(lm, [each.delta.module for each in written], scored, graded=targets is not None)
-        found |= {i: _predicted(written, passed, scored, row) for row, i in enumerate(part)}
-    values = torch.tensor([found[i] for i in range(len(prompts))], dtype=torch.float64).view(-1, 5)
+        predicted |= {i: _predicted(written, passed, scored, row) for row, i in enumerate(part)}
+    values = torch.tensor([predicted[i] for i in range(len(prompts))], dtype=torch.float64).view(-1, 5)
     change, relative, cosine, cosine_key, drop = values.T
     return SideEffects(tuple(prompts), change, relative, cosine, cosine_key, None if targets is None else drop)
 
 
 class _Written(NamedTuple):
-    """What an edit writes into one weight."""
+    """What an edit adds to one weight."""
 
     delta: Delta
-    directions: Tensor  # [r, d_ff], orthonormal: what ΔW reads
+    directions: Tensor  # [r, d_ff], an orthonormal basis of the inputs that ΔW does not map to 0
     own: Tensor | None  # [d_ff], the key of the edit's own fact
 
 
 def _passed(lm: LanguageModel, sites: Sequence[str], scored: Scored, *, graded: bool) -> Trace:
-    """What passes through the edited weights; `graded`, with the gradient of each row's mean −log p a token."""
+    """Capture inputs and outputs at `sites`; `graded`: also the gradient of each row's mean −log p per token."""
     with torch.set_grad_enabled(graded), requires_grad(lm.model, only=[]):
-        # Falcon adds to what its MLP puts out in place, hence the copies.
+        # Copies, since Falcon adds to its MLP's output in place.
         with Trace(lm.model, sites, inputs=True, grads=graded, leaf=graded, clone=True) as trace:
             logits = lm.model(**scored.rows.inputs(), use_cache=False).logits
         if graded:
@@ -82,7 +85,10 @@ def _passed(lm: LanguageModel, sites: Sequence[str], scored: Scored, *, graded: 
 
 
 def _predicted(written: Sequence[_Written], passed: Trace, scored: Scored, row: int) -> tuple[float, ...]:
-    """The fields of SideEffects of one row; `drop` is 0 where no gradient was taken."""
+    """The fields of SideEffects for one row, in order; `drop` is 0 without gradients.
+
+    `written`: by edited weight. `passed`: from `_passed`. `scored`: the batch, of which `row` is wanted.
+    """
     rows, asked = len(scored.positions), scored.positions[row]
     tokens = asked[0] if asked else scored.rows.last(row) + 1  # of the prompt
     moved_by, put_out = torch.zeros(2, tokens, dtype=torch.float64)
@@ -115,21 +121,22 @@ def _moved(delta: Delta, keys: Tensor) -> Tensor:
 
 
 def _directions(delta: Delta) -> Tensor:
-    """[r, d_ff]: an orthonormal basis of what ΔW reads; of a rank-one edit u itself, whose sign is the method's."""
+    """[r, d_ff]: an orthonormal basis of the row space of ΔW; for rank one the method's own u, with its sign."""
     if delta.right is not None and delta.rank == 1:
         return torch.nn.functional.normalize(delta.right.double(), dim=-1)
     _, s, vt = delta.svd()
-    return vt[s > 1e-6 * s.max()]
+    basis: Tensor = vt[s > 1e-6 * s.max()]
+    return basis
 
 
 def _into(keys: Tensor, basis: Tensor, *, signed: bool) -> Tensor:
-    """[tokens]: the cosine of keys with the space of `basis`; `signed`: with its one direction, sign and all."""
-    parts = keys @ basis.T / keys.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    """[tokens]: the cosine of `keys` [tokens, d_ff] with the span of `basis` [r, d_ff]; `signed`: with its one row."""
+    parts: Tensor = keys @ basis.T / keys.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return parts[:, 0] if signed else parts.norm(dim=-1)
 
 
 def _largest(values: Sequence[Tensor]) -> float:
-    """The value largest in size, with its sign; NaN of none."""
+    """The value of largest size, with its sign; NaN if there is none."""
     if not values:
         return float("nan")
     joined = torch.cat(list(values))
@@ -138,7 +145,7 @@ def _largest(values: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def _own_keys(lm: LanguageModel, edit: Edit) -> dict[str, Tensor]:
-    """The key [d_ff] of the edit's fact at each of its weights, where its provenance names one fact."""
+    """{module: key [d_ff] of the edited fact}; empty unless the edit's provenance names exactly one fact."""
     facts = edit.provenance.get("facts", [])
     if len(facts) != 1:
         return {}

@@ -25,10 +25,16 @@ from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.shared.value import at_lookup
 from editkit.metrics.generation import exact
+from editkit.metrics.metric import AFTER, COUNT, Metric, Protocol, Score, register
 from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
 
 BATCH = 128  # prompts side by side
+CHANGED = register(
+    Metric(Protocol("audit", "Every fact of the atlas asked again"), "changed",
+           "number of other facts of the atlas that have another answer after the edit", better=-1, unit=COUNT,
+           range=(0.0, None), averaged="mean over edits", both=False)
+)  # fmt: skip
 KNOWN = 0.5  # share of the atlas that a model must answer to be audited with it
 
 
@@ -57,6 +63,11 @@ class Audit:
     def changed(self) -> list[Asked]:
         """The facts with another answer than before, without those that were edited."""
         return [fact for fact in self.facts if fact.changed and not fact.edited]
+
+    @property
+    def score(self) -> Score:
+        """How many other facts have another answer."""
+        return Score(CHANGED, AFTER, float(len(self.changed)))
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a fact, for a table."""

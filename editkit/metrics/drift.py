@@ -7,81 +7,33 @@ Intervals are 95 % percentile intervals of a bootstrap over blocks of text, all 
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 
 import numpy
-import torch
-from torch import Tensor
 
-from editkit.corpora import atlas_prose, running_text
-from editkit.errors import ConfigError
-from editkit.metrics.summary import Average, average
-from editkit.models.load import LanguageModel
-from editkit.moments import packed_blocks
+from editkit.metrics.metric import AFTER, NATS, OTHER, Average, Metric, Protocol, Score, register
+from editkit.metrics.summary import average
 
-PROSE = "prose"  # the bundled essays on everyday things: they state no fact of the atlas
-BYTES = 1 << 30  # of unedited log-probabilities that are kept; longer texts are cut
+DRIFT = Protocol("drift", "Drift on running text that has nothing to do with the edits")
+OVER_TEXT = "mean over blocks of running text"
 
-
-@dataclass(frozen=True)
-class Drift:
-    """The unedited model on a text; `measure` compares what the model has become."""
-
-    blocks: Tensor  # [blocks, length] token ids
-    unedited: Tensor  # [blocks, length - 1, vocabulary] log-probabilities in float32, on the CPU
-    perplexity: float
-
-    @classmethod
-    def take(cls, lm: LanguageModel, *, source: str = PROSE, tokens: int = 4096, length: int = 128) -> "Drift":
-        """Run `lm`, unedited, over `tokens` tokens of running text in blocks of `length`.
-
-        `source`: prose (bundled), or as `corpora.running_text`. Raises ConfigError for a text shorter than a block.
-        """
-        vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-        count = max(1, min(tokens, BYTES // (4 * vocabulary)) // length)
-        texts = iter(atlas_prose()) if source == PROSE else running_text(source)
-        found = list(islice(packed_blocks(lm, texts, length), count))
-        if not found:
-            raise ConfigError(f"The running text '{source}' has fewer than {length} tokens. Give a longer one.")
-        blocks = torch.stack(found)
-        unedited = torch.stack(list(_log_probabilities(lm, blocks)))
-        return cls(blocks, unedited, _perplexity(unedited, blocks))
-
-    def measure(self, lm: LanguageModel) -> dict[str, float]:
-        """`kl` and `perplexity` of the model as it is now; both may be infinite or NaN where it is broken."""
-        return {name: found.mean for name, found in self.averages(lm).items()}
-
-    def averages(self, lm: LanguageModel, seed: int = 0) -> dict[str, Average]:
-        """`measure` with n and intervals."""
-        divergence, surprise = [], []
-        for before, now, ids in zip(self.unedited, _log_probabilities(lm, self.blocks), self.blocks, strict=True):
-            p, q = before.double(), now.double()
-            divergence.append((p.exp() * (p - q)).sum(-1).mean().item())
-            surprise.append(-_said(q, ids).mean().item())
-        kl, nll = (average(numpy.array(values), seed) for values in (divergence, surprise))
-        perplexity = Average(_exp(nll.mean), nll.n, _exp(nll.low), _exp(nll.high))
-        return {"kl": kl, "perplexity": perplexity}
+KL = register(
+    Metric(DRIFT, "KL", "KL(unedited ‖ edited) of the next-token distributions, in nats per token", better=-1,
+           unit=NATS, range=(0.0, None), averaged=OVER_TEXT, both=False)
+)  # fmt: skip
+PERPLEXITY = register(
+    Metric(DRIFT, "perplexity", "perplexity on running text", better=-1, unit=OTHER, range=(1.0, None),
+           averaged=f"exp of the {OVER_TEXT}", both=False)
+)  # fmt: skip
 
 
-@torch.inference_mode()
-def _log_probabilities(lm: LanguageModel, blocks: Tensor) -> Iterator[Tensor]:
-    """[length - 1, vocabulary] of each block, in float32 on the CPU."""
-    for ids in blocks:
-        logits = lm.model(input_ids=ids[None].to(lm.device), use_cache=False).logits[0, :-1]
-        yield logits.float().log_softmax(-1).cpu()
+def drift_scores(divergence: Sequence[float], surprise: Sequence[float], seed: int = 0) -> tuple[Score, Score]:
+    """KL and perplexity from each block's mean KL and mean negative log-likelihood, both in nats per token."""
+    kl, nll = (average(numpy.array(values), seed) for values in (divergence, surprise))
+    low, high = (None if bound is None else exp(bound) for bound in (nll.low, nll.high))
+    return Score(KL, AFTER, kl), Score(PERPLEXITY, AFTER, Average(exp(nll.mean), nll.n, low, high))
 
 
-def _said(log_p: Tensor, ids: Tensor) -> Tensor:
-    """[length - 1]: the log-probability of each token that comes."""
-    return log_p.gather(1, ids[1:, None].cpu())[:, 0]
-
-
-def _perplexity(log_p: Tensor, blocks: Tensor) -> float:
-    said = torch.stack([_said(each.double(), ids) for each, ids in zip(log_p, blocks, strict=True)])
-    return _exp(-said.mean().item())
-
-
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
+    """e to the power of `value`; infinite where that overflows."""
     return math.exp(value) if value < 700 else math.inf

@@ -7,32 +7,42 @@ locality      share of argmax tokens, at the places of the true answer's tokens,
               right or wrong does not matter. 1 before the edit. Asked of every prompt whose answer must stay, about
               neighbors and about the subject itself: KnowEdit's locality (arXiv 2401.01286) is mostly the latter
 
-KnowEdit divides portability and locality, and so do its paper's tables: each part has a figure of its own too, as in
-easyedit.portability_Subject_Aliasing.
+KnowEdit divides portability and locality, and so do its paper's tables: each part has a figure of its own too
+(`Metric.part`, such as Subject_Aliasing).
 """
 
 from collections.abc import Sequence
 
-from editkit.data.cases import PARAPHRASE, PORTABILITY, REWRITE, STAY
-from editkit.metrics.row_stats import Row, mean, of_kind
+from editkit.data.kinds import PARAPHRASE, PORTABILITY, REWRITE, STAY
+from editkit.metrics.metric import AFTER, Metric, Protocol, register
+from editkit.metrics.row_stats import Row, mean
+from editkit.metrics.zsre import accuracy
+
+EASYEDIT = Protocol("easyedit", "EasyEdit: tokens that are the argmax (teacher-forced), and tokens that stay")
 
 
-def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
-    """One case's values; `when` is before or after."""
+def unchanged(rows: Sequence[Row], when: str) -> float | None:
+    """locality: 1 before the edit."""
+    return mean([row for row in rows if row["kind"] in STAY], lambda row: row["kept"] if when == AFTER else 1.0)
 
-    def match(row: Row) -> float | None:
-        return row[f"right_new_{when}"]
 
-    def same(row: Row) -> float | None:
-        return row["kept"] if when == "after" else 1.0
-
-    found = {
-        "reliability": mean(of_kind(rows, REWRITE), match),
-        "generality": mean(of_kind(rows, PARAPHRASE), match),
-    }
-    stay = [row for row in rows if row["kind"] in STAY]
-    for name, asked, value in (("portability", of_kind(rows, PORTABILITY), match), ("locality", stay, same)):
-        found[name] = mean(asked, value)
-        for group in dict.fromkeys(row["group"] for row in asked if row["group"]):
-            found[f"{name}_{group}"] = mean([row for row in asked if row["group"] == group], value)
-    return found
+RELIABILITY = register(
+    Metric(EASYEDIT, "reliability", "share of the new answer's tokens that are the argmax, after rewrite prompts"),
+    accuracy(REWRITE, "new"),
+)
+GENERALITY = register(
+    Metric(EASYEDIT, "generality", "share of the new answer's tokens that are the argmax, after paraphrases"),
+    accuracy(PARAPHRASE, "new"),
+)
+PORTABLE = register(
+    Metric(EASYEDIT, "portability", "share of the tokens of the answer that follows that are the argmax"),
+    accuracy(PORTABILITY, "new"),
+    parts_of=[PORTABILITY],
+)
+LOCALITY = register(
+    Metric(
+        EASYEDIT, "locality", "share of argmax tokens of prompts whose answer must stay that are as before the edit"
+    ),
+    unchanged,
+    parts_of=STAY,
+)

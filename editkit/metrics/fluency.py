@@ -21,19 +21,13 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
+from editkit.data.kinds import GENERATION, REFERENCE
+from editkit.metrics.counterfact import COUNTERFACT
+from editkit.metrics.metric import BITS, COSINE, Metric, register
 from editkit.metrics.row_stats import Row, mean, of_kind
 
-GENERATION, REFERENCE = "generation", "reference"  # kinds of rows
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 WORD = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-./@]\w+|[,:](?=\d)\w+)*|\.\.\.|--|[^\w\s]")
-
-
-def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
-    """One case's GE, and RS where the case has references; `when` is before or after."""
-    texts = [row[f"text_{when}"] for row in of_kind(rows, GENERATION)]
-    references = [row["prompt"] for row in of_kind(rows, REFERENCE)]
-    entropy = mean(of_kind(rows, GENERATION), lambda row: ngram_entropy(row[f"text_{when}"]))
-    return {"GE": entropy, "RS": consistency(texts, references) if texts and references else None}
 
 
 def words(text: str) -> list[str]:
@@ -73,3 +67,24 @@ def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
 def _entropy(items: Sequence[object]) -> float:
     counts = Counter(items)
     return -sum(n / len(items) * math.log2(n / len(items)) for n in counts.values()) if items else 0.0
+
+
+def _entropy_of(rows: Sequence[Row], when: str) -> float | None:
+    return mean(of_kind(rows, GENERATION), lambda row: ngram_entropy(row[f"text_{when}"]))
+
+
+def _consistency_of(rows: Sequence[Row], when: str) -> float | None:
+    texts = [row[f"text_{when}"] for row in of_kind(rows, GENERATION)]
+    references = [row["prompt"] for row in of_kind(rows, REFERENCE)]
+    return consistency(texts, references) if texts and references else None
+
+
+GE = register(
+    Metric(COUNTERFACT, "GE", "entropy of n-grams in sampled text, in bits; low where the text repeats itself",
+           unit=BITS, range=(0.0, None)),
+    _entropy_of,
+)  # fmt: skip
+RS = register(
+    Metric(COUNTERFACT, "RS", "cosine of the TF-IDF vectors of sampled text and of reference texts", unit=COSINE),
+    _consistency_of,
+)

@@ -1,4 +1,4 @@
-"""What the model says by itself: the most likely next tokens, and exact match of free greedy continuations.
+"""Free generation: exact match of what the model says by itself.
 
 Beside every teacher-forced score stands the share of prompts whose free greedy continuation begins with the answer, or
 one of its aliases (arXiv 2502.11177: teacher forcing flatters). Both texts are compared in Unicode's form NFKC, without
@@ -16,10 +16,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-import torch
-
-from editkit.data.cases import (
+from editkit.data.kinds import (
     ATTRIBUTE,
+    DISTRACTED,
     MULTI_HOP,
     NEIGHBORHOOD,
     PARAPHRASE,
@@ -28,30 +27,11 @@ from editkit.data.cases import (
     SAME_SUBJECT,
     UNSEEN,
 )
+from editkit.metrics.metric import Formula, Metric, Protocol, register
 from editkit.metrics.row_stats import Row, mean, of_kind
-from editkit.models.generate import generate
-from editkit.models.load import LanguageModel
-from editkit.models.precision import widened
-from editkit.models.tokens import tokenise
 
-DISTRACTED = "distracted"  # the kind of neighborhood rows with the new fact in front
-KINDS = (REWRITE, PARAPHRASE, UNSEEN, NEIGHBORHOOD, DISTRACTED, SAME_SUBJECT, PORTABILITY, MULTI_HOP, ATTRIBUTE)
+FREE = Protocol("generation", "Free generation: the greedy continuation begins with the wanted answer")
 UNPARTED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")  # write words without blanks
-
-
-def top_next(lm: LanguageModel, prompt: str, k: int = 5) -> list[tuple[str, float]]:
-    """The k most likely next tokens after `prompt`, as (text, probability)."""
-    rows = tokenise(lm, [prompt])
-    with torch.inference_mode(), widened(lm):
-        logits = lm.model(**rows.inputs(), use_cache=False).logits[0, rows.last(0)].float()
-    values, tokens = logits.softmax(-1).topk(k)
-    return [(lm.tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
-
-
-def continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
-    """The greedy continuation of `prompt`, without it."""
-    (text,) = generate(lm, [prompt], tokens)
-    return text
 
 
 def exact(said: str, answers: Sequence[str]) -> bool:
@@ -66,17 +46,6 @@ def exact(said: str, answers: Sequence[str]) -> bool:
     return any(text.startswith(answer) and _ends_a_word(text, len(answer)) for answer in map(_plain, answers))
 
 
-def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
-    """One case's share of exact matches for each kind of probe; `when` is before or after."""
-    found = {}
-    for kind in KINDS:
-        asked = of_kind(rows, kind)
-        if kind == PORTABILITY:
-            asked = [row for row in asked if row["greedy_true_before"] in (None, True)]
-        found[kind] = mean(asked, lambda row: row[f"exact_{when}"])
-    return found
-
-
 def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
@@ -85,3 +54,32 @@ def _ends_a_word(text: str, end: int) -> bool:
     """Whether no word goes on at `end` of a plain text."""
     around = text[end - 1 : end + 1]
     return re.fullmatch(r"\w\w", around) is None or unicodedata.name(around[0], "").startswith(UNPARTED)
+
+
+def _answered(kind: str) -> Formula:
+    """The share of exact matches among a case's rows of one kind."""
+
+    def formula(rows: Sequence[Row], when: str) -> float | None:
+        asked = of_kind(rows, kind)
+        if kind == PORTABILITY:
+            asked = [row for row in asked if row["greedy_true_before"] in (None, True)]
+        return mean(asked, lambda row: row[f"exact_{when}"])
+
+    return formula
+
+
+# By the kind of prompt: which answer the continuation has to begin with.
+ANSWERED = {
+    kind: register(Metric(FREE, kind, f"share of {prompts} continued with the {wanted}"), _answered(kind))
+    for kind, prompts, wanted in (
+        (REWRITE, "rewrite prompts", "new object"),
+        (PARAPHRASE, "paraphrases", "new object"),
+        (UNSEEN, "paraphrases in phrasings never seen", "new object"),
+        (NEIGHBORHOOD, "neighborhood prompts", "old object"),
+        (DISTRACTED, "neighborhood prompts with the new fact in front", "old object"),
+        (SAME_SUBJECT, "prompts about the subject's other relations", "old answer"),
+        (PORTABILITY, "prompts one hop on", "answer that follows"),
+        (MULTI_HOP, "multi-hop questions", "new answer"),
+        (ATTRIBUTE, "prompts whose subjects have the new object already", "new object"),
+    )
+}

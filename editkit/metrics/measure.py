@@ -1,7 +1,7 @@
 """One case before and after its edit: what is asked of the model, the rows kept of it, and every protocol's values.
 
-`look` asks, `rows_of` keeps: plain data, one dict a prompt, the columns of cases.parquet. `values_of_rows` computes
-every metric from the rows alone, so any figure can be computed again, and disputed, from a run's folder.
+`look` asks, `rows_of` keeps: plain data, one dict a prompt, the columns of cases.parquet. `scores_of_rows` computes
+every registered metric from the rows alone, so any figure can be computed again, and disputed, from a run's folder.
 
     kind                  columns
     a probe's             target_true, target_new, aliases; for _before and _after: nll, probability, greedy, right
@@ -15,18 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from editkit.data.cases import NEIGHBORHOOD, STAY, Case
-from editkit.metrics import counterfact, easyedit, fluency, generation, mquake, zsre
-from editkit.metrics.counterfact import ProbeScore, TargetScore, score_probes
-from editkit.metrics.fluency import GENERATION, REFERENCE
-from editkit.metrics.generation import DISTRACTED
+from editkit.data.cases import Case
+from editkit.data.kinds import DISTRACTED, GENERATION, NEIGHBORHOOD, REFERENCE, STAY
+from editkit.metrics import generation
+from editkit.metrics.metric import AFTER, WHEN, Score, registered
+from editkit.metrics.scoring import ProbeScore, TargetScore, score_probes
 from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
 from editkit.settings import MeasureSettings
 
 TOP_K = 5  # of sampled texts, as in ROME's code
-PROTOCOLS = (counterfact, zsre, easyedit, generation, mquake, fluency)
 Row = dict[str, Any]
 
 
@@ -79,17 +78,33 @@ def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
     return rows + [{"kind": REFERENCE, "prompt": text} for text in case.references if after.texts]
 
 
-def values_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """One case's value of every metric that applies, before and after, as PROTOCOL.NAME_before and _after."""
-    found: dict[str, float | None] = {}
-    for protocol in PROTOCOLS:
-        name = protocol.__name__.rsplit(".", 1)[-1]
-        name = "counterfact" if protocol is fluency else name
-        before, after = protocol.values(rows, "before"), protocol.values(rows, "after")
-        for metric in before:
-            for when, values in (("before", before), ("after", after)):
-                found[f"{name}.{metric}_{when}"] = values[metric]
+def scores_of_rows(rows: Sequence[Mapping[str, Any]]) -> list[Score]:
+    """One case's score of every registered metric, before and after the edit; None where a metric does not apply.
+
+    A metric whose rows the data divides into groups has a score for each of them too (`Metric.part`).
+    """
+    found = []
+    for entry in registered():
+        if entry.formula is None:
+            continue
+        asked = [row for row in rows if row["kind"] in entry.parts_of and row["group"]]
+        of_parts = {
+            group: [row for row in asked if row["group"] == group] for group in dict.fromkeys(r["group"] for r in asked)
+        }
+        for part, own in {"": rows, **of_parts}.items():
+            metric = replace(entry.metric, part=part)
+            found += [Score(metric, when, entry.formula(own, when)) for when in (WHEN if metric.both else (AFTER,))]
     return found
+
+
+def values_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """`scores_of_rows` as {column of edits.parquet: value}, such as counterfact.ES_after: for a data frame."""
+    return by_column(scores_of_rows(rows))
+
+
+def by_column(scores: Sequence[Score]) -> dict[str, float | None]:
+    """Scores as a row of a table; the mean of those that are averages."""
+    return {s.metric.column(s.when): s.average.mean if s.average else s.value for s in scores}  # type: ignore[misc]
 
 
 def _answers(row: Row) -> list[str]:

@@ -10,16 +10,34 @@ An answer is right as `generation.exact` says. The paper prompts with examples i
 
 from collections.abc import Sequence
 
-from editkit.data.cases import HOP, MULTI_HOP, PORTABILITY
+from editkit.data.kinds import HOP, MULTI_HOP, PORTABILITY
+from editkit.metrics.metric import Metric, Protocol, register
 from editkit.metrics.row_stats import Row, of_kind
 
+MQUAKE = Protocol("mquake", "MQuAKE: multi-hop questions, in free generation")
 
-def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
-    """One case's values; `when` is before or after."""
-    answered = [row[f"exact_{when}"] for row in of_kind(rows, MULTI_HOP) if row[f"exact_{when}"] is not None]
-    hops = [row[f"exact_{when}"] for row in of_kind(rows, PORTABILITY, HOP) if row[f"exact_{when}"] is not None]
-    return {
-        "multi_hop": float(any(answered)) if answered else None,
-        "hops": sum(hops) / len(hops) if hops else None,
-        "instance": float(all(hops)) if hops else None,
-    }
+
+def _answered(rows: Sequence[Row], when: str, kind: str, group: str | None = None) -> list[bool]:
+    """For each row that was asked: whether its question is answered."""
+    found = [row[f"exact_{when}"] for row in of_kind(rows, kind, group)]
+    return [bool(answered) for answered in found if answered is not None]
+
+
+def multi_hop(rows: Sequence[Row], when: str) -> float | None:
+    answered = _answered(rows, when, MULTI_HOP)
+    return float(any(answered)) if answered else None
+
+
+def hops(rows: Sequence[Row], when: str) -> float | None:
+    answered = _answered(rows, when, PORTABILITY, HOP)
+    return sum(answered) / len(answered) if answered else None
+
+
+def instance(rows: Sequence[Row], when: str) -> float | None:
+    answered = _answered(rows, when, PORTABILITY, HOP)
+    return float(all(answered)) if answered else None
+
+
+register(Metric(MQUAKE, "multi_hop", "share of cases with a multi-hop question answered"), multi_hop)
+register(Metric(MQUAKE, "hops", "share of the single hops answered"), hops)
+register(Metric(MQUAKE, "instance", "share of cases with every single hop answered"), instance)

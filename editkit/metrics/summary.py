@@ -5,70 +5,72 @@ A metric has one value a case, the mean over the case's probes; its average is t
 left out of its n, and a metric without any is left out. Intervals are 95 % percentile intervals of 2,000 resamples of
 the cases (Efron 1979). The same values in the same order give the same bytes.
 
-    S = 3 / (1/ES + 1/PS + 1/NS)        of the averages (ROME, table 1), 0 where one of them is 0
+A metric that `combines` others (CounterFact's S) is the harmonic mean of their averages, 0 where one of them is 0.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy
 
+from editkit.metrics.metric import AFTER, BEFORE, Average, Metric, Score, get, registered
+
 RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)
-PARTS = ("ES", "PS", "NS")
-
-Values = Mapping[str, float | None]  # of one case, by the metric's name
 
 
-@dataclass(frozen=True)
-class Average:
-    """A mean over `n` cases, with the bounds of its interval."""
+def summary(cases: Sequence[Sequence[Score]], seed: int = 0, *, asked: str = "") -> list[Score]:
+    """The average of every metric before and after, in the order in which metrics first appear; then those combined.
 
-    mean: float
-    n: int
-    low: float
-    high: float
+    - `cases`: the scores of each case.
+    - `asked`: which cases of a lifelong run these are (retention, recent, untouched); "" in a benchmark.
+    """
+    columns: dict[tuple[Metric, str], dict[int, float]] = {}
+    for number, scores in enumerate(cases):
+        for score in scores:
+            if isinstance(score.value, int | float):
+                columns.setdefault((score.metric, score.when), {})[number] = float(score.value)
+    # In the order of the first case that names a metric, whether or not it applies there.
+    named = dict.fromkeys((score.metric, score.when) for scores in cases for score in scores)
+    drawn = resampled(len(cases), seed) if cases else numpy.empty((0, 0), dtype=int)
+    found: dict[tuple[Metric, str], Average] = {}
+    means: dict[tuple[Metric, str], numpy.ndarray] = {}
+    for key in (key for key in named if key in columns):
+        column = numpy.full(len(cases), numpy.nan)
+        column[list(columns[key])] = list(columns[key].values())
+        means[key] = _means(column, drawn)
+        there = column[~numpy.isnan(column)]
+        found[key] = Average(float(there.mean()), len(there), *_bounds(means[key]))
+    for combined in (entry.metric for entry in registered() if entry.metric.combines):
+        parts = [metric for name in combined.combines if (metric := get(name))]
+        for when in (BEFORE, AFTER):
+            keys = [(part, when) for part in parts]
+            if all(key in found for key in keys):
+                mean = _harmonic(numpy.array([found[key].mean for key in keys]))
+                resamples = _harmonic(numpy.stack([means[key] for key in keys]))
+                n = min(found[key].n or 0 for key in keys)
+                found[combined, when] = Average(float(mean), n, *_bounds(resamples))
+    return [Score(metric, when, value, asked) for (metric, when), value in found.items()]
 
 
-def summary(values: Sequence[Values], seed: int = 0) -> dict[str, Average]:
-    """The average of every metric, and S before and after, in the order in which metrics first appear."""
-    every = dict.fromkeys(name for case in values for name in case)
-    names = [name for name in every if any(case.get(name) is not None for case in values)]
-    if not values:
-        return {}
-    drawn = numpy.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    found, means = {}, {}
-    for name in names:
-        column = numpy.array([_number(case.get(name)) for case in values])
-        means[name] = _means(column, drawn)
-        found[name] = _average(column, means[name])
-    for when in ("before", "after"):
-        parts = [f"counterfact.{part}_{when}" for part in PARTS]
-        if all(part in found for part in parts):
-            mean = _harmonic(numpy.array([found[part].mean for part in parts], dtype=float))
-            low, high = numpy.nanquantile(_harmonic(numpy.stack([means[part] for part in parts])), BOUNDS)
-            n = min(found[part].n for part in parts)
-            found[f"counterfact.S_{when}"] = Average(float(mean), n, float(low), float(high))
-    return found
+def resampled(n: int, seed: int = 0) -> numpy.ndarray:
+    """[RESAMPLES, n] indices below n: the package's one bootstrap draws these."""
+    drawn: numpy.ndarray = numpy.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+    return drawn
 
 
 def average(values: numpy.ndarray, seed: int = 0) -> Average:
     """The mean of `values` [n], all of them there, with its interval. NaN or infinite where one of them is."""
-    drawn = numpy.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     with numpy.errstate(invalid="ignore"):
-        low, high = numpy.quantile(values[drawn].mean(1), BOUNDS)
+        low, high = numpy.quantile(values[resampled(len(values), seed)].mean(1), BOUNDS)
     return Average(float(values.mean()), len(values), float(low), float(high))
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _means(column: numpy.ndarray, drawn: numpy.ndarray) -> numpy.ndarray:
     """[resamples]: the mean of each resample over the cases that have a value."""
     has = ~numpy.isnan(column)
     sums, counts = numpy.where(has, column, 0.0)[drawn].sum(1), has[drawn].sum(1)
-    return numpy.divide(sums, counts, out=numpy.full(len(drawn), numpy.nan), where=counts > 0)
+    means: numpy.ndarray = numpy.divide(sums, counts, out=numpy.full(len(drawn), numpy.nan), where=counts > 0)
+    return means
 
 
 def _harmonic(parts: numpy.ndarray) -> numpy.ndarray:
@@ -77,7 +79,7 @@ def _harmonic(parts: numpy.ndarray) -> numpy.ndarray:
     return numpy.where((parts > 0).all(0), len(parts) / (1 / safe).sum(0), 0.0)
 
 
-def _average(column: numpy.ndarray, resampled: numpy.ndarray) -> Average:
-    there = column[~numpy.isnan(column)]
-    low, high = numpy.nanquantile(resampled, BOUNDS)
-    return Average(float(there.mean()), len(there), float(low), float(high))
+def _bounds(resamples: numpy.ndarray) -> tuple[float, float]:
+    """The ends of the interval, from the mean of each resample; resamples without a value are left out."""
+    low, high = numpy.nanquantile(resamples, BOUNDS)
+    return float(low), float(high)

@@ -10,14 +10,31 @@ Teacher forcing flatters: see `generation` for what the model says by itself (ar
 
 from collections.abc import Sequence
 
-from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE
+from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE, REWRITE
+from editkit.metrics.metric import Formula, Metric, Protocol, register
 from editkit.metrics.row_stats import Row, mean, of_kind
 
+ZSRE = Protocol("zsre", "zsRE: share of the answer's tokens that are the argmax (teacher-forced)")
 
-def values(rows: Sequence[Row], when: str) -> dict[str, float | None]:
-    """One case's values; `when` is before or after."""
-    return {
-        "efficacy": mean(of_kind(rows, REWRITE), lambda row: row[f"right_new_{when}"]),
-        "paraphrase": mean(of_kind(rows, PARAPHRASE), lambda row: row[f"right_new_{when}"]),
-        "specificity": mean(of_kind(rows, NEIGHBORHOOD), lambda row: row[f"right_true_{when}"]),
-    }
+
+def accuracy(kind: str, which: str) -> Formula:
+    """The accuracy of a target (new, true) over a case's rows of one kind."""
+
+    def formula(rows: Sequence[Row], when: str) -> float | None:
+        return mean(of_kind(rows, kind), lambda row: row[f"right_{which}_{when}"])
+
+    return formula
+
+
+EFFICACY = register(
+    Metric(ZSRE, "efficacy", "share of the new answer's tokens that are the argmax, after rewrite prompts"),
+    accuracy(REWRITE, "new"),
+)
+PARAPHRASES = register(
+    Metric(ZSRE, "paraphrase", "share of the new answer's tokens that are the argmax, after paraphrases"),
+    accuracy(PARAPHRASE, "new"),
+)
+SPECIFICITY = register(
+    Metric(ZSRE, "specificity", "share of the old answer's tokens that are the argmax, after neighborhood prompts"),
+    accuracy(NEIGHBORHOOD, "true"),
+)

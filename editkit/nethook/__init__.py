@@ -1,10 +1,10 @@
-"""The hook layer: reach modules and parameters by name, see and change what passes through them.
+"""The hook layer: get modules and parameters by name, capture and change what passes through them.
 
-It knows torch and nothing else, so the folder can be copied into any project. The files, one idea each:
+It imports torch and nothing else, so the folder can be copied into any project. The files, one idea each:
 
     names.py        modules and parameters by name or pattern
     trace.py        Trace: capture and change what passes while a body runs
-    instrument.py   InstrumentedModel: the same, kept on a model as a list of rules
+    instrument.py   InstrumentedModel: the same as a list of rules that stays on a model
     callbacks.py    Callbacks: functions called at forward, backward and parameter-gradient events
 """
 

@@ -1,4 +1,4 @@
-"""`Callbacks`: named functions called, in order, at forward, backward and parameter-gradient events of a run."""
+"""`Callbacks`: call functions at forward, backward and parameter-gradient events, and at the end of a step."""
 
 import math
 import sys
@@ -21,25 +21,23 @@ KINDS: tuple[Kind, ...] = ("forward", "backward", "parameter", "step")
 
 @dataclass(frozen=True)
 class Event:
-    """What a callback is told."""
+    """The argument of a callback."""
 
-    kind: Kind  # a site has run; its output's gradient, or a parameter's, has arrived; a step has ended
-    site: str  # name of the module or parameter; "" for a step
+    kind: Kind  # forward: a site has run; backward: its output's gradient, parameter: a parameter's, has arrived; step
+    site: str  # name of the module or parameter; "" when a step has ended
     step: int  # counted by Callbacks.steps()
-    call: int  # which run of the site in this step, from 0
+    call: int  # number of the event for this site in this step, from 0
     tensor: Tensor | None = None  # the output, the gradient at the output, or the parameter's gradient; detached
     input: Tensor | None = None  # of a forward event, where add(..., inputs=True) asked for it
-    stop: Callable[[str], None] = field(
-        default=lambda why: None, repr=False
-    )  # leave the body; Callbacks.stopped says why
+    stop: Callable[[str], None] = field(default=lambda why: None, repr=False)  # leave the body, with the reason
 
 
 class _Stopped(Exception):
-    """Leaves the body; caught by the Callbacks it names and by no other."""
+    """Leaves the body; caught by the Callbacks that raised it (its argument) and by no other."""
 
 
 class _Listener(Trace):
-    """A Trace that passes each capture on and keeps none of them."""
+    """A Trace that reports each capture and keeps none."""
 
     _lenient = True
     tell: Callable[[Kind, Record], None]
@@ -67,18 +65,18 @@ class Callbacks:
         print(flow.first_bad)
 
     A callback is a function of an `Event`, or an object with any of the methods forward, backward, parameter and step.
-    At each event the callbacks are called in the order in which they were added. They look; to change what passes, use
-    Trace. Tensors are the model's own, detached: copy what you keep. Backward events come where a backward pass brings
-    a gradient; under no_grad there are none. `steps` counts the steps, and ends each with a step event.
+    At each event the callbacks are called in the order in which they were added. They must not change tensors; for
+    that, use Trace. Tensors are the model's own, detached: copy what you keep. Backward events come when a backward
+    pass brings a gradient; under no_grad there are none. `steps` counts the steps, and ends each with a step event.
 
-    An exception in a callback leaves the body as any other; a site that never ran is a HookError on a clean exit, as
-    in Trace; on every exit no hook remains.
+    An exception in a callback leaves the body like any other. As in Trace, a site that never ran is a HookError when
+    the body ends normally, and on every exit all hooks are removed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.step = 0
-        self.stopped: str | None = None  # why, once stop() was called
+        self.stopped: str | None = None  # the reason, once stop() was called
         self._open: dict[str, _Open] = {}
 
     def add(
@@ -91,28 +89,33 @@ class Callbacks:
         inputs: bool = False,
         name: str | None = None,
     ) -> Any:
-        """Call `callback` from now on; gives it back.
+        """Call `callback` from now on; returns it.
 
-        - `sites`: modules, names or patterns, for forward and backward events.
-        - `parameters`: parameters, names or patterns, for parameter events; those that are frozen are left out.
-          `torch.autograd.grad` brings none: they come from backward().
-        - `on`: which kinds of event; by default those an object has methods for, and for a function "forward".
-        - `inputs`: give forward events the site's input as well.
-        - `name`: by default the function's or class's.
+        - `callback`: a function of an Event, or an object with methods named after kinds of event.
+        - `sites`: names or patterns of modules, for forward and backward events.
+        - `parameters`: names or patterns of parameters, for parameter events; frozen ones are left out. The events come
+          from backward(), not from `torch.autograd.grad`.
+        - `on`: kinds of event; by default those that an object has methods for, and "forward" for a function.
+        - `inputs`: forward events have the site's input as well.
+        - `name`: by default that of the function or class.
+
+        Raises HookError for a name that is taken, an unknown kind, no sites, or parameters that are all frozen.
         """
+        # 1) which function for which kind of event
         name = str(name or getattr(callback, "__name__", type(callback).__name__))
         if name in self._open:
             raise HookError(f"There is a callback '{name}' already: give this one another name=.")
-        found = [kind for kind in KINDS if callable(getattr(callback, kind, None))]
-        kinds = ([on] if isinstance(on, str) else list(on)) if on else found or ["forward"]
+        methods = [kind for kind in KINDS if callable(getattr(callback, kind, None))]
+        kinds = ([on] if isinstance(on, str) else list(on)) if on else methods or ["forward"]
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise HookError(f"Callback '{name}' was asked on {unknown}: the kinds are {', '.join(KINDS)}.")
-        functions = {kind: getattr(callback, kind) if found else callback for kind in kinds}
+        functions = {kind: getattr(callback, kind) if methods else callback for kind in kinds}
         if not any(callable(function) for function in functions.values()):
             raise HookError(f"Callback '{name}' is a {type(callback).__name__}, which cannot be called.")
         watched = {"forward", "backward"} & set(functions)
         if watched and not sites and not (parameters or "step" in functions):
             raise HookError(f"Callback '{name}' was given no sites: name modules, or a pattern such as '**.mlp'.")
+        # 2) its hooks; on an error none remains
         opened = _Open(self, functions, inputs)
         with ExitStack() as undo:
             undo.callback(opened.close)
@@ -125,31 +128,31 @@ class Callbacks:
         return callback
 
     def remove(self, name: str) -> None:
-        """Call the callback of that name no more."""
+        """Stop calling the callback of that name, and remove its hooks."""
         if name not in self._open:
             raise NameNotFound(f"There is no callback '{name}': there are {', '.join(self._open) or '(none)'}.")
         self._open.pop(name).close()
 
     @property
     def names(self) -> list[str]:
-        """Names of the callbacks, in the order in which they are called."""
+        """Names of the callbacks, in the order of their calls."""
         return list(self._open)
 
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches one by one; a step is what the body does with one of them."""
+        """Yield the batches one by one; what the body does with one of them is a step."""
         for batch in batches:
             yield batch
             self.end_step()
 
     def end_step(self) -> None:
-        """Tell the callbacks that a step has ended, and count the next. `steps` does it by itself."""
+        """End a step: send step events and increase the count. `steps` does this itself."""
         for opened in list(self._open.values()):
             opened.tell("step", "")
             opened.calls.clear()
         self.step += 1
 
     def stop(self, why: str) -> None:
-        """Leave the body now; what the step in hand has not done stays undone. Callbacks call it as event.stop."""
+        """Leave the body now, within the current step. Callbacks call this as event.stop."""
         self.stopped = why
         raise _Stopped(self)
 
@@ -167,7 +170,7 @@ class Callbacks:
 
 
 class _Open:
-    """One callback with its hooks."""
+    """One callback with its hooks, from add() to remove()."""
 
     def __init__(self, owner: Callbacks, functions: dict[Kind, Callable[[Event], object]], inputs: bool) -> None:
         self.owner, self.functions, self.inputs = owner, functions, inputs
@@ -192,7 +195,8 @@ class _Open:
             def arrived(p: Tensor, name: str = name) -> None:
                 self.tell("parameter", name, p.grad)
 
-            self.handles.append(parameter.register_post_accumulate_grad_hook(arrived))
+            hooked: Any = parameter  # torch has no types for this call
+            self.handles.append(hooked.register_post_accumulate_grad_hook(arrived))
 
     def heard(self, kind: Kind, record: Record) -> None:
         if kind == "forward":
@@ -217,7 +221,10 @@ class _Open:
 
 
 class ActivationStatistics:
-    """Mean, spread, range, share of zeros and count of non-finite values of each site's output, over all calls."""
+    """Mean, standard deviation, range, share of zeros and number of non-finite values of each site's output.
+
+    Over all calls; read them with `table()`.
+    """
 
     def __init__(self) -> None:
         self._sites: dict[str, dict[str, float]] = {}
@@ -238,9 +245,9 @@ class ActivationStatistics:
         self._sites[event.site] = one if old is None else _merged(old, one)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a site: site, calls, values, mean, std (population), min, max, zeros (share), nonfinite (count).
+        """A row for each site: site, calls, values, mean, std (population), min, max, zeros (share), nonfinite (count).
 
-        The first six describe the finite values; NaN where there is none.
+        `values` counts the finite values, which mean to zeros describe; these are NaN where there is none.
         """
         rows = []
         for site, one in self._sites.items():
@@ -254,7 +261,7 @@ class ActivationStatistics:
 
 
 def _merged(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-    """Of two samples: Chan, Golub and LeVeque (1983), equation 2.1, which does not cancel as sums of squares do."""
+    """Statistics of two samples together (Chan, Golub and LeVeque 1983, equation 2.1), without cancellation."""
     n = a["count"] + b["count"]
     delta = b["mean"] - a["mean"]
     both = {key: a[key] + b[key] for key in ("count", "zeros", "calls", "nonfinite")}
@@ -265,7 +272,7 @@ def _merged(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Finding:
-    """One gradient or activation that is not as it should be."""
+    """One gradient or output with a fault."""
 
     kind: Kind
     site: str
@@ -283,11 +290,13 @@ class Finding:
 class GradientFlow:
     """Where gradients first go wrong: NaN, Inf, zero, vanishing or exploding, by site.
 
-    Outputs are checked for NaN and Inf, since that is where most bad gradients begin. Gradients are also checked for
-    being all zero and, by their root mean square, for being less than `vanishing` or more than `exploding` times the
-    first gradient of their kind in the step, which is the one nearest the loss: a ratio, so that the scale of the loss
-    does not matter. With on_bad="warn" or "raise" the first bad one of a step is a warning or a HookError; all are in
-    `findings`, in the order in which they came.
+    Outputs are checked for NaN and Inf, since most bad gradients begin there. Gradients are also checked for zeros, and
+    their root mean square is compared with that of the first gradient of their kind in the step, which is nearest the
+    loss; a ratio does not depend on the scale of the loss.
+
+    - `vanishing`, `exploding`: a gradient's ratio is a fault below the one and above the other.
+    - `on_bad`: "record" adds each fault to `findings`, in order; "warn" also warns of the first in a step; "raise"
+      makes that one a HookError.
     """
 
     def __init__(
@@ -306,7 +315,7 @@ class GradientFlow:
 
     @property
     def first_bad(self) -> Finding | None:
-        """The first finding of all, or None."""
+        """The first finding, or None."""
         return self.findings[0] if self.findings else None
 
     def forward(self, event: Event) -> None:
@@ -319,8 +328,10 @@ class GradientFlow:
         self._check(event)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a site and kind, in the order first seen: site, kind, calls, rms of the least, mean and largest
-        call, and the faults found there."""
+        """A row for each site and kind, in the order of their first events.
+
+        site, kind, calls, rms_min, rms_mean and rms_max over the calls, and the faults.
+        """
         rows = []
         for (kind, site), seen in self._seen.items():
             faults = sorted({f.fault for f in self.findings if (f.kind, f.site) == (kind, site)})
@@ -329,14 +340,17 @@ class GradientFlow:
         return rows
 
     def _check(self, event: Event) -> None:
+        # 1) a new step: forget the first gradients
         if event.step != self._step:
             self._first, self._step, self._before_step = {}, event.step, len(self.findings)
         assert event.tensor is not None
+        # 2) size, and its ratio to the first of its kind
         x = event.tensor.detach().float()
         rms, nan, inf = torch.stack([x.pow(2).mean().sqrt(), x.isnan().any(), x.isinf().any()]).tolist()
         self._seen.setdefault((event.kind, event.site), []).append(rms)
         first = self._first.setdefault(event.kind, rms) if math.isfinite(rms) and rms else self._first.get(event.kind)
         ratio = rms / first if first else math.nan
+        # 3) the fault, if any
         fault = "NaN" if nan else "Inf" if inf else ""
         if not fault and event.kind != "forward":
             fault = "zero" if rms == 0 else "vanishing" if ratio < self.vanishing else ""
@@ -350,7 +364,10 @@ class GradientFlow:
 
 
 class Progress:
-    """A line on stderr that says which step it is and how fast it goes."""
+    """Print the number of the step and the steps per second on one line of stderr.
+
+    `total`: steps expected. `every`: seconds between updates. `file`: instead of stderr.
+    """
 
     def __init__(self, total: int | None = None, every: float = 1.0, file: TextIO | None = None) -> None:
         self.total, self.every, self.file = total, every, file or sys.stderr
@@ -367,9 +384,9 @@ class Progress:
 
 
 class Stop:
-    """Leaves the body after so many steps, or at the first event for which `when` is true.
+    """Leave the body after `after` steps, or at the first event for which `when` is true.
 
-    `when` sees the events of the sites and kinds named in Callbacks.add, and the ends of steps.
+    `when` is called with the events chosen in Callbacks.add and at the end of each step.
     """
 
     def __init__(self, after: int | None = None, when: Callable[[Event], bool] | None = None) -> None:

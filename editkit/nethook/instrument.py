@@ -1,4 +1,4 @@
-"""`InstrumentedModel`: instrumentation that stays on a model, as an object that can be listed and switched."""
+"""`InstrumentedModel`: captures and edits that stay on a model, and can be listed and switched."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,28 +26,28 @@ class Rule:
 
 
 class _Standing(Trace):
-    """A Trace without a body: it stays until closed and asks for no gradient where none can arrive."""
+    """A Trace without a body: it stays open until closed, and needs no gradient."""
 
     _lenient = True
 
 
 class InstrumentedModel:
-    """A model with captures and edits that stay until they are removed; otherwise used as the model itself.
+    """A model with captures and edits that stay until they are removed. It is used like the model.
 
         with InstrumentedModel(model, retain="transformer.h.*.mlp") as im:
             im.add("louder", "transformer.h.3.mlp", edit=lambda h: 2 * h)
             im.generate(ids, max_new_tokens=5)           # whatever the model can do
             im["transformer.h.3.mlp"].output             # of the latest forward pass
             im.switch("louder", on=False)
-            with im.switched("louder"): im(ids)          # on in the body, then as it was
+            with im.switched("louder"): im(ids)          # on in the body, then switched back
             im.rules                                     # [Rule(name='louder', ...)]
-        # here, or after im.close(), the model has no hook of ours
+        # here, or after im.close(), our hooks are gone
 
-    What is retained belongs to the latest forward pass of the whole model, except with calls="all", which keeps every
-    run until `clear()`. Rules are applied in the order in which they were added, before other hooks on their sites.
-    Gradients are captured and edited where a backward pass brings them, and are simply absent under no_grad. As with
-    Trace, only runs in the thread that set the instrumentation up are seen and changed. The hooks are on the model
-    itself: calling it directly shows the same edits.
+    Retained values are those of the model's latest forward pass; calls="all" keeps every run until `clear()`. Rules are
+    applied in the order in which they were added, before other hooks on their sites. Gradients are captured and edited
+    when a backward pass brings them; under no_grad there are none. As with Trace, only runs in the thread that made the
+    last change of captures or rules are seen. The hooks are on the model itself: calling it directly applies the same
+    edits.
     """
 
     def __init__(self, model: nn.Module, retain: str | Iterable[str] = (), **options: Any) -> None:
@@ -67,10 +67,10 @@ class InstrumentedModel:
                 raise
 
     def retain(self, sites: str | Iterable[str], **options: Any) -> list[str]:
-        """Keep what passes through `sites` (names or patterns) from now on; gives back their names.
+        """Keep what passes through `sites` (names or patterns) from now on; returns their names.
 
-        `options` are Trace's, without edits and `stop`: inputs, outputs, grads, calls, when, positions, device, dtype,
-        detach, clone. Several calls may retain different things; of one site, the latest counts.
+        `options` are Trace's: inputs, outputs, grads, calls, when, positions, device, dtype, detach, clone. Several
+        calls may retain different sites; for one site the latest call counts. Raises HookError for another option.
         """
         if unwanted := [name for name in (*OPTIONS, "stop", "leaf") if name in options]:
             raise HookError(f"retain() only keeps, {unwanted} is no option of it: for a change, see add().")
@@ -79,9 +79,10 @@ class InstrumentedModel:
         return names
 
     def add(self, name: str, sites: str | Iterable[str], *, on: bool = True, **change: Change) -> Rule:
-        """A new rule called `name` for `sites` (names or patterns): edit=f, edit_input=f or edit_grad=f, as in Trace.
+        """Add a rule called `name` for `sites` (names or patterns); returns it.
 
-        Raises HookError if the name is taken or not exactly one change is given.
+        `change` is one of edit=f, edit_input=f and edit_grad=f, as in Trace. `on`: whether it applies from now on.
+        Raises HookError if the name is taken, or for none or several changes.
         """
         if name in self._rules:
             raise HookError(f"There is a rule '{name}' already: remove('{name}') first, or choose another name.")
@@ -94,18 +95,18 @@ class InstrumentedModel:
         return rule
 
     def remove(self, name: str) -> Rule:
-        """Take the rule called `name` away; gives it back."""
+        """Remove the rule called `name`; returns it."""
         rule = self._rule(name)
         self._rehook(self._retained, {other: r for other, r in self._rules.items() if other != name})
         return rule
 
     def switch(self, name: str, on: bool) -> None:
-        """Turn the rule called `name` on or off; it keeps its place in the order."""
+        """Switch the rule called `name` on or off; the order of rules stays."""
         self._rule(name).on = on
 
     @contextmanager
     def switched(self, name: str, on: bool = True) -> Iterator[None]:
-        """The rule called `name` turned on (or off) while the body runs, then as it was."""
+        """Switch the rule called `name` on (or off) while the body runs, then back."""
         rule = self._rule(name)
         before, rule.on = rule.on, on
         try:
@@ -124,19 +125,19 @@ class InstrumentedModel:
         return list(dict.fromkeys(site for names, _ in self._retained for site in names))
 
     def __getitem__(self, site: str) -> Record:
-        """What is retained of `site`: .input, .output, .grad, .calls, as of a Trace."""
+        """What is retained of `site`: .input, .output, .grad, .calls, as in a Trace."""
         for capture in reversed(self._captures):
             if site in capture.sites:
                 return capture[site]
         raise NameNotFound(f"'{site}' is not retained: the retained sites are {', '.join(self.retained) or '(none)'}.")
 
     def clear(self) -> None:
-        """Let go of everything retained so far."""
+        """Forget everything retained so far."""
         for capture in self._captures:
             capture._records.clear()
 
     def close(self) -> None:
-        """Take every hook off. What was retained can still be read."""
+        """Remove every hook. Retained values can still be read."""
         self._closed = True
         self._start.remove()
         self._unhook()
@@ -160,19 +161,22 @@ class InstrumentedModel:
             raise NameNotFound(f"There is no rule '{name}': the rules are {', '.join(self._rules) or '(none)'}.")
         return self._rules[name]
 
-    def _new_run(self, called: nn.Module, _: tuple) -> None:
+    def _new_run(self, called: nn.Module, _: tuple[Any, ...]) -> None:
         if called is self.model and threading.get_ident() == self._thread:
             for capture in self._captures:
                 if not capture._keep_all:
                     capture._records.clear()
 
     def _rehook(self, retained: list[tuple[list[str], dict[str, Any]]], rules: dict[str, Rule]) -> None:
-        """Put the hooks of `retained` and `rules` in the place of the present ones; on an error nothing changes.
+        """Replace the present hooks by those of `retained` and `rules`; on an error nothing changes.
 
-        The edits are hooked first, so that a capture with when="before_edit", whose hook goes before them, is right.
+        - `retained`: (sites, Trace's options) for each call of `retain`. `rules`: by name, in order.
+
+        Edits are hooked first, since the hook of a capture with when="before_edit" must come before theirs.
         """
         if self._closed:
             raise HookError("This InstrumentedModel is closed: make another one.")
+        # 1) make all traces, which checks them
         traces: list[Trace] = []
         edits: dict[str, dict[str, Change]] = {option: {} for option in OPTIONS}
         for rule in rules.values():
@@ -187,10 +191,12 @@ class InstrumentedModel:
         for names, _ in retained:
             for site in names:
                 hookable(self.model, site)
+        # 2) exchange the hooks
         self._unhook()
         for trace in [*traces, *captures]:
             trace._open()
             self._traces.append(trace)
+        # 3) keep what was captured so far
         for new, old in zip(captures, self._captures, strict=False):
             new._records = old._records
         self._retained, self._rules, self._captures = retained, rules, captures
@@ -201,6 +207,8 @@ class InstrumentedModel:
             self._traces.pop()._close()
 
     def _in_order(self, option: str) -> Change:
+        """One change that applies all rules with this option, in order."""
+
         def apply(h: Tensor, site: str) -> Tensor:
             for rule in list(self._rules.values()):
                 if rule.on and rule.option == option and site in rule.sites:

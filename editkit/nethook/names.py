@@ -1,4 +1,4 @@
-"""Modules and parameters by name: found, chosen by pattern, replaced, set trainable."""
+"""Modules and parameters by name: get, select by pattern, replace, set trainable."""
 
 import difflib
 import re
@@ -11,22 +11,22 @@ from torch.nn.utils import parametrize
 
 
 class HookError(RuntimeError):
-    """What was asked of the hook layer cannot be done, or would go wrong in silence."""
+    """A request to the hook layer cannot be done, or would give wrong results without an error."""
 
 
 class NameNotFound(HookError, LookupError):
-    """No module, parameter or site of that name."""
+    """There is no module, parameter or site of that name."""
 
 
 def _names(model: nn.Module, kind: str) -> dict[str, Any]:
-    """Every name with its module or parameter, aliases of shared ones included."""
+    """{name: module or parameter}, with every alias of a shared one."""
     every: Any = {"module": model.named_modules, "parameter": model.named_parameters}[kind]
     return dict(every(remove_duplicate=False))
 
 
 def _not_found(model: nn.Module, kind: str, name: str) -> NameNotFound:
     names = [n for n in _names(model, kind) if n]
-    # A wrapper's prefix (module., _orig_mod.) too many or too few is a common slip.
+    # A common mistake is a wrapper's prefix (module., _orig_mod.) that is missing or not wanted.
     near = [n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")][-1:]
     near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names[:6])}{', …' if names[6:] else ''}"
@@ -43,9 +43,10 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
 
 
 def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> nn.Parameter:
-    """The parameter called `name`, itself and not a copy; aliases of tied weights are found too.
+    """The parameter called `name`, not a copy; any alias of a tied weight will do.
 
-    Refused, since a write would be lost or wrong: parametrised, quantised and (unless `allow_meta`) offloaded weights.
+    Raises NameNotFound with the nearest name, and HookError for weights where a write would be lost or wrong:
+    parametrised, quantised and, unless `allow_meta`, offloaded ones.
     """
     owner, _, leaf = name.rpartition(".")
     try:
@@ -57,7 +58,7 @@ def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> n
     parameter = module._parameters.get(leaf)
     if parameter is None:
         raise _not_found(model, "parameter", name)
-    # One byte an element: packed or scaled, so its values are not the matrix.
+    # One byte for each element: packed or scaled, so its values are not those of the matrix.
     if parameter.element_size() == 1 or type(parameter).__name__ in ("Params4bit", "Int8Params"):
         raise HookError(f"'{name}' is quantised ({parameter.dtype}): load in float32, float16 or bfloat16 instead.")
     if parameter.device.type == "meta" and not allow_meta:
@@ -66,10 +67,12 @@ def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> n
 
 
 def select(model: nn.Module, pattern: str | re.Pattern[str], kind: str = "module") -> list[str]:
-    """Names of modules (or kind="parameter") that match the whole `pattern`, in order; matching none is an error.
+    """Names of modules (or, with kind="parameter", of parameters) that `pattern` matches from beginning to end, in
+    order.
 
-    In a string `*` stops at a dot, `**` does not, and `[3-5]` or `[!3-5]` is one character in a set or outside it. Of
-    the names of one shared object the first that matches is given; the model itself, called '', by no wildcard.
+    In a string, `*` stops at a dot and `**` does not; `[3-5]` is one character of a set and `[!3-5]` one outside it. Of
+    the names of a shared object only the first that matches is given. The model itself, called '', matches no wildcard.
+    Raises NameNotFound if nothing matches.
 
     >>> select(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "*.weight", kind="parameter")
     ['0.weight', '1.weight']
@@ -101,7 +104,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def select_all(model: nn.Module, names: str | re.Pattern[str] | Iterable[str | re.Pattern[str]]) -> list[str]:
-    """Module names from names and patterns, each once; one that matches nothing is an error."""
+    """Module names from names and patterns, each once. Raises NameNotFound for one that matches nothing."""
     found: dict[str, None] = {}
     for one in [names] if isinstance(names, str | re.Pattern) else names:
         if isinstance(one, str) and not set(one) & set("*?["):
@@ -113,7 +116,7 @@ def select_all(model: nn.Module, names: str | re.Pattern[str] | Iterable[str | r
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` in the place called `name`; gives back the module that was there."""
+    """Replace the module called `name` by `module`; returns the old one. Raises HookError for the model itself."""
     old = get_module(model, name)
     if old is model:
         raise HookError("replace_module cannot replace the model itself (name ''): name one of its modules.")
@@ -124,7 +127,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 @contextmanager
 def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[nn.Module]:
-    """`module` in the place called `name` while the body runs; the old one is back on every exit."""
+    """Replace the module called `name` while the body runs; the old one is put back on every exit."""
     old = replace_module(model, name, module)
     try:
         yield module
@@ -134,7 +137,7 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[nn.Modu
 
 @contextmanager
 def requires_grad(model: nn.Module, only: Iterable[str] = ()) -> Iterator[None]:
-    """Only the parameters named in `only` require gradients in the body; every flag is restored on exit."""
+    """In the body only the parameters named in `only` require gradients; every flag is restored on exit."""
     wanted = {id(get_parameter(model, n, allow_meta=True)) for n in ([only] if isinstance(only, str) else only)}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:

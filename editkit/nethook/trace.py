@@ -1,7 +1,6 @@
-"""`Trace`: what passes through named modules, captured and changed.
+"""`Trace`: capture and change what passes through named modules.
 
-Nothing is kept on the model or in this module: a Trace adds its own hooks on entry and removes those, and only those,
-on every exit.
+A Trace adds its own hooks on entry and removes those, and no others, on every exit. It keeps nothing on the model.
 """
 
 import copy
@@ -21,6 +20,8 @@ from .names import HookError, NameNotFound, get_module
 
 Change = Callable[..., Tensor]  # (hidden) -> hidden, or (hidden, site) -> hidden
 Changes = Change | Mapping[str, Change] | None
+Args = tuple[Any, ...]  # of a module's call
+Kwargs = dict[str, Any]
 
 
 class _StopForward(Exception):
@@ -42,7 +43,7 @@ def hidden(output: Any) -> Tensor:
 
 
 def with_hidden(output: Any, h: Tensor) -> Any:
-    """`output` with `h` in the place of its hidden tensor. The given container is not changed."""
+    """`output` with its hidden tensor replaced by `h`. The container is copied, not changed."""
     if isinstance(output, Tensor):
         return h
     key, old = _locate(output)
@@ -56,9 +57,9 @@ def with_hidden(output: Any, h: Tensor) -> Any:
     return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
 
 
-def with_input(args: tuple, kwargs: dict, change: Change, site: str = "") -> tuple[tuple, dict]:
-    """Call arguments with `change` applied to the hidden tensor: the first among args, else hidden_states."""
-    named = {**dict(enumerate(args)), "hidden_states": kwargs.get("hidden_states"), **kwargs}
+def with_input(args: Args, kwargs: Kwargs, change: Change, site: str = "") -> tuple[Args, Kwargs]:
+    """Call arguments with `change` applied to the hidden tensor: the first tensor in args, else hidden_states."""
+    named: dict[Any, Any] = {**dict(enumerate(args)), "hidden_states": kwargs.get("hidden_states"), **kwargs}
     key, h = _locate(named, f"The call of '{site}'" if site else "The call")
     if isinstance(key, str):
         return args, kwargs | {key: change(h)}
@@ -66,7 +67,7 @@ def with_input(args: tuple, kwargs: dict, change: Change, site: str = "") -> tup
 
 
 def _detached(value: Any) -> Any:
-    """Without graphs, so that keeping the other arguments of a call keeps no more than their values."""
+    """Detach every tensor in a call's arguments, so that keeping them does not keep graphs."""
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad else value
     if isinstance(value, dict):
@@ -79,13 +80,13 @@ def _reading(what: str) -> Any:
 
 
 class _Readable:
-    """What can be read of one run of a site."""
+    """The attributes of one run of a site."""
 
     input: Tensor = _reading("input")  # the first tensor argument, e.g. [batch, tokens, d]
-    inputs: tuple[tuple, dict[str, Any]] = _reading("inputs")  # (args, kwargs); all but `input` whole, not copied
+    inputs: tuple[Args, Kwargs] = _reading("inputs")  # (args, kwargs); only `input` is cut to positions or copied
     output: Tensor = _reading("output")  # e.g. [batch, tokens, d]
     grad: Tensor = _reading("grad")  # at the output and shaped like it, of the latest backward pass
-    calls: list["Record"] = _reading("calls")  # with calls="all" every run of the site, else the last alone
+    calls: list["Record"] = _reading("calls")  # if calls="all" every run of the site, else the last only
     count: int = _reading("count")  # how often the site ran
 
 
@@ -132,25 +133,25 @@ class Trace(_Readable):
 
         with Trace(model, select(model, "transformer.h.*"), stop=True) as t:
             model(ids)
-        {site: t[site].output for site in t}          # in the order in which they ran
+        {site: t[site].output for site in t}          # in the order of the forward pass
 
     - `sites`: one name or several. With one, `t.output` stands for `t[site].output`.
-    - `inputs`, `outputs`, `grads`: what to keep. Inputs are found among keyword arguments too. Gradients are those at
-      the output, and arrive also when backward runs after the body.
+    - `inputs`, `outputs`, `grads`: what to keep. An input may be a keyword argument. Gradients are those at the output,
+      and arrive also when backward runs after the body.
     - `edit`, `edit_input`, `edit_grad`: a function, or {site: function}, from the hidden tensor (and the site's name,
       if it needs a second argument) to a tensor of the same shape, dtype and device. Edits come before all other hooks.
-    - `stop`: leave the forward pass, and the body, once every site has run. Takes no cache from the caller.
+    - `stop`: end the forward pass, and the body, once every site has run. The model must be given no cache.
     - `calls`: keep the "last" run of each site, or "all" as `t[site].calls`: one for each step of generate().
-    - `when`: record what is there "after_edit", which the model goes on with, or "before_edit".
+    - `when`: record the values "after_edit", with which the model continues, or "before_edit".
     - `positions`: keep only these tokens (dim 1). An int drops the dim; a slice, list or tensor does not.
-    - `device`, `dtype`: move or cast what is kept, at once. `detach`: False keeps the graph.
-    - `clone`: keep copies. Without it, reading what was changed in place since is an error.
-    - `leaf`: cut the graph at the first site to run; a site with nothing trainable before it is a leaf by itself.
+    - `device`, `dtype`: of what is kept; moved or cast at once. `detach`: if False, the graph is kept.
+    - `clone`: keep copies. Without it, reading a tensor that was changed in place since is an error.
+    - `leaf`: cut the graph at the first site that runs. A site with nothing trainable before it is cut in any case.
 
-    A site that never ran is a HookError on a clean exit. Runs of the model in other threads are left alone.
+    Raises HookError when the body ends normally and a site never ran. Runs of the model in other threads are ignored.
     """
 
-    _lenient = False  # where no gradient can arrive: True goes on without, False refuses
+    _lenient = False  # where no gradient can arrive: True continues without one, False raises HookError
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class Trace(_Readable):
         self._watched, self._leaf, self._record_early = grads or edit_grad is not None, leaf, when == "before_edit"
         self._detach = detach
         self._stored = partial(_stored, positions, device, dtype, detach, clone)
-        self._thread: int | None = None  # the one inside the body
+        self._thread: int | None = None  # that runs the body; None outside
         self._records: dict[str, Record] = {}
 
     def __enter__(self) -> "Trace":
@@ -197,7 +198,7 @@ class Trace(_Readable):
         modules = {site: hookable(self._model, site) for site in self.sites}
         self._records, self._first = {}, ""
 
-        def refuse_cache(called: nn.Module, args: tuple, kwargs: dict) -> None:
+        def refuse_cache(called: nn.Module, args: Args, kwargs: Kwargs) -> None:
             given = kwargs.get("past_key_values") is not None or any(hasattr(x, "get_seq_length") for x in args)
             if given and called is self._model and self._thread == threading.get_ident():
                 raise HookError("stop=True would leave the given cache half filled: pass use_cache=False and no cache.")
@@ -237,50 +238,56 @@ class Trace(_Readable):
         return self[self.sites[0]]
 
     def _ran(self, record: Record) -> None:
-        """A site has run: for what is built on Trace to act on."""
+        """Called when a site has run; for subclasses."""
 
     def _graded(self, record: Record) -> None:
-        """The gradient of a run has arrived: likewise."""
+        """Called when a gradient has arrived; for subclasses."""
 
     def _hook(self, site: str, module: nn.Module, hooks: ExitStack) -> None:
-        """Up to two hooks on either side: the early one edits, the late one sees what the model goes on with."""
-        running: list[Record] = []
+        """Register this site's hooks, and their removal on `hooks`.
+
+        At most two hooks before the module and two after: the early one runs before all other hooks and edits, the late
+        one runs after them. The late one records; with when="before_edit" the early one does.
+        """
+        running: list[Record] = []  # one for each call of the module that has begun and not ended
         edits = {option: each[site] for option, each in self._edits.items() if site in each}
 
-        def mine(called: nn.Module) -> bool:
+        def ours(called: nn.Module) -> bool:
+            """Whether this call is to be seen: of this module, while the body runs, in its thread."""
             if called is not module or self._thread is None:  # a deep copy of the model carries our hooks
                 return False
             if torch._C._current_graph_task_id() != -1:
                 raise HookError(f"'{site}' ran again during backward: turn activation checkpointing off.")
             return self._thread == threading.get_ident()
 
-        def before(early: bool, called: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if not mine(called):
+        def before(early: bool, called: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+            if not ours(called):
                 return None
+            # 1) begin a record
             if early:
                 running.append(Record(site, self._asked, self._stored))
+            # 2) record the input
             if early == self._record_early and self._asked["input"]:
                 given = with_input(args, kwargs, partial(running[-1].keep, "input"), site)
                 running[-1]._kept["inputs"] = _detached(given) if self._detach else given
+            # 3) edit the input
             return with_input(args, kwargs, edits["edit_input"], site) if early and "edit_input" in edits else None
 
-        def after(early: bool, called: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if not mine(called) or not running:  # not running: the trace was entered midway
+        def after(early: bool, called: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+            if not ours(called) or not running:  # not running: the trace was entered during the call
                 return None
+            # 1) record the output, and its gradient when that arrives
             if early == self._record_early and (self._asked["output"] or self._watched):
                 h = hidden(output)
                 h = self._watch(running[-1], h, edits.get("edit_grad")) if self._watched else h
                 running[-1].keep("output", h)
                 output = with_hidden(output, h)
+            # 2) edit the output
             if early and "edit" in edits:
                 output = with_hidden(output, edits["edit"](hidden(output)))
+            # 3) end the record, and stop once every site has one
             if not early:
-                record, earlier = running.pop(), self._records.get(site)
-                if earlier:
-                    record._count += earlier._count
-                    record._earlier = earlier.calls if self._keep_all else []
-                self._records[site] = record
-                self._ran(record)
+                self._file(running.pop())
                 if self._stop and len(self._records) == len(self.sites):
                     raise _StopForward(self)
             return output
@@ -288,6 +295,7 @@ class Trace(_Readable):
         def add(register: Callable[..., Any], hook: Callable[..., Any], early: bool) -> None:
             hooks.callback(register(partial(hook, early), prepend=early, with_kwargs=True).remove)
 
+        # The early hook before and the late hook after are always there: they begin and end a record.
         recorded = self._asked["output"] or self._watched
         add(module.register_forward_pre_hook, before, True)
         if self._asked["input"] and not self._record_early:
@@ -296,8 +304,19 @@ class Trace(_Readable):
             add(module.register_forward_hook, after, True)
         add(module.register_forward_hook, after, False)
 
+    def _file(self, record: Record) -> None:
+        """Make `record` the site's latest, with the earlier ones behind it if all calls are kept."""
+        if earlier := self._records.get(record.site):
+            record._count += earlier._count
+            record._earlier = earlier.calls if self._keep_all else []
+        self._records[record.site] = record
+        self._ran(record)
+
     def _watch(self, record: Record, h: Tensor, edit: Change | None) -> Tensor:
-        """Put a hook on the tensor: a module's backward hook fails on keyword inputs and in-place successors."""
+        """Hook the gradient at output `h`, and return the tensor with which the model continues.
+
+        The hook is on the tensor, because a module's backward hook fails on keyword inputs and on in-place changes.
+        """
         if self._lenient and not (h.requires_grad and torch.is_grad_enabled()):
             return h
         if not torch.is_grad_enabled() or not h.is_floating_point():
@@ -314,7 +333,8 @@ class Trace(_Readable):
             self._graded(record)
             return changed
 
-        h.register_hook(on_backward)
+        hooked: Any = h  # torch has no types for this call
+        hooked.register_hook(on_backward)
         return h
 
 
@@ -322,7 +342,7 @@ TraceDict = Trace
 
 
 def hookable(model: nn.Module, site: str) -> nn.Module:
-    """The module at `site`, or a refusal where hooks on it would be ignored or run twice."""
+    """The module at `site`. Raises HookError where hooks on it would be ignored or run twice."""
     module, parts = get_module(model, site), site.split(".") if site else []
     for depth, module in enumerate(accumulate(parts, getattr, initial=model)):
         name = ".".join(parts[:depth])
@@ -335,7 +355,7 @@ def hookable(model: nn.Module, site: str) -> nn.Module:
 
 
 def _by_site(option: str, sites: list[str], changes: Changes) -> dict[str, Change]:
-    """{site: checked function of the hidden tensor alone}."""
+    """{site: a checked function (hidden) -> hidden}, from one function for all sites or from a mapping."""
     each = changes if isinstance(changes, Mapping) else dict.fromkeys(sites, changes) if changes else {}
     if unknown := [site for site in each if site not in sites]:
         raise NameNotFound(f"{option} names {unknown}, which are not among the sites: {', '.join(sites)}.")
@@ -343,7 +363,11 @@ def _by_site(option: str, sites: list[str], changes: Changes) -> dict[str, Chang
 
 
 def checked(option: str, change: Change) -> Change:
-    """`change` as a function of (hidden, site), refusing a result of another kind, shape, dtype or device."""
+    """`change` as a function (hidden, site) -> hidden.
+
+    It raises HookError if `change` returns no tensor, or one of another shape, dtype or device. `option`: its name in
+    that message.
+    """
     try:
         parameters = list(inspect.signature(change).parameters.values())
     except (TypeError, ValueError):  # some builtins have no signature
@@ -365,7 +389,11 @@ def checked(option: str, change: Change) -> Change:
 
 
 def _stored(positions: Any, device: Any, dtype: Any, detach: bool, clone: bool, site: str, tensor: Tensor) -> Tensor:
-    """What is kept of `tensor`, made small before anything is held on to."""
+    """What is kept of `tensor`; it is cut and moved before anything is stored. The options are Trace's.
+
+    - `positions`, `device`, `dtype`, `detach`, `clone`: as in Trace. `site`: named in errors.
+    - `tensor`: [batch, tokens, d] where `positions` is given.
+    """
     tensor = tensor.detach() if detach else tensor
     if positions is not None:
         # A float of two dims comes from a family that flattens batch and tokens: its dim 1 is features.

@@ -1,17 +1,23 @@
-"""Pictures of causal traces (editkit.tracing): one prompt's, and the average over many facts."""
+"""Plots of causal traces (editkit.tracing): of one prompt, and averaged over many facts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import EditkitError
 from editkit.numbers import number
-from editkit.plots.canvas import SIZE, blank, done, every, headed, label, legend, plain, series, token
-from editkit.plots.heat import Panel, panels
-from editkit.report.glossary import place_kind
+from editkit.plots import register
+from editkit.plots.shared.canvas import SIZE, blank, done, every, headed, label, legend, plain, series, token
+from editkit.plots.shared.panels import Panel, panels
+from editkit.tracing.files import place_kind
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import Tensor
+
     from editkit.tracing import AverageTrace, Proposal, Traced
+
+__all__ = ["average_lines", "average_map", "trace_map"]
 
 BOTH = ("last subject token", "last token")
 
@@ -19,10 +25,15 @@ BOTH = ("last subject token", "last token")
 def trace_map(
     traced: "Traced", kinds: Sequence[str] | None = None, *, title: str | None = None, path: str | Path | None = None
 ) -> Any:
-    """One prompt: P(answer) with one place put back, by token and block (ROME's figure 1), a map for each of `kinds`.
+    """P(answer) with one clean activation put back, by token and block (ROME's figure 1), a map for each kind.
 
-    The first token is on top and the subject's have a star. Colours begin at the corrupted run's probability, and are
-    the same in all maps. `kinds`: None for all that were traced. Raises EditkitError for a kind that was not.
+    The first token is on top, the subject's tokens have a star. All maps have the same colours, which begin at the
+    corrupted run's probability.
+
+    - `traced`: from `editkit.trace`. `kinds`: of activation; if None, all that were traced.
+    - `title`: if None, the answer with its clean and corrupted probability. `path`: where to write the figure.
+
+    Raises EditkitError for a kind that was not traced.
     """
     kinds = _kinds(kinds, traced.probability)
     first, last = traced.subject
@@ -57,9 +68,14 @@ def average_map(
     title: str | None = None,
     path: str | Path | None = None,
 ) -> Any:
-    """Many facts: the average indirect effect by kind of token and block (ROME's figure 2), a map for each of `kinds`.
+    """The average indirect effect by kind of token and block (ROME's figure 2), a map for each kind of activation.
 
-    A kind of token that no prompt has is grey. `proposal`: its blocks get a frame, where they were found.
+    - `average`: from `editkit.average_trace`. A kind of token that no prompt has is grey.
+    - `kinds`: of activation; if None, all that were traced.
+    - `proposal`: its blocks get a frame in the map of MLP outputs, at the last subject token.
+    - `title`: if None, the number of facts and the total effect. `path`: where to write the figure.
+
+    Raises EditkitError for a kind that was not traced.
     """
     kinds = _kinds(kinds, average.effect)
     frame = average.to_frame()
@@ -96,61 +112,75 @@ def average_lines(
     title: str | None = None,
     path: str | Path | None = None,
 ) -> Any:
-    """Many facts: the average indirect effect over blocks with 95 % bands (ROME's figure 3), a panel for each part.
+    """The average indirect effect over blocks with 95 % bands (ROME's figure 3), a panel for each kind of token.
 
-    `parts`: kinds of token, of tracing.PARTS. `proposal`: its blocks are shaded. Raises EditkitError for a kind or
-    part that was not traced.
+    - `average`: from `editkit.average_trace`.
+    - `kinds`: of activation, a line each; if None, all that were traced.
+    - `parts`: kinds of token, from tracing.PARTS. `proposal`: its blocks are shaded.
+    - `title`: if None, the number of facts. `path`: where to write the figure.
+
+    Raises EditkitError for a kind or part that was not traced.
     """
     kinds = _kinds(kinds, average.effect)
-    frame = average.to_frame()
-    frame = frame[frame.kind.isin(kinds) & frame.part.isin(parts)].reset_index(drop=True)
-    if missing := [part for part in parts if part not in set(frame.part)]:
-        raise EditkitError(
-            f"The trace has no part '{missing[0]}'. It has: {', '.join(average.to_frame().part.unique())}."
-        )
-    if title is None:
-        title = f"Average indirect effect, {len(average.texts)} facts, with 95 % bootstrap bands"
+    table = average.to_frame()
+    if missing := [part for part in parts if part not in set(table.part)]:
+        raise EditkitError(f"The trace has no part '{missing[0]}'. It has: {', '.join(table.part.unique())}.")
+    frame = table[table.kind.isin(kinds) & table.part.isin(parts)].reset_index(drop=True)
+    # 1) layout: up to three panels in a line
     across = min(3, len(parts))
     down = -(-len(parts) // across)
     wide = max(2.9, 6.75 / across)
     figure = blank(wide * across, 2.35 * down + 0.75)
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     flat = [axes for line in grid for axes in line]
-    handles, names = [], []
+    # 2) panels; all have the same lines, so the first gives the legend
+    handles: list[Any] = []
+    shade: Any = None
     for axes, part in zip(flat, parts, strict=False):
         plain(axes)
         axes.axhline(0, color="0.4", linewidth=0.8)
         if proposal is not None:
             begin, end = proposal.layers[0] - 0.5, proposal.layers[-1] + 0.5
             shade = axes.axvspan(begin, end, facecolor="0.88", edgecolor="0.78", hatch="///", linewidth=0)
-        for i, kind in enumerate(kinds):
-            some = frame[(frame.kind == kind) & (frame.part == part)]
-            style = series(i)
-            (line,) = axes.plot(some.block, some.effect, **style)
-            axes.fill_between(some.block, some.low, some.high, color=style["color"], alpha=0.2, linewidth=0)
-            if axes is flat[0]:
-                handles.append(line)
-                names.append(place_kind(kind, average.window))
-        facts = int(frame[frame.part == part].facts.max())
+        rows = frame[frame.part == part]
+        drawn = [_effect_line(axes, rows[rows.kind == kind], i) for i, kind in enumerate(kinds)]
+        handles = handles or drawn
+        facts = int(rows.facts.max())
         about = part if facts == len(average.texts) else f"{part} ({facts} facts have one)"
         axes.set_title(label(about, wide - 0.6), fontsize=SIZE + 1)
-        axes.set_xlabel("block", fontsize=SIZE)
-        axes.set_xlim(-0.5, average.layers - 0.5)
-        blocks = range(0, average.layers, every([str(b) for b in range(average.layers)], wide - 0.8))
-        axes.set_xticks(blocks, [str(block) for block in blocks])
+        _block_axis(axes, average.layers, wide)
     for axes in flat[len(parts) :]:
         axes.set_visible(False)
     for line in grid:
         line[0].set_ylabel("indirect effect on P(answer)", fontsize=SIZE)
+    # 3) legend and title
+    names = [place_kind(kind, average.window) for kind in kinds]
     if proposal is not None:
-        handles.append(shade)
-        names.append(f"proposed: {_named(proposal.layers)}")
+        handles, names = [*handles, shade], [*names, f"proposed: {_named(proposal.layers)}"]
     legend(figure, handles, names)
-    headed(figure, title)
+    headed(figure, f"Average indirect effect, {len(average.texts)} facts, with 95 % bootstrap bands" if title is None
+           else title)  # fmt: skip
     return done(figure, frame, path)
 
 
-def _kinds(asked: Sequence[str] | None, traced: Any) -> list[str]:
+def _effect_line(axes: Any, rows: "DataFrame", number_of: int) -> Any:
+    """One kind's effect over blocks with its band, in the `number_of`-th style; returns the line for the legend."""
+    style = series(number_of)
+    (line,) = axes.plot(rows.block, rows.effect, **style)
+    axes.fill_between(rows.block, rows.low, rows.high, color=style["color"], alpha=0.2, linewidth=0)
+    return line
+
+
+def _block_axis(axes: Any, layers: int, inches: float) -> None:
+    """An x axis of blocks, as many named as fit a panel of this width."""
+    axes.set_xlabel("block", fontsize=SIZE)
+    axes.set_xlim(-0.5, layers - 0.5)
+    blocks = range(0, layers, every([str(block) for block in range(layers)], inches - 0.8))
+    axes.set_xticks(blocks, [str(block) for block in blocks])
+
+
+def _kinds(asked: Sequence[str] | None, traced: Mapping[str, Any]) -> list[str]:
+    """The kinds asked for, or all that were traced."""
     kinds = list(traced) if asked is None else list(asked)
     missing = [kind for kind in kinds if kind not in traced]
     if missing or not kinds:
@@ -159,9 +189,15 @@ def _kinds(asked: Sequence[str] | None, traced: Any) -> list[str]:
     return kinds
 
 
-def _blocks(table: Any) -> list[str]:
+def _blocks(table: "Tensor") -> list[str]:
+    """The names of the blocks of a table [tokens, blocks]."""
     return [str(block) for block in range(table.shape[1])]
 
 
 def _named(layers: Sequence[int]) -> str:
     return f"block {layers[0]}" if len(layers) == 1 else f"blocks {layers[0]} to {layers[-1]}"
+
+
+register("average_lines", average_lines)
+register("average_map", average_map)
+register("trace_map", trace_map)

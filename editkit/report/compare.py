@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from editkit.metrics.metric import ASKED, SHARE, Average, Metric
 from editkit.numbers import finite, number
-from editkit.report import aggregate, charts, glossary, published, reproduce
+from editkit.report import aggregate, charts, published, reproduce, series
 from editkit.report.html import Best, Charts, Code, Fold, Link, Page, Section, Table, Text, Tiles, cell
-from editkit.report.lifelong_parts import DRIFT, collapses, drift_line, metric_line, series_metrics
-from editkit.runs.read import Average, Metric, Run, Unfinished, flat
-from editkit.runs.record import REPORT
+from editkit.report.series import LIFELONG
+from editkit.runs.names import REPORT
+from editkit.runs.read import Run, Sides, Unfinished, flat
 
 CHARTED = 24  # runs in one chart
 
@@ -122,38 +123,50 @@ def _unfinished(unfinished: Sequence[Unfinished], parent: Path) -> list[Any]:
 
 
 def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
-    """A table for each protocol, runs as rows, and charts of the first metrics."""
-    metrics: dict[str, dict[str, None]] = {}
-    for run in runs:
-        for metric in run.metrics.values():
-            if metric.after is not None or metric.before is not None:
-                metrics.setdefault(metric.protocol, {})[metric.name] = None
-    if not metrics:
+    """A table for each protocol, runs as rows, and charts of the headline metrics."""
+    drawn, tables = [], []
+    for asked in ("", *ASKED):
+        sides = [run.sides(asked) for run in runs]
+        known = [m for m, s in _first(sides).items() if s.shown is not None]
+        for metric in aggregate.headline(m for m in known if m.unit == SHARE) if asked == "" else []:
+            rows = [(n, (after,)) for own, n in zip(sides, names, strict=True) if (after := _after(own, metric))]
+            drawn.append(charts.whiskers(f"{metric.label}: {metric.meaning}", rows[:CHARTED], ("after",)))
+        for protocol in dict.fromkeys(metric.protocol for metric in known):
+            own = [metric for metric in known if metric.protocol == protocol]
+            title = protocol.title or protocol.name or "Others"
+            title = f"{title} · {ASKED[asked]}" if asked else title
+            tables.append(_side_by_side(runs, names, sides, own, title))
+    if not tables:
         return []
-    drawn = []
-    shown = [n for own in metrics.values() for n in own if glossary.meaning(n).unit == glossary.SHARE]
-    for name in [n for n in shown if n == "counterfact.S"] + aggregate.headline(shown):
-        label = f"{name.rpartition('.')[2]}: {glossary.meaning(name).text}"
-        rows = [(n, (_after(run, name),)) for run, n in zip(runs, names, strict=True) if _after(run, name)]
-        drawn.append(charts.whiskers(label, rows[:CHARTED], ("after",)))
-    blocks: list[Any] = [Text(
-        "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
-        "column, and every run whose interval reaches it.", "note"), Charts(drawn)]  # fmt: skip
-    for protocol, own in metrics.items():
-        title = glossary.protocol(protocol)
-        columns = ["run", "n", *(name.rpartition(".")[2] for name in own)]
-        best = {name: _best([_after(run, name) for run in runs], glossary.meaning(name).better) for name in own}
-        rows_: list[list[Any]] = []
-        for label, found in _unedited(runs, own):
-            rows_.append([label, _counts(found), *found])
-        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-            values = [_after(run, metric) for metric in own]
-            if not any(values):
-                continue
+    note = "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
+    note += "column, and every run whose interval reaches it."
+    return [Text(note, "note"), *([Charts(drawn)] if drawn else []), *tables]
+
+
+def _first(sides: Sequence[dict[Metric, Sides]]) -> dict[Metric, Sides]:
+    """Every metric of several runs, from the first run that has a figure of it."""
+    found: dict[Metric, Sides] = {}
+    for own in sides:
+        found |= {metric: each for metric, each in own.items() if metric not in found or found[metric].shown is None}
+    return found
+
+
+def _side_by_side(
+    runs: Sequence[Run], names: Sequence[str], sides: Sequence[dict[Metric, Sides]], own: Sequence[Metric], title: str
+) -> Table:
+    """The metrics of a protocol as columns, the unedited models and the runs as rows.
+
+    - `sides`: for each run its metrics before and after.
+    - `own`: the metrics of the protocol.
+    """
+    best = {metric: _best([_after(each, metric) for each in sides], metric.better) for metric in own}
+    rows: list[list[Any]] = [[label, _counts(found), *found] for label, found in _unedited(runs, sides, own)]
+    for i, (each, name) in enumerate(zip(sides, names, strict=True)):
+        values = [_after(each, metric) for metric in own]
+        if any(values):
             cells = [Best(v) if i in best[m] else v for m, v in zip(own, values, strict=True)]
-            rows_.append([name, _counts(values), *cells])
-        blocks.append(Table(columns, rows_, title))
-    return blocks
+            rows.append([name, _counts(values), *cells])
+    return Table(["run", "n", *(metric.label for metric in own)], rows, title)
 
 
 def _counts(averages: Sequence[Average | None]) -> int | str | None:
@@ -162,17 +175,17 @@ def _counts(averages: Sequence[Average | None]) -> int | str | None:
     return None if not found else found[0] if len(found) == 1 else f"{found[0]:,}–{found[-1]:,}"
 
 
-def _after(run: Run, name: str) -> Average | None:
-    metric = run.metrics.get(name)
-    return metric.after if metric else None
+def _after(sides: dict[Metric, Sides], metric: Metric) -> Average | None:
+    return sides[metric].after if metric in sides else None
 
 
-def _unedited(runs: Sequence[Run], names: Sequence[str] | dict[str, None]) -> list[tuple[str, list[Average | None]]]:
+def _unedited(
+    runs: Sequence[Run], sides: Sequence[dict[Metric, Sides]], own: Sequence[Metric]
+) -> list[tuple[str, list[Average | None]]]:
     """What the unedited models came to: one row for each model and data set, as the first of its runs has it."""
     found: dict[tuple[str, ...], tuple[str, list[Average | None]]] = {}
-    for run in runs:
-        known: dict[str, Metric] = run.metrics
-        values = [known[name].before if name in known else None for name in names]
+    for run, each in zip(runs, sides, strict=True):
+        values = [each[metric].before if metric in each else None for metric in own]
         key = (run.task, run.model, str(run.record["model"].get("digest")), str(run.record["data"].get("digest")))
         if any(values) and key not in found:
             found[key] = (f"unedited {run.model}", values)
@@ -184,16 +197,16 @@ def _best(averages: Sequence[Average | None], better: int) -> set[int]:
 
     None where all do, where no side is better, or where the best has no interval to say how sure it is.
     """
-    known = {i: a for i, a in enumerate(averages) if a is not None and a.mean is not None}
+    known = {i: a for i, a in enumerate(averages) if a is not None}
     if not better or len(known) < 2:
         return set()
-    top = max(better * a.mean for a in known.values() if a.mean is not None)
-    if not all(a.low is not None for a in known.values() if a.mean is not None and better * a.mean == top):
+    top = max(better * a.mean for a in known.values())
+    if not all(a.low is not None for a in known.values() if better * a.mean == top):
         return set()
     reach = {
         i
         for i, a in known.items()
-        if better * (a.mean or 0.0) == top
+        if better * a.mean == top
         or (a.low is not None and a.high is not None and better * (a.high if better > 0 else a.low) >= top)
     }
     return reach if len(reach) < len(known) else set()
@@ -201,21 +214,12 @@ def _best(averages: Sequence[Average | None], better: int) -> set[int]:
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
     """Lifelong runs overlaid."""
-    long = [(run, name) for run, name in zip(runs, names, strict=True) if run.record["series"]][:CHARTED]
+    long = [(run, name) for run, name in zip(runs, names, strict=True) if run.series][:CHARTED]
     if not long:
         return []
-    drawn = []
-    for metric in series_metrics([run for run, _ in long]):
-        curves = [line for run, name in long if (line := metric_line(run, metric, name))]
-        if curves:
-            drawn.append(charts.lines(metric, curves, "edits", f"{metric}, mean over cases", share=True))
-    for quantity, (title, label) in DRIFT.items():
-        curves = [line for run, name in long if (line := drift_line(run, quantity, name))]
-        ys = [y for line in curves for y in line.y if y is not None and y > 0]
-        if curves:
-            log = len(ys) > 1 and max(ys) > 50 * min(ys)
-            drawn.append(charts.lines(title, curves, "edits", label + (" (log scale)" if log else ""), log=log))
-    rows = [(name, number(c[0]) if (c := collapses(run)) else "not collapsed") for run, name in long]
+    several, called = [run for run, _ in long], [name for _, name in long]
+    drawn = [chart for chosen in LIFELONG if (chart := series.overlaid(several, called, chosen))]
+    rows = [(name, number(c[0]) if (c := series.collapses(run)) else "not collapsed") for run, name in long]
     return [Charts(drawn), Table(("run", "called collapsed first at … edits"), rows)]
 
 
@@ -233,7 +237,7 @@ def published_blocks(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
             printed = [Average(value) for value in row.values.values()]
             rows = [("printed", *printed), ("this run", *(mine.get(metric) for metric in row.values))]
             title = f"{name} beside {row.method}" if row.method else f"unedited {run.model}"
-            blocks.append(Table(("", *row.values), rows, f"{title}, {row.source}"))
+            blocks.append(Table(("", *(metric.label for metric in row.values)), rows, f"{title}, {row.source}"))
             blocks.append(Text("Differs: " + "; ".join(published.differences(run, row)) + ".", "note"))
     if blocks:
         blocks.insert(0, Text("Printed numbers are the papers' own, divided by 100; none was measured here.", "note"))

@@ -1,6 +1,6 @@
 """A page: blocks put into one self-contained HTML file, without network, fonts or scripts.
 
-What a page shows is decided in `run_page` and `compare`; how it looks, in page.html.jinja and page.css beside this.
+What a page shows is decided by the tasks' pages, `page` and `compare`; how it looks, in page.html.jinja and page.css.
 Prompts, model outputs and names are untrusted: the template escapes everything but our own drawings.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import jinja2
 
 from editkit.files import write_text
+from editkit.metrics.metric import Average
 from editkit.numbers import mean, number
 from editkit.report.charts import Chart
 from editkit.report.svg import clean
-from editkit.runs.read import Average
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,15 @@ class Section:
     name: str
     title: str
     blocks: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a task says of its run: the page's title, the few numbers to see first, and the sections."""
+
+    title: str
+    tiles: Sequence[tuple[str, str, str]]
+    sections: Sequence[Section]
 
 
 @dataclass(frozen=True)

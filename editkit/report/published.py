@@ -6,10 +6,13 @@ As printed: ES, PS, NS, S in percent, GE and RS times 100; here divided by 100. 
 from dataclasses import dataclass
 from typing import Any
 
-from editkit.runs.read import Average, Run
+from editkit.metrics.counterfact import ES, NS, PS, S
+from editkit.metrics.fluency import GE, RS
+from editkit.metrics.metric import RETENTION, Average, Metric
+from editkit.runs.read import Run
 
 ROME, MEMIT, ALPHAEDIT = "arXiv 2202.05262", "arXiv 2210.07229", "arXiv 2410.02355"
-_NAMES = ("S", "ES", "PS", "NS", "GE", "RS")
+_COLUMNS = (S, ES, PS, NS, GE, RS)
 
 # Names under which a model goes, to the one used here.
 _MODELS = {
@@ -27,19 +30,19 @@ class Published:
 
     model: str
     method: str
-    values: dict[str, float]  # CounterFact's names, shares and bits
+    values: dict[Metric, float]  # shares and bits
     source: str
     records: int | None  # None: not given beside the table
     sequential: int = 0  # edits one after the other; 0: each record alone
 
 
 def _row(model: str, method: str, printed: tuple[float, ...], where: str, records: int | None) -> Published:
-    values = {name: round(value / 100, 6) for name, value in zip(_NAMES, printed, strict=True)}
+    values = {metric: round(value / 100, 6) for metric, value in zip(_COLUMNS, printed, strict=True)}
     return Published(model, method, values, where, records)
 
 
 def _sequence(method: str, es: float, ps: float, ns: float) -> Published:
-    values = {"ES": round(es / 100, 6), "PS": round(ps / 100, 6), "NS": round(ns / 100, 6)}
+    values = {ES: round(es / 100, 6), PS: round(ps / 100, 6), NS: round(ns / 100, 6)}
     return Published("gpt2-xl", method, values, f"{ALPHAEDIT}, table 1", 2000, sequential=2000)
 
 
@@ -73,31 +76,25 @@ def matching(run: Run) -> list[Published]:
     ]
 
 
-def own(run: Run, row: Published) -> dict[str, Average]:
+def own(run: Run, row: Published) -> dict[Metric, Average]:
     """The run's values of the row's metrics: before the edit for the unedited model, else after it."""
-    found = {}
-    for name in row.values:
-        if row.sequential:
-            points = run.record["series"]
-            average = Average.of((points[-1].get("metrics") or {}).get(f"retention.{name}")) if points else None
-        else:
-            metric = run.metrics.get(f"counterfact.{name}")
-            average = None if metric is None else metric.after if row.method else metric.before
-        if average is not None:
-            found[name] = average
-    return found
+    sides = run.sides(RETENTION if row.sequential else "")
+    found = {
+        metric: sides[metric].after if row.method else sides[metric].before for metric in row.values if metric in sides
+    }
+    return {metric: average for metric, average in found.items() if average is not None}
 
 
 def differences(run: Run, row: Published) -> list[str]:
     """What is known to differ between the run and the paper's setting: a reason for another number."""
     differ = []
     if row.sequential:
-        edits = run.record["series"][-1].get("edits") if run.record["series"] else 0
+        edits = run.series[-1].edits if run.series else 0
         if edits != row.sequential:
-            differ.append(f"{edits} edits, there {row.sequential:,}")
+            differ.append(f"{edits:.0f} edits, there {row.sequential:,}")
         differ.append("the paper edits 100 facts at a time")
     else:
-        n = max((m.after.n or 0 for m in run.metrics.values() if m.after), default=0)
+        n = max((sides.after.n or 0 for sides in run.sides().values() if sides.after), default=0)
         differ.append(f"{n:,} records, there {row.records:,}" if row.records else f"{n:,} records, there not stated")
     data: dict[str, Any] = run.record["config"].get("data") or {}
     if data.get("limit") is not None:

@@ -1,31 +1,33 @@
-"""A drawing of our own: SVG text with axes, ticks and labels that do not overlap.
+"""SVG drawings: axes, ticks and labels that do not overlap.
 
-Colours are CSS classes (`s0`, `s1`, …: series; `muted`, `grid`), so that a page's light and dark themes colour the same
-drawing. All text passes `escape` here: prompts and names are untrusted.
+Colours are CSS classes (`s0`, `s1`, … for series; `muted`, `grid`), so that light and dark themes colour the same
+drawing. All text is escaped here, because prompts and names are untrusted. Lengths are in units, about one pixel on a
+phone.
 """
 
 import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from editkit.numbers import number
 
-WIDTH = 360  # units; one unit is about one pixel on a phone, and charts stand side by side where there is more room
+WIDTH = 360  # units; where there is more room, charts stand side by side
 SIZE = 11  # of text
-SERIES = 8  # colours; more series begin again with another dash
+SERIES = 8  # colours; a ninth series has the first colour again, with another dash
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def clean(text: object) -> str:
-    """Text with what no page can hold (control characters, halves of surrogate pairs) shown as U+FFFD."""
+    """Replace what XML cannot hold (control characters, single surrogates) by U+FFFD."""
     return _UNPRINTABLE.sub("\ufffd", str(text))
 
 
 def text_width(text: str, size: float = SIZE) -> float:
-    """About how wide a text is: enough to decide what fits."""
+    """Estimated width of `text` at font size `size`, in the unit of `size`."""
     return size * sum(_advance(c) for c in text)
 
 
@@ -40,7 +42,7 @@ def _advance(character: str) -> float:
 
 
 def clip(text: str, width: float, size: float = SIZE, *, keep_end: bool = False) -> str:
-    """The text, shortened with … where it is wider than `width`; prompts differ at their ends, so keep those."""
+    """Shorten `text` with … to at most `width` units; `keep_end` drops the beginning: prompts differ at the end."""
     if text_width(text, size) <= width:
         return text
     room, kept = width - text_width("…", size), ""
@@ -51,8 +53,22 @@ def clip(text: str, width: float, size: float = SIZE, *, keep_end: bool = False)
     return "…" + kept.lstrip() if keep_end else kept.rstrip() + "…"
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with the numbers it shows, as a table."""
+
+    title: str
+    svg: Markup
+    columns: tuple[str, ...]
+    rows: list[tuple[object, ...]]
+    note: str = ""
+
+
 class Scale:
-    """Values to units along one axis; `log` spaces them by ratio."""
+    """Map values from `low` to `high` onto units from `start` to `end`; values outside are put at the ends.
+
+    `log`: a logarithmic axis, for positive values.
+    """
 
     def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False) -> None:
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
@@ -65,7 +81,7 @@ class Scale:
         return self.start + min(max(part, 0.0), 1.0) * (self.end - self.start)
 
     def ticks(self, room: float = 44) -> list[float]:
-        """Round values with at least `room` units between neighbours."""
+        """Round values, neighbours at least `room` units apart."""
         count = max(1, int(abs(self.end - self.start) // room))
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
@@ -85,7 +101,10 @@ def _round_steps(low: float, high: float, count: int) -> list[float]:
 
 
 def covering(values: Sequence[float], *, log: bool = False, share: bool = False) -> tuple[float, float]:
-    """The ends of an axis that shows all values: 0 to 1 for shares, whole decades for `log`, else round steps."""
+    """The ends of an axis that shows all `values`: powers of ten if `log`, else multiples of a round step.
+
+    `share`: from 0 to 1 where all values are between.
+    """
     low, high = min(values), max(values)
     if share and low >= 0 and high <= 1:
         return 0.0, 1.0
@@ -100,25 +119,35 @@ def covering(values: Sequence[float], *, log: bool = False, share: bool = False)
 
 
 class Drawing:
-    """SVG elements, collected."""
+    """A list of SVG elements; `svg()` gives the drawing.
+
+    `kind` is always a string of CSS classes, `tip` a text shown where the element is pointed at.
+
+    - `height`, `width`: of the drawing, in units.
+    - `label`: its description for screen readers.
+    """
 
     def __init__(self, height: float, label: str, width: float = WIDTH) -> None:
         self.width, self.height, self.label = width, height, label
-        self.role = "img"  # "group" where parts of it are named and can be reached by themselves
+        self.role = "img"  # "group" where parts have their own labels
         self._parts: list[str] = []
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        """A straight line from (`x1`, `y1`) to (`x2`, `y2`), of CSS classes `kind`."""
         self._parts.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
 
     def path(self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False) -> None:
+        """Straight lines from point to point; `closed`: an area."""
         steps = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self._parts.append(f'<path class="{kind}" d="M{steps}{"Z" if closed else ""}"/>')
 
     def dot(self, x: float, y: float, kind: str, tip: str = "", radius: float = 4) -> None:
+        """A circle around (`x`, `y`); `radius` in units."""
         inside = f"<title>{escape(clean(tip))}</title>" if tip else ""
         self._parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{inside}</circle>')
 
     def box(self, x: float, y: float, w: float, h: float, kind: str = "", tip: str = "", fill: str = "") -> None:
+        """A rectangle `w` by `h` units, its top left corner at (`x`, `y`), in a CSS class or in the colour `fill`."""
         inside = f"<title>{escape(clean(tip))}</title>" if tip else ""
         colour = f' fill="{fill}"' if fill else ""
         place = f'x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{max(h, 0):.1f}"'
@@ -127,13 +156,19 @@ class Drawing:
     def text(
         self, x: float, y: float, text: str, kind: str = "", *, anchor: str = "start", tip: str = "", tilt: float = 0
     ) -> None:
+        """One line of text.
+
+        - `x`, `y`: its place; `anchor`: which part of the text is at `x` ("start", "middle", "end").
+        - `text`, `kind`: what is written, and its CSS classes.
+        - `tip`: the full text, where `text` is shortened. `tilt`: degrees, clockwise.
+        """
         inside = f"<title>{escape(clean(tip))}</title>" if tip and tip != text else ""
         turned = f' transform="rotate({tilt:g} {x:.1f} {y:.1f})"' if tilt else ""
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}'
         self._parts.append(f'<text class="{kind}" {place}>{escape(clean(text))}{inside}</text>')
 
     def begin(self, kind: str, label: str = "") -> None:
-        """Put what follows into one group, up to `end`. With a label it can be reached by the keyboard."""
+        """Begin a group, which `end` closes. With a `label` it can be reached by keyboard."""
         named = f' tabindex="0" role="img" aria-label="{escape(clean(label))}"' if label else ""
         self._parts.append(f'<g class="{kind}"{named}>')
 
@@ -141,7 +176,10 @@ class Drawing:
         self._parts.append("</g>")
 
     def legend(self, entries: Sequence[tuple[str, str]], top: float = 0) -> float:
-        """(marker kind, name) in rows from `top` on; the height taken."""
+        """Draw a legend from `top` down, in as many rows as it needs; returns its height.
+
+        `entries`: (CSS classes of the marker, name). A class "line" gives a line, otherwise the marker is a dot.
+        """
         x, y = 2.0, top + 11
         for kind, name in entries:
             short = clip(name, self.width - 26)
@@ -156,7 +194,11 @@ class Drawing:
         return y + 7 - top
 
     def x_axis(self, scale: Scale, top: float, bottom: float, name: str, ticks: Sequence[float] | None = None) -> None:
-        """Grid lines from `top` to `bottom`, numbers below, the quantity's name below them."""
+        """Grid lines with numbers and a name below them.
+
+        - `scale`: of the axis. `top`, `bottom`: ends of the grid lines.
+        - `name`: of the quantity. `ticks`: values of the grid lines; if None, round values that fit.
+        """
         if ticks is None:
             widest = max((text_width(number(tick)) for tick in scale.ticks()), default=0)
             ticks = scale.ticks(max(44, widest + 16))
@@ -167,11 +209,11 @@ class Drawing:
         self.x_name((scale.start + scale.end) / 2, bottom + 29, name)
 
     def x_name(self, middle: float, y: float, name: str) -> None:
-        """The name of what runs along x, around `middle` as far as the drawing goes."""
+        """The name of the x axis, centred at `middle` and shortened to fit the drawing."""
         self.text(middle, y, clip(name, 2 * min(middle, self.width - middle)), "muted", anchor="middle", tip=name)
 
     def y_axis(self, scale: Scale, left: float, right: float, name: str) -> None:
-        """Grid lines, numbers left of them, the quantity's name above."""
+        """Grid lines from `left` to `right`, numbers left of them, `name` above."""
         for tick in scale.ticks(26):
             y = scale(tick)
             self.line(left, y, right, y, "grid")

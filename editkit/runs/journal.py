@@ -12,17 +12,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from editkit.errors import ConfigError, OutputError
+from editkit.errors import ConfigError, OutputError, RecordError
 
 
 class Journal:
     """`with Journal(path, header, resume=True) as journal: journal.append({...})`; `journal.lines` are those there.
 
-    - `header`: nested JSON that decides the results. A journal that is there must have begun with the same.
+    - `header`: nested JSON that decides the results, with the `format` of the lines. A journal that is there must have
+      begun with the same.
     - `resume`: go on where a former run stopped; without it a journal that is there is an error, and stays.
 
     A last line that was cut short by a kill is removed. Raises OutputError for a journal that is there without
-    `resume`, is damaged, in use by another process or cannot be written; ConfigError for another header.
+    `resume`, is damaged, in use by another process or cannot be written; RecordError for another format; ConfigError
+    for another header.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], *, resume: bool) -> None:
@@ -49,6 +51,12 @@ class Journal:
                 "another folder with hydra.run.dir=FOLDER."
             )
         if found:
+            if found[0].get("format") != header.get("format"):
+                raise RecordError(
+                    f"'{self.path}' was begun in format {found[0].get('format', 1)} by another version of editkit; "
+                    f"this version writes format {header.get('format', 1)}. Begin in another folder, or go on with "
+                    "that version."
+                )
             _require_same(found[0], header, self.path)
             self.lines = found[1:]
         self._file = self.path.open("ab")

@@ -1,9 +1,8 @@
-"""Run folders as the report sees them: the record, the tables, and which folders hold a run. Reads only; no torch.
+"""Run folders as a page sees them: the record, the tables, and which folders hold a run. Reads only; no torch.
 
 Records come from other people's runs too: any part may be missing.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,49 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from editkit.errors import ConfigError, RecordError
-from editkit.numbers import finite, mean
-from editkit.runs.record import CASES, CONFIG, EDITS, FAILED, RECORD
+from editkit.metrics.metric import AFTER, BEFORE, Metric, Score
+from editkit.metrics.metric import Average as Average
+from editkit.numbers import finite
+from editkit.runs.names import CASES, EDITS, FAILED, OF_A_RUN, RECORD
+from editkit.runs.record import read_record
 
-# A folder that holds one of these is a run's, begun or finished.
-_OURS = {RECORD, CONFIG, FAILED, CASES, EDITS, "cases.jsonl", "edits.jsonl"}
-
-
-@dataclass(frozen=True)
-class Average:
-    """A mean, over how many, and its 95 % interval where there is one."""
-
-    mean: float | None
-    n: int | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, found: object) -> "Average | None":
-        """From a record: an object with `mean`, or a plain number."""
-        if isinstance(found, dict):
-            n = found.get("n")
-            return cls(finite(found.get("mean")), n if isinstance(n, int) else None, finite(found.get("low")),
-                       finite(found.get("high")))  # fmt: skip
-        return None if finite(found) is None else cls(finite(found))
-
-    def __str__(self) -> str:
-        text = mean(self.mean)
-        if self.low is not None and self.high is not None:
-            text += f" [{mean(self.low)}, {mean(self.high)}]"
-        return text + (f", n = {self.n:,}" if self.n is not None else "")
+# The parts of a record that a page reads, and the type of each; a part that is missing is an empty one.
+_PARTS: dict[str, type] = {
+    **dict.fromkeys(
+        ("config", "model", "edit", "reversal", "timings", "texts", "environment", "data", "trace", "verdict"), dict
+    ),
+    **dict.fromkeys(("scores", "metrics", "series"), list),
+}
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One metric of a run. One that is not taken before and after (KL) has only `after`."""
+class Sides:
+    """One metric of a run: its average before the edit and after it."""
 
-    name: str  # PROTOCOL.NAME
-    before: Average | None
-    after: Average | None
+    metric: Metric
+    before: Average | None = None
+    after: Average | None = None
 
     @property
-    def protocol(self) -> str:
-        return self.name.rpartition(".")[0]
+    def shown(self) -> Average | None:
+        """After the edit; before it where that is all there is."""
+        return self.after or self.before
 
 
 @dataclass(frozen=True)
@@ -74,44 +57,26 @@ class Run:
 
     @classmethod
     def at(cls, folder: Path) -> "Run":
-        """Raises RecordError naming the file."""
+        """The run in a folder. Raises RecordError naming the file."""
+        return cls.of(folder, read_record(folder / RECORD))
+
+    @classmethod
+    def of(cls, folder: Path, record: dict[str, Any]) -> "Run":
+        """A run from what `read_record` gives. Raises RecordError where a part is of another type."""
         path = folder / RECORD
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecordError(f"No {RECORD} in '{folder}': no run has finished there.") from None
-        except (OSError, ValueError) as error:
-            raise RecordError(
-                f"'{path}' cannot be read ({error}): it is damaged. Run it again or remove it."
-            ) from error
-        if not isinstance(record, dict) or not isinstance(record.get("task"), str):
-            raise RecordError(
-                f"'{path}' is no record of editkit: it names no task. Remove it or choose another folder."
-            )
-        for name in (
-            "config",
-            "model",
-            "edit",
-            "metrics",
-            "reversal",
-            "timings",
-            "texts",
-            "environment",
-            "data",
-            "trace",
-        ):
-            if not isinstance(record.get(name), dict):
-                if record.get(name) is not None:
-                    raise RecordError(f"'{path}' is damaged: its '{name}' is no object. Run it again or remove it.")
-                record[name] = {}
-        series = record.get("series") or []
-        if not isinstance(series, list) or not all(isinstance(point, dict) for point in series):
-            raise RecordError(f"'{path}' is damaged: its 'series' is no list of objects. Run it again or remove it.")
-        return cls(folder, record | {"series": series})
+        found = dict(record)
+        for name, kind in _PARTS.items():
+            if found.get(name) is None:
+                found[name] = kind()
+            listed = kind is not list or all(isinstance(each, dict) for each in found[name])
+            if not isinstance(found[name], kind) or not listed:
+                what = "object" if kind is dict else "list of objects"
+                raise RecordError(f"'{path}' is damaged: its '{name}' is no {what}. Run it again or remove it.")
+        return cls(folder, found)
 
     @property
     def task(self) -> str:
-        return self.record["task"]
+        return str(self.record["task"])
 
     @property
     def method(self) -> str:
@@ -132,9 +97,24 @@ class Run:
         return flat(self.record["config"])
 
     @cached_property
-    def metrics(self) -> dict[str, Metric]:
-        """By name, in the record's order."""
-        return metrics_of(self.record["metrics"], "counterfact" if self.task == "edit" else "")
+    def declared(self) -> dict[str, Metric]:
+        """The metrics that the record declares, by name."""
+        metrics = [(str(found.get("name")), Metric.of(found)) for found in self.record["metrics"]]
+        return dict(metrics)
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        """Everything measured, in the record's order; of a lifelong run, at its end."""
+        return [Score.of(found, self.declared) for found in self.record["scores"]]
+
+    @cached_property
+    def series(self) -> list["Point"]:
+        """The points of a lifelong run."""
+        return [Point.of(found, self.declared) for found in self.record["series"]]
+
+    def sides(self, asked: str = "") -> dict[Metric, Sides]:
+        """Each metric before and after the edit; `asked`: of which cases of a lifelong run."""
+        return sides_of(self.scores, asked)
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
@@ -156,30 +136,43 @@ class Run:
 
         try:
             with pyarrow.parquet.ParquetFile(path) as file:  # read_table would import pandas
-                return file.read().to_pylist()
+                rows: list[dict[str, Any]] = file.read().to_pylist()
+                return rows
         except (OSError, pyarrow.ArrowException) as error:
             why = str(error).splitlines()[0]
             raise RecordError(f"'{path}' cannot be read ({why}): it is damaged. Run it again or remove it.") from error
 
 
-def metrics_of(found: dict[str, Any], protocol: str = "") -> dict[str, Metric]:
-    """Metrics from {NAME_before: …, NAME_after: …, NAME_n: …}, the values averages or plain numbers."""
-    names: dict[str, None] = {}
-    for key in found:
-        base = key.removesuffix("_before").removesuffix("_after")
-        if not (key.endswith("_n") and f"{key.removesuffix('_n')}_after" in found):
-            names[base] = None
-    metrics = {}
-    for base in names:
-        sides = []
-        for key in (f"{base}_before", f"{base}_after" if f"{base}_after" in found else base):
-            average, n = Average.of(found.get(key)), found.get(f"{base}_n")
-            if average is not None and average.n is None and isinstance(n, int):
-                average = Average(average.mean, n, average.low, average.high)
-            sides.append(average)
-        name = f"{protocol}.{base}" if protocol and "." not in base else base
-        metrics[name] = Metric(name, *sides)
-    return metrics
+@dataclass(frozen=True)
+class Point:
+    """One measurement of a lifelong run, after so many edits."""
+
+    edits: float
+    scores: list[Score]
+    relative_norm: float | None
+    collapsed: bool
+
+    @classmethod
+    def of(cls, found: dict[str, Any], declared: dict[str, Metric]) -> "Point":
+        listed = found.get("scores")
+        scores = [Score.of(each, declared) for each in listed if isinstance(each, dict)] if listed else []
+        return cls(
+            finite(found.get("edits")) or 0.0, scores, finite(found.get("relative_norm")), bool(found.get("collapsed"))
+        )
+
+    def average(self, metric: Metric, asked: str = "", when: str = AFTER) -> Average | None:
+        """The average of a metric of those asked, None where it was not measured."""
+        found = (s for s in self.scores if (s.metric, s.asked, s.when) == (metric, asked, when))
+        return next((score.average for score in found), None)
+
+
+def sides_of(scores: Iterable[Score], asked: str = "") -> dict[Metric, Sides]:
+    """Scores of the same metric side by side, before and after."""
+    found: dict[Metric, dict[str, Average | None]] = {}
+    for score in scores:
+        if score.asked == asked:
+            found.setdefault(score.metric, {})[score.when] = score.average
+    return {metric: Sides(metric, both.get(BEFORE), both.get(AFTER)) for metric, both in found.items()}
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Run], list[Unfinished]]:
@@ -193,8 +186,8 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], list[Unfinished]]:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"'{folder}' is no folder. Name a run's folder, or one that holds several.")
-        inside = [Path(path) for path, _, files in os.walk(folder) if not _OURS.isdisjoint(files)]
-        for path in sorted(inside, key=_in_order):
+        inside = [Path(path) for path, _, files in os.walk(folder) if not OF_A_RUN.isdisjoint(files)]
+        for path in sorted(inside, key=in_order):
             if (path / RECORD).exists():
                 runs.setdefault(path.resolve(), Run.at(path))
             else:
@@ -206,7 +199,8 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], list[Unfinished]]:
     return list(runs.values()), list(unfinished.values())
 
 
-def _in_order(path: Path) -> list[tuple[int, int, str]]:
+def in_order(path: Path) -> list[tuple[int, int, str]]:
+    """A key that sorts paths with numbers as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.parts]
 
 

@@ -1,8 +1,8 @@
 """From the lines of a benchmark's journals to its tables; from the journals of its shards to those of the whole.
 
     cases.parquet    one row a probe
-    edits.parquet    one row a case: its edit and the value of every metric
-    summary.csv      one row a metric: mean over cases, n, 95 % interval
+    edits.parquet    one row a case: its edit and the value of every metric, in the columns that `Metric.column` names
+    summary.csv      one row a metric and time: mean over cases, n, 95 % interval
 
 The tables are a function of the lines, whatever their order: a run that was killed and gone on with, and shards of it
 put together, give the bytes of a run that was not.
@@ -10,16 +10,16 @@ put together, give the bytes of a run that was not.
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas
 
 from editkit.files import write_bytes, write_text
-from editkit.metrics.summary import Average, summary
+from editkit.metrics.metric import Score
+from editkit.metrics.summary import summary
+from editkit.runs.names import CASES, EDITS, SUMMARY
 
-JOURNAL, CASES, EDITS, SUMMARY = "cases.jsonl", "cases.parquet", "edits.parquet", "summary.csv"
 Line = dict[str, Any]
 
 
@@ -30,11 +30,8 @@ class Tables:
         ordered = sorted(lines, key=lambda line: line["index"])
         self.measured = [line for line in ordered if "failed" not in line]
         self.failed = [f"{line['case']}: {line['failed']}" for line in ordered if "failed" in line]
-        self.summary: dict[str, Average] = summary([line["values"] for line in self.measured])
-
-    def metrics(self) -> dict[str, dict[str, Any]]:
-        """The summary as JSON."""
-        return {name: asdict(average) for name, average in self.summary.items()}
+        self.scores = [[Score.of(found) for found in line["scores"]] for line in self.measured]
+        self.summary: list[Score] = summary(self.scores)
 
     def edit(self) -> dict[str, Any]:
         """What a record says of the edits: the largest rank, the mean norms, the spectra of the first."""
@@ -48,17 +45,24 @@ class Tables:
 
     def write(self, folder: Path) -> None:
         """Write the three tables. Raises OutputError."""
-        rows = [_whose(line) | row for line in self.measured for row in line["rows"]]
-        edits = [_whose(line) | _scalars(line["edit"]) | line["values"] for line in self.measured]
-        write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
+        edits = [
+            _whose(line) | _scalars(line["edit"]) | {score.metric.column(score.when): score.value for score in scores}
+            for line, scores in zip(self.measured, self.scores, strict=True)
+        ]
+        self.write_cases(folder)
         write_bytes(folder / EDITS, pandas.DataFrame(edits).to_parquet(index=False))
         write_text(folder / SUMMARY, self.csv())
+
+    def write_cases(self, folder: Path) -> None:
+        """Write cases.parquet alone. Raises OutputError."""
+        rows = [_whose(line) | row for line in self.measured for row in line["rows"]]
+        write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
 
     def csv(self) -> str:
         """The summary as text; the same lines give the same bytes."""
         text = io.StringIO()
-        rows = [{"metric": name} | values for name, values in self.metrics().items()]
-        pandas.DataFrame(rows, columns=["metric", "mean", "n", "low", "high"]).to_csv(text, index=False)
+        rows = [score.to_json() for score in self.summary]
+        pandas.DataFrame(rows, columns=["metric", "part", "when", "mean", "n", "low", "high"]).to_csv(text, index=False)
         return text.getvalue()
 
 

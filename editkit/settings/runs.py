@@ -55,16 +55,6 @@ class TraceTaskSettings:
 
 
 @dataclass(frozen=True)
-class EditTaskSettings:
-    """task=edit: one fact, looked at before and after."""
-
-    name: str = "edit"
-    continuation: int = 20  # tokens of the continuation shown before and after
-    top: int = 5  # most likely next tokens shown
-    audit: bool = False  # ask every fact of the atlas before and after; for models that know it
-
-
-@dataclass(frozen=True)
 class MeasureSettings:
     """What is asked of the model for each case, before and after; see `editkit.metrics.measure`."""
 
@@ -75,6 +65,17 @@ class MeasureSettings:
     def __post_init__(self) -> None:
         require(self.generate >= 0, "measure.generate", self.generate, "0 or more")
         require(self.fluency >= 0, "measure.fluency", self.fluency, "0 or more")
+
+
+@dataclass(frozen=True)
+class EditTaskSettings:
+    """task=edit: one fact, measured before and after, as a benchmark of one case."""
+
+    name: str = "edit"
+    continuation: int = 20  # tokens of the continuation shown before and after
+    top: int = 5  # most likely next tokens shown
+    audit: bool = False  # ask every fact of the atlas before and after; for models that know it
+    measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from editkit.edits.spectra import spectra
 from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
 from editkit.metrics.audit import answers, audit
-from editkit.metrics.measure import Look, look, rows_of, values_of_rows
+from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
+from editkit.metrics.metric import Score
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot
+from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.journal import Journal
-from editkit.runs.tables import JOURNAL, Tables
+from editkit.runs.tables import Tables
 from editkit.settings import BenchmarkSettings, Config
 from editkit.tasks import console
 from editkit.tasks.common import (
@@ -35,11 +37,10 @@ from editkit.tasks.common import (
     described,
     journal_header,
     load_model,
+    measured,
     plain,
     spectrum_beside,
 )
-
-EDITS, AUDITS = "edits", "audits"  # the folders of kept edits and of audits
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -51,7 +52,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     cases = load_cases(config.data, seed=config.seed, distinct=task.size != 1)
     lm = load_model(config)
     digest = lm.digest
-    with Journal(folder / JOURNAL, journal_header(config, digest, cases), resume=config.resume) as journal:
+    with Journal(folder / names.CASE_LINES, journal_header(config, digest, cases), resume=config.resume) as journal:
         about = f"{len(cases.cases)} of {cases.found} in {cases.source}"
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         clock.lap("load")
@@ -76,11 +77,11 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         config=plain(config),
         model=described(lm, digest),
         edit=tables.edit(),
-        metrics=tables.metrics(),
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
         data=data_of(cases, tables.failed) | {"shard": config.data.shard},
+        **measured(tables.summary),
     )
     results.write_record(folder, record)
     report.write(folder)
@@ -129,7 +130,8 @@ class _Bench:
                 if index in befores:
                     after = look(self.lm, case, self.task.measure, self.config.seed)
                     rows = rows_of(case, befores[index], after)
-                    self._add(number, index, case, edit=about, rows=rows, values=values_of_rows(rows) | audited)
+                    scores = [score.to_json() for score in scores_of_rows(rows) + audited]
+                    self._add(number, index, case, edit=about, rows=rows, scores=scores)
                     advance()
 
     def _before(self, number: int, todo: Sequence[Numbered], advance: Callable[[], object]) -> dict[int, Look]:
@@ -147,7 +149,7 @@ class _Bench:
 
     def _edit(self, number: int, facts: Sequence[Fact], several: bool) -> tuple[Edit, dict[str, Any]]:
         """The edit of a group and what its lines say of it; of a group that was begun before, the one that it had."""
-        path = self.folder / EDITS / f"{number}.safetensors"
+        path = self.folder / names.EDIT_FILES / f"{number}.safetensors"
         lines = [line for line in self.journal.lines if line["group"] == number and "edit" in line]
         if lines and path.exists():
             return Edit.load(path), lines[0]["edit"]
@@ -165,15 +167,15 @@ class _Bench:
             about["spectra"] = [spectrum_beside(self.lm, each) for each in spectra(edit)]
         return edit, about
 
-    def _audit(self, number: int, edit: Edit) -> dict[str, float | None]:
+    def _audit(self, number: int, edit: Edit) -> list[Score]:
         """How many other facts of the atlas a group's edit changes; its table is in the folder of audits."""
         if not self.task.audit:
-            return {}
+            return []
         if self.answers is None:
             self.answers = answers(self.lm)
         found = audit(self.lm, edit, before=self.answers, progress=False)
-        results.write_table(self.folder / AUDITS / f"{number}.parquet", found.rows())
-        return {"audit.changed_after": len(found.changed)}
+        results.write_table(self.folder / names.AUDITS / f"{number}.parquet", found.rows())
+        return [found.score]
 
     def _add(self, number: int, index: int, case: Case, **found: Any) -> None:
         whose = {"index": index, "case": case.id, "group": number}

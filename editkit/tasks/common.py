@@ -14,8 +14,10 @@ from editkit.facts import Fact
 from editkit.methods import get_method
 from editkit.methods.shared.prelude import shared_inputs
 from editkit.methods.shared.transforms import TRANSFORMS
+from editkit.metrics.metric import Score, declarations
 from editkit.models.load import LanguageModel, load
 from editkit.nethook import get_parameter
+from editkit.runs.names import FORMAT
 from editkit.settings import Config
 
 MOST_SINGULAR_VALUES = 2048  # of a weight: GPT-2 XL's 1,600 take a second on one core, and time grows with the cube
@@ -85,7 +87,12 @@ def plain(config: Config) -> dict[str, Any]:
 def journal_header(config: Config, digest: str, cases: Cases) -> dict[str, Any]:
     """What decides the results of a run over cases; `digest` is of the unedited model."""
     values = {key: value for key, value in plain(config).items() if key != "resume"}
-    return {"config": values, "model": digest, "data": cases.digest}
+    return {"format": FORMAT, "config": values, "model": digest, "data": cases.digest}
+
+
+def measured(scores: Sequence[Score]) -> dict[str, Any]:
+    """Scores, and what their metrics mean, for a record."""
+    return {"scores": [score.to_json() for score in scores], "metrics": declarations(scores)}
 
 
 def data_of(cases: Cases, failed: Sequence[str]) -> dict[str, Any]:

@@ -5,24 +5,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE
 from editkit.edits.edit import Edit
 from editkit.facts import Fact
 from editkit.metrics.audit import Audit
-from editkit.metrics.counterfact import ProbeScore, TargetScore
-from editkit.metrics.summary import Average
+from editkit.metrics.counterfact import ES, NS, PORTABLE, PS
+from editkit.metrics.drift import KL, PERPLEXITY
+from editkit.metrics.metric import AFTER, RETENTION, UNTOUCHED, Average, Metric, Score
+from editkit.metrics.verdict import Verdict
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal
+from editkit.runs.read import Sides, sides_of
 from editkit.settings import Config
 from editkit.tracing import PARTS, AverageTrace, Traced
 
 WIDTH = 80
 AUDITED = 10  # changed facts shown
-# What each kind of probe is called, and its score.
+# What each kind of prompt is called, and its score.
 NAMES = {
-    "rewrite": ("rewrite", "ES"),
-    "paraphrase": ("paraphrases", "PS"),
-    "neighborhood": ("neighborhood", "NS"),
-    "portability": ("what follows", "portability"),
+    REWRITE: ("rewrite", ES),
+    PARAPHRASE: ("paraphrases", PS),
+    NEIGHBORHOOD: ("neighborhood", NS),
+    PORTABILITY: ("what follows", PORTABLE),
 }
 
 
@@ -52,66 +56,68 @@ def cases_heading(lm: LanguageModel, config: Config, cases: str, notes: Sequence
     return "\n".join(lines)
 
 
-def summary(found: Mapping[str, Average]) -> str:
+def summary(scores: Sequence[Score]) -> str:
     """Each metric before and after the edits: mean over cases, 95 % interval, number of cases."""
     lines = ["", f"{'mean over cases':34}{'before':>9}{'after':>9}{'95 % interval':>18}{'n':>6}"]
-    for name in dict.fromkeys(key.removesuffix("_before").removesuffix("_after") for key in found):
-        before, after = found.get(f"{name}_before"), found.get(f"{name}_after", found.get(name))
-        shown = after or before
-        assert shown is not None
-        interval = f"{shown.low:.3f} to {shown.high:.3f}"
-        cells = ["–" if each is None else f"{each.mean:.3f}" for each in (before, after)]
-        lines.append(f"{_clip(name, 34):34}{cells[0]:>9}{cells[1]:>9}{interval:>18}{shown.n:>6}")
+    for metric, sides in sides_of(scores).items():
+        if sides.shown is None:
+            continue
+        bounds = sides.shown.interval
+        interval = f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "–"
+        cells = ["–" if each is None else f"{each.mean:.3f}" for each in (sides.before, sides.after)]
+        name = _clip(f"{metric.protocol.name}.{metric.label}", 34)
+        lines.append(f"{name:34}{cells[0]:>9}{cells[1]:>9}{interval:>18}{sides.shown.n or 0:>6}")
     return "\n".join(lines)
 
 
-def point(found: Mapping[str, Any]) -> str:
+def point(edits: int, scores: Sequence[Score], relative_norm: float, *, collapsed: bool) -> str:
     """One line of a lifelong run."""
+    found = {(s.metric, s.asked): s.average for s in scores if s.when == AFTER}
 
-    def mean(name: str) -> str:
-        value = found["metrics"].get(name, {}).get("mean")
-        return "–" if value is None else f"{value:.2f}"
+    def mean(metric: Metric, asked: str) -> str:
+        average = found.get((metric, asked))
+        return "–" if average is None else f"{average.mean:.2f}"
 
-    shown = {"ES": "retention.counterfact.ES_after", "PS": "retention.counterfact.PS_after"}
-    shown |= {"NS": "retention.counterfact.NS_after", "untouched": "untouched.counterfact.NS_after"}
-    parts = [f"{name} {mean(key)}" for name, key in shown.items()]
-    parts += [
-        f"KL {found['kl']:.3g}",
-        f"perplexity {found['perplexity']:.4g}",
-        f"‖ΔW‖/‖W‖ {found['relative_norm']:.2f}",
-    ]
-    return "\n".join(
-        _wrapped(f"{found['edits']:6}  ", "  ".join(parts) + ("  collapsed" if found["collapsed"] else ""))
-    )
+    def drift(metric: Metric, digits: int) -> str:
+        average = found.get((metric, ""))
+        return "–" if average is None else f"{average.mean:.{digits}g}"
+
+    parts = [f"{metric.short} {mean(metric, RETENTION)}" for metric in (ES, PS, NS)]
+    parts.append(f"untouched {mean(NS, UNTOUCHED)}")
+    parts += [f"KL {drift(KL, 3)}", f"perplexity {drift(PERPLEXITY, 4)}", f"‖ΔW‖/‖W‖ {relative_norm:.2f}"]
+    return "\n".join(_wrapped(f"{edits:6}  ", "  ".join(parts) + ("  collapsed" if collapsed else "")))
 
 
-def probes(fact: Fact, before: list[ProbeScore], after: list[ProbeScore], metrics: dict[str, Any]) -> str:
-    """Probabilities of the true and the new object on every probe, before and after."""
+def probes(fact: Fact, rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> str:
+    """Probabilities of the true and the new object after every prompt of the fact, before and after the edit."""
     true, new = fact.target_true.strip() or "(true)", fact.target_new.strip()
     lines = ["", f"{'probability of':44}{_clip(true, 17):>18}{_clip(new, 17):>18}"]
     lines.append(f"{'':44}{'before   after':>18}{'before   after':>18}")
-    kind = ""
-    for b, a in zip(before, after, strict=True):
-        if b.probe.kind != kind:
-            kind = b.probe.kind
-            name, score = NAMES[kind]
-            lines.append(f"{name}   {score} {metrics[f'{score}_before']:.2f} → {metrics[f'{score}_after']:.2f}")
-        prompt = b.probe.prompt
-        if kind == "portability":  # its answers are not the fact's
-            prompt += f" {b.probe.target_true} → {b.probe.target_new}"
-        lines.append(f"  {_clip(prompt, 41):42}{_pair(b.true, a.true):>18}{_pair(b.new, a.new):>18}")
+    sides, kind = sides_of(scores), ""
+    for row in rows:
+        if row["kind"] not in NAMES:
+            continue
+        if row["kind"] != kind:
+            kind = row["kind"]
+            name, metric = NAMES[kind]
+            found = sides.get(metric, Sides(metric))
+            lines.append(f"{name}   {metric.short} {_two(found.before)} → {_two(found.after)}")
+        prompt = row["prompt"]
+        if kind == PORTABILITY:  # its answers are not the fact's
+            prompt += f" {row['target_true']} → {row['target_new']}"
+        lines.append(f"  {_clip(prompt, 41):42}{_pair(row, 'true'):>18}{_pair(row, 'new'):>18}")
     return "\n".join(lines)
 
 
 def texts(fact: Fact, before: dict[str, Any], after: dict[str, Any]) -> str:
     """Most likely next tokens and the continuation, before and after."""
     lines = ["", f"next tokens after {_clip(repr(fact.text), 60)}"]
-    for name, look in (("before", before), ("after", after)):
-        top = "  ".join(f"{token.strip() or repr(token)} {p:.3f}" for token, p in look["top"])
+    for name, found in (("before", before), ("after", after)):
+        top = "  ".join(f"{token.strip() or repr(token)} {p:.3f}" for token, p in found["top"])
         lines += _wrapped(f"  {name:8}", top)
     lines.append("continuation")
-    for name, look in (("before", before), ("after", after)):
-        lines += _wrapped(f"  {name:8}", "…" + " ".join(look["continuation"].split()))
+    for name, found in (("before", before), ("after", after)):
+        lines += _wrapped(f"  {name:8}", "…" + " ".join(found["continuation"].split()))
     return "\n".join(lines)
 
 
@@ -145,6 +151,11 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
             text += f", condition {moments['condition']:.2g}"
         lines += _wrapped("  ", text)
     return "\n".join(lines)
+
+
+def verdict(found: Verdict) -> str:
+    """Whether the edit landed; if not, why and what to try."""
+    return "\n".join(["", *(line for text in found.lines() for line in textwrap.wrap(text, WIDTH))])
 
 
 def trace_heading(lm: LanguageModel, what: str) -> str:
@@ -225,10 +236,14 @@ def _about(lm: LanguageModel) -> str:
     return f"{lm.name} ({lm.architecture.family}, {millions:.1f} M parameters, {dtype}) on {lm.device}"
 
 
-def _pair(before: TargetScore | None, after: TargetScore | None) -> str:
-    if before is None or after is None:
-        return "–      –"
-    return f"{before.probability:6.4f}  {after.probability:6.4f}"
+def _pair(row: Mapping[str, Any], which: str) -> str:
+    """The probability of one target before and after, – where it is unknown."""
+    before, after = row[f"probability_{which}_before"], row[f"probability_{which}_after"]
+    return "–      –" if before is None or after is None else f"{before:6.4f}  {after:6.4f}"
+
+
+def _two(average: Average | None) -> str:
+    return "–" if average is None else f"{average.mean:.2f}"
 
 
 def _clip(text: str, width: int) -> str:

@@ -1,7 +1,11 @@
-"""task=edit: rewrite one fact, look at what happened, put every bit back."""
+"""task=edit: rewrite one fact, look at what happened, put every bit back.
+
+It is a benchmark of one case: the same rows, columns, metrics and scores. Beside them it keeps the edit, the most
+likely next tokens and a continuation.
+"""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,17 @@ from editkit.edits.spectra import spectra
 from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.metrics.audit import audit
-from editkit.metrics.counterfact import ProbeScore, score_probes, share
-from editkit.metrics.generation import continuation, top_next
+from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
+from editkit.metrics.scoring import continuation, top_next
+from editkit.metrics.summary import summary
+from editkit.metrics.verdict import verdict
 from editkit.models.load import LanguageModel
+from editkit.runs import names
 from editkit.runs import record as results
+from editkit.runs.tables import Tables
 from editkit.settings import Config, EditSettings
 from editkit.tasks import console
-from editkit.tasks.common import Clock, bind_method, described, load_model, plain, spectrum_beside
+from editkit.tasks.common import Clock, bind_method, described, load_model, measured, plain, spectrum_beside
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -33,34 +41,37 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     case.fact.check_targets(lm)
     say(console.heading(lm, config, case.fact))
 
-    before = _look(lm, case, config)
+    before = _Asked.of(lm, case, config)
     clock.lap("measure_before")
     edit = bind_method(lm, config, progress=True)(case.facts)
     clock.lap("edit")
     relative_norm = edit.norm() / weight_norm(lm, edit)
-    found = spectra(edit, lm)
-    lost = {spectrum.parameter: spectrum.rounding_error for spectrum in found}
+    sizes = spectra(edit, lm)
+    lost = {spectrum.parameter: spectrum.rounding_error for spectrum in sizes}
     audited = audit(lm, edit) if config.task.audit else None
     clock.lap("audit")
     with edit.applied(lm) as applied:
-        after = _look(lm, case, config)
+        after = _Asked.of(lm, case, config)
         clock.lap("measure_after")
     assert applied.reversal is not None
     clock.lap("restore")
 
-    metrics = _metrics(before["scores"], after["scores"])
-    if audited is not None:
-        metrics |= {"audit_changed": len(audited.changed), "audit_n": len(audited.facts)}
-    say(console.probes(case.fact, before["scores"], after["scores"], metrics))
-    say(console.texts(case.fact, before, after))
+    rows = rows_of(case, before.look, after.look)
+    of_case = scores_of_rows(rows) + ([audited.score] if audited else [])
+    scores = summary([of_case])
+    say(console.probes(case.fact, rows, scores))
+    say(console.texts(case.fact, before.texts, after.texts))
     say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None)))
+    judged = verdict(rows, edit.provenance)
+    say(console.verdict(judged))
     if audited is not None:
         say(console.audit(audited))
-        results.write_table(folder / results.AUDIT, audited.rows())
+        results.write_table(folder / names.AUDIT, audited.rows())
     say(console.reversal(applied.reversal))
 
-    edit.save(folder / results.EDIT)
-    results.write_table(folder / results.CASES, _rows(before["scores"], after["scores"]))
+    edit.save(folder / names.EDIT)
+    whose = {"index": 0, "case": case.id or "0", "group": 0, "subject": case.fact.subject, "relation": case.relation}
+    Tables([whose | {"edit": {}, "rows": rows, "scores": [score.to_json() for score in of_case]}]).write_cases(folder)
     record = results.Record(
         task="edit",
         config=plain(config),
@@ -72,14 +83,15 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "norm": edit.norm(),
             "relative_norm": relative_norm,
             "lost_in_rounding": lost,
-            "spectra": [spectrum_beside(lm, spectrum) for spectrum in found],
+            "spectra": [spectrum_beside(lm, spectrum) for spectrum in sizes],
             "provenance": edit.provenance,
         },
-        metrics=metrics,
         reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
         timings=clock.all(),
-        texts={"before": _spoken(before), "after": _spoken(after)},
+        verdict=asdict(judged),
+        texts={"before": before.texts, "after": after.texts},
         environment=results.environment(lm),
+        **measured(scores),
     )
     results.write_record(folder, record)
     report.write(folder)
@@ -104,43 +116,18 @@ def case_of(settings: EditSettings) -> Case:
     return make_case(fact, settings.paraphrases, settings.neighborhood, hops)
 
 
-def _look(lm: LanguageModel, case: Case, config: Config) -> dict[str, Any]:
-    """Scores of the probes, most likely next tokens, and a continuation, for the model as it is now."""
-    return {
-        "scores": score_probes(lm, case.probes),
-        "top": top_next(lm, case.fact.text, config.task.top),
-        "continuation": continuation(lm, case.fact.text, config.task.continuation),
-    }
+@dataclass(frozen=True)
+class _Asked:
+    """What the model, as it was then, answers: to the case's prompts, and by itself after the rewrite prompt."""
 
+    look: Look
+    texts: dict[str, Any]  # top: the most likely next tokens with their probabilities; continuation: greedy
 
-def _spoken(look: dict[str, Any]) -> dict[str, Any]:
-    return {"top": look["top"], "continuation": look["continuation"]}
-
-
-def _metrics(before: list[ProbeScore], after: list[ProbeScore]) -> dict[str, Any]:
-    """ES, PS, NS and portability before and after, with the number of probes of each."""
-    metrics: dict[str, Any] = {}
-    for name, kind, wins in (
-        ("ES", "rewrite", "new_wins"),
-        ("PS", "paraphrase", "new_wins"),
-        ("NS", "neighborhood", "true_wins"),
-        ("portability", "portability", "new_wins"),
-    ):
-        for when, scores in (("before", before), ("after", after)):
-            metrics[f"{name}_{when}"] = share(getattr(s, wins) for s in scores if s.probe.kind == kind)
-        metrics[f"{name}_n"] = sum(s.probe.kind == kind for s in after)
-    metrics["p_new_before"] = before[0].new.probability
-    metrics["p_new_after"] = after[0].new.probability
-    return metrics
-
-
-def _rows(before: list[ProbeScore], after: list[ProbeScore]) -> list[dict[str, Any]]:
-    rows = []
-    for b, a in zip(before, after, strict=True):
-        row: dict[str, Any] = asdict(b.probe)
-        for when, score in (("before", b), ("after", a)):
-            for which, target in (("true", score.true), ("new", score.new)):
-                for key in ("nll", "probability", "greedy"):
-                    row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
-        rows.append(row)
-    return rows
+    @classmethod
+    def of(cls, lm: LanguageModel, case: Case, config: Config) -> "_Asked":
+        prompt = case.fact.text
+        texts = {
+            "top": top_next(lm, prompt, config.task.top),
+            "continuation": continuation(lm, prompt, config.task.continuation),
+        }
+        return cls(look(lm, case, config.task.measure, config.seed), texts)

@@ -18,19 +18,20 @@ from editkit import report
 from editkit.data import load_cases
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, UNSEEN, Case
 from editkit.errors import ConfigError, EditkitError, OutputError, ReversalError
-from editkit.metrics.drift import Drift
-from editkit.metrics.measure import Look, look, rows_of, values_of_rows
+from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
+from editkit.metrics.metric import RECENT, RETENTION, UNTOUCHED, Score
+from editkit.metrics.running_text import Drift
 from editkit.metrics.summary import summary
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal
+from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.journal import Journal
 from editkit.session import FILE, Session
 from editkit.settings import Config, LifelongSettings
 from editkit.tasks import console
-from editkit.tasks.common import Clock, data_of, described, journal_header, load_model, plain
+from editkit.tasks.common import Clock, data_of, described, journal_header, load_model, measured, plain
 
-JOURNAL, SESSION = "points.jsonl", "session"
 Point = dict[str, Any]
 
 
@@ -47,7 +48,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     edited, untouched = cases.cases[:count], cases.cases[count : count + task.untouched]
     lm = load_model(config)
     digest = lm.digest
-    with Journal(folder / JOURNAL, journal_header(config, digest, cases), resume=config.resume) as journal:
+    with Journal(folder / names.POINT_LINES, journal_header(config, digest, cases), resume=config.resume) as journal:
         about = f"{len(edited)} of {cases.found} in {cases.source} to edit, {len(untouched)} never edited"
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         life = _Life(lm, config, edited, untouched, folder, journal)
@@ -61,12 +62,12 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         config=plain(config),
         model=described(lm, digest),
         edit={"count": points[-1]["edits"], "rank": life.rank, "relative_norm": points[-1]["relative_norm"]},
-        metrics=points[-1]["metrics"],
         series=points,
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
         data=data_of(cases, failed),
+        **measured([Score.of(found) for found in points[-1]["scores"]]),
     )
     results.write_record(folder, record)
     report.write(folder)
@@ -99,7 +100,7 @@ class _Life:
     ) -> None:
         self.lm, self.config, self.edited, self.journal = lm, config, edited, journal
         self.task: LifelongSettings = config.task
-        self.path = folder / SESSION
+        self.path = folder / names.SESSION
         self.untouched = [case for case in map(staying, untouched) if case.probes]
         self.asked = sampled(len(edited), self.task.retention)
         asking = [edited[number] for number in self.asked] + self.untouched
@@ -163,28 +164,26 @@ class _Life:
             return
         since = points[-1]["edits"] if points else 0
         left_out = {number for line in self.journal.lines if "failed" in line for number in line["cases"]}
-        values: dict[str, list[dict[str, float | None]]] = {"retention": [], "recent": [], "untouched": []}
+        of_cases: dict[str, list[list[Score]]] = {RETENTION: [], RECENT: [], UNTOUCHED: []}
         cases = [self.edited[number] for number in self.asked] + self.untouched
         for place, (case, before) in enumerate(zip(cases, self.before, strict=True)):
             number = self.asked[place] if place < len(self.asked) else None
             if number is not None and (number >= edits or number in left_out):
                 continue
             after = look(self.lm, case, self.task.measure, self.config.seed)
-            found = values_of_rows(rows_of(case, before, after))
-            values["untouched" if number is None else "retention"].append(found)
+            of_case = scores_of_rows(rows_of(case, before, after))
+            of_cases[UNTOUCHED if number is None else RETENTION].append(of_case)
             if number is not None and number >= since:
-                values["recent"].append(found)
-        metrics = {f"{asked}.{k}": asdict(v) for asked, each in values.items() for k, v in summary(each).items()}
-        drift = self.drift.averages(self.lm)
-        ratio = drift["perplexity"].mean / self.drift.perplexity
-        point = {
+                of_cases[RECENT].append(of_case)
+        scores = [score for asked, each in of_cases.items() for score in summary(each, asked=asked)]
+        kl, perplexity = self.drift.measure(self.lm)
+        assert perplexity.average is not None
+        ratio = perplexity.average.mean / self.drift.perplexity
+        point: Point = {
             "edits": edits,
-            "metrics": metrics,
+            "scores": [score.to_json() for score in [*scores, kl, perplexity]],
             "relative_norm": session.relative_norm(),
-            "kl": drift["kl"].mean,
-            "perplexity": drift["perplexity"].mean,
-            "drift": {name: asdict(found) for name, found in drift.items()},
             "collapsed": not math.isfinite(ratio) or ratio > self.task.collapse,
         }
         self.journal.append(point)
-        say(console.point(point))
+        say(console.point(edits, [*scores, kl, perplexity], point["relative_norm"], collapsed=point["collapsed"]))

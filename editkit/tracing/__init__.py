@@ -12,14 +12,24 @@ answer o that it gives to a prompt. Then, one at a time, the clean activation of
     severed_attention  out in the corrupted run: what the state does other than by way of them
 
 All P are means over the samples of the corruption. `trace` is of one prompt, `average_trace` of many facts by kind of
-token, and `propose_layers` says which blocks to edit. Arrays come out; report/plots.py draws them.
+token, and `propose_layers` says which blocks to edit. Arrays come out; `editkit.plots` draws them.
 """
 
-from editkit.tracing.average import AverageTrace, average_trace
-from editkit.tracing.corruption import embedding_std
-from editkit.tracing.prompt import PARTS, Traced, parts_of, trace
-from editkit.tracing.proposal import Proposal, propose_layers
+import importlib
+from typing import TYPE_CHECKING, Any
 
+# Imported when first used, so that a page can read a trace's files (files.py) without torch.
+_PUBLIC = {
+    "PARTS": "prompt",
+    "AverageTrace": "average",
+    "Proposal": "proposal",
+    "Traced": "prompt",
+    "average_trace": "average",
+    "embedding_std": "corruption",
+    "parts_of": "prompt",
+    "propose_layers": "proposal",
+    "trace": "prompt",
+}
 __all__ = [
     "PARTS",
     "AverageTrace",
@@ -31,3 +41,15 @@ __all__ = [
     "propose_layers",
     "trace",
 ]
+
+if TYPE_CHECKING:
+    from editkit.tracing.average import AverageTrace, average_trace
+    from editkit.tracing.corruption import embedding_std
+    from editkit.tracing.prompt import PARTS, Traced, parts_of, trace
+    from editkit.tracing.proposal import Proposal, propose_layers
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'editkit.tracing' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"editkit.tracing.{_PUBLIC[name]}"), name)

@@ -17,24 +17,25 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.settings import TraceSettings
 from editkit.tracing.corruption import embedding_std
-from editkit.tracing.files import json_of, read_arrays, write_arrays
+from editkit.tracing.files import AVERAGE_AXES, AVERAGE_FIELDS, json_of, read_arrays, write_arrays
 from editkit.tracing.prompt import PARTS, Traced, trace
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RESAMPLES = 2000  # of the facts, for the 95 % intervals
-Skipped = tuple[str, str]  # the text, and why
+RESAMPLES = 2000  # bootstrap samples of the facts, for the 95 % intervals
+Skipped = tuple[str, str]  # the text, and the reason
 
 
 @dataclass(frozen=True, eq=False)
 class AverageTrace:
-    """Indirect effects of many facts. `effect[kind]`: [facts, parts, blocks]; NaN where a prompt has no such token.
+    """Indirect effects of many facts, by kind of token (PARTS) and block.
 
-    A fact has one value for each of PARTS: the mean over its tokens of that part. Averages are over facts.
+    `effect[kind]` is [facts, parts, blocks]: the mean over a prompt's tokens of that kind, NaN where it has none.
+    Averages are over facts.
     """
 
-    axes: ClassVar[tuple[str, str, str]] = ("fact", "part", "block")
+    axes: ClassVar[tuple[str, str, str]] = AVERAGE_AXES
 
     texts: tuple[str, ...]  # of the facts that were traced
     clean: Tensor  # [facts], P(answer)
@@ -42,12 +43,12 @@ class AverageTrace:
     effect: dict[str, Tensor]
     window: int
     skipped: tuple[Skipped, ...] = ()
-    complete: bool = True  # False when it was interrupted
+    complete: bool = True  # False if the run was interrupted
     how: dict[str, Any] = field(default_factory=dict)  # model, settings with the σ that was used, seed
 
     @property
     def total_effect(self) -> float:
-        """Mean of P(answer) that the corruption takes (the paper's ATE)."""
+        """Mean decrease of P(answer) by the corruption (the paper's ATE)."""
         return (self.clean - self.corrupted).mean().item()
 
     @property
@@ -63,17 +64,17 @@ class AverageTrace:
         return (~self.effect[kind][:, :, 0].isnan()).sum(0)
 
     def interval(self, kind: str) -> tuple[Tensor, Tensor]:
-        """The bounds of the 95 % bootstrap interval of the mean over facts, each [parts, blocks]."""
+        """The ends of the 95 % bootstrap interval of the mean over facts, each [parts, blocks]."""
         means = self.resampled(kind)
         low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=means.dtype), 0)
         return low, high
 
     def resampled(self, kind: str) -> Tensor:
-        """[resamples, parts, blocks]: the mean over each bootstrap sample of the facts, the same for every kind."""
+        """[resamples, parts, blocks]: the mean over each bootstrap sample of the facts, the same for each kind."""
         effect, weights = self.effect[kind], self._weights
-        held = (~effect.isnan()).double()
+        has = (~effect.isnan()).double()
         total = torch.einsum("rf,fpb->rpb", weights, effect.nan_to_num())
-        return total / torch.einsum("rf,fpb->rpb", weights, held)  # 0 / 0: no fact with such a token was drawn
+        return total / torch.einsum("rf,fpb->rpb", weights, has)  # 0 / 0: no fact with such a token was drawn
 
     @cached_property
     def _weights(self) -> Tensor:
@@ -84,7 +85,7 @@ class AverageTrace:
         return weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
     def to_frame(self) -> "DataFrame":
-        """A row a mean: kind, part, block, effect (AIE), low, high, facts."""
+        """A row for each mean: kind, part, block, effect (AIE), low, high, facts."""
         from pandas import DataFrame
 
         rows = []
@@ -99,7 +100,7 @@ class AverageTrace:
     def save(self, path: str | Path) -> Path:
         """Write PATH.npz (the arrays) and PATH.json (axes, names along them, everything else)."""
         along = {"fact": self.texts, "part": PARTS, "block": list(range(self.layers))}
-        said = {name: getattr(self, name) for name in _SAID} | {"axes": self.axes, "along": along}
+        said = {name: getattr(self, name) for name in AVERAGE_FIELDS} | {"axes": self.axes, "along": along}
         # For readers without torch, who could not draw the same samples of the facts; NaN as null.
         bounds = {
             kind: dict(zip(("low", "high"), map(_listed, self.interval(kind)), strict=True)) for kind in self.effect
@@ -110,14 +111,12 @@ class AverageTrace:
     @classmethod
     def load(cls, path: str | Path) -> "AverageTrace":
         """What `save` wrote. Raises EditkitError for files that are not there or not an average trace's."""
-        arrays, said = read_arrays(Path(path), cls.axes)
-        kept: dict[str, Any] = {name: said[name] for name in _SAID}
+        read, said = read_arrays(Path(path), cls.axes, AVERAGE_FIELDS)
+        arrays = {name: torch.from_numpy(array) for name, array in read.items()}
+        kept: dict[str, Any] = {name: said[name] for name in AVERAGE_FIELDS}
         kept["skipped"] = tuple((text, why) for text, why in kept["skipped"])
         clean, corrupted = arrays.pop("clean"), arrays.pop("corrupted")
         return cls(tuple(said["along"]["fact"]), clean, corrupted, arrays, **kept)
-
-
-_SAID = ("window", "skipped", "complete", "how")
 
 
 def _listed(table: Tensor) -> list[list[float | None]]:
@@ -126,7 +125,7 @@ def _listed(table: Tensor) -> list[list[float | None]]:
 
 @dataclass(frozen=True, eq=False)
 class TracedFact:
-    """One fact of an average trace; or, with `skipped`, why it is not in it."""
+    """One fact of an average trace; `skipped` is the reason if it is not part of the average."""
 
     text: str
     skipped: str = ""
@@ -136,6 +135,7 @@ class TracedFact:
     effect: dict[str, Tensor] = field(default_factory=dict)  # [parts, blocks], NaN where a prompt has no such token
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as JSON; a part that the prompt lacks is null."""
         if self.skipped:
             return {"text": self.text, "skipped": self.skipped}
         values = {kind: [None if row.isnan().any() else row.tolist() for row in e] for kind, e in self.effect.items()}
@@ -144,19 +144,20 @@ class TracedFact:
         )
 
     @classmethod
-    def from_json(cls, said: dict[str, Any]) -> "TracedFact":
-        if "skipped" in said:
-            return cls(said["text"], said["skipped"])
+    def from_json(cls, line: dict[str, Any]) -> "TracedFact":
+        """What `to_json` gave, bit for bit."""
+        if "skipped" in line:
+            return cls(line["text"], line["skipped"])
         effect = {}
-        for kind, rows in said["effect"].items():
+        for kind, rows in line["effect"].items():
             blocks = len(next(row for row in rows if row is not None))
             filled = [[float("nan")] * blocks if row is None else row for row in rows]
             effect[kind] = torch.tensor(filled, dtype=torch.float64)
-        return cls(said["text"], "", said["clean"], said["corrupted"], said["window"], effect)
+        return cls(line["text"], "", line["clean"], line["corrupted"], line["window"], effect)
 
 
 def with_sigma(lm: LanguageModel, facts: Sequence[Fact], settings: TraceSettings) -> TraceSettings:
-    """The settings with σ over the embeddings of the facts' subjects, as the paper takes it, where none is given."""
+    """If the settings have no σ, use that of the embeddings of the facts' subjects, as in the paper."""
     subjects = list(dict.fromkeys(fact.subject for fact in facts))
     if settings.sigma is None and settings.corruption == "noise" and subjects:
         return replace(settings, sigma=embedding_std(lm, subjects))
@@ -173,39 +174,60 @@ def trace_each(
     done: Collection[int] = (),
     progress: bool = True,
 ) -> Iterator[tuple[int, TracedFact]]:
-    """(number, result) of each fact but the numbers in `done`; the noise of a fact depends on its number alone."""
+    """Trace facts one by one; yields (number, result), in order.
+
+    - `facts`: those that the model does not know, and those that cannot be traced, give a result with `skipped`.
+    - `settings`: with σ, see `with_sigma`.
+    - `others`: for corruption="swap", subjects to choose from; if None, those of all `facts`.
+    - `seed`: fact number i is corrupted with the seed `seed` + i, whichever facts are done before.
+    - `done`: numbers to leave out. `progress`: show a bar.
+    """
     others = list(dict.fromkeys(fact.subject for fact in facts)) if others is None else others
-    known = 0
+    count = 0
     with tqdm(
         total=len(facts), initial=len(done), desc="average trace", unit="fact", disable=not progress, delay=1
     ) as bar:
         for number, fact in enumerate(facts):
             if number in done:
                 continue
-            try:
-                if fact.target_true and not knows(lm, fact):
-                    found = TracedFact(fact.text, "the model does not know it")
-                else:
-                    one = trace(lm, fact, settings, others=others, seed=seed + number, progress=False)
-                    effect = {kind: _by_part(one, kind) for kind in settings.kinds}
-                    found = TracedFact(fact.text, "", one.clean, one.corrupted, one.window, effect)
-                    known += 1
-            except FactError as error:
-                found = TracedFact(fact.text, str(error))
-            yield number, found
-            bar.set_postfix(traced=known, refresh=False)
+            result = _traced_fact(lm, fact, settings, others, seed + number)
+            count += not result.skipped
+            yield number, result
+            bar.set_postfix(traced=count, refresh=False)
             bar.update()
 
 
+def _traced_fact(
+    lm: LanguageModel, fact: Fact, settings: TraceSettings, others: Sequence[str], seed: int
+) -> TracedFact:
+    """One fact for an average. The arguments are those of `trace_each`; `seed` is the fact's own."""
+    try:
+        if fact.target_true and not knows(lm, fact):
+            return TracedFact(fact.text, "the model does not know it")
+        one = trace(lm, fact, settings, others=others, seed=seed, progress=False)
+    except FactError as error:
+        return TracedFact(fact.text, str(error))
+    effect = {kind: _by_part(one, kind) for kind in settings.kinds}
+    return TracedFact(fact.text, "", one.clean, one.corrupted, one.window, effect)
+
+
 def average_of(
-    lm: LanguageModel, found: Sequence[TracedFact], settings: TraceSettings, *, seed: int = 0, complete: bool = True
+    lm: LanguageModel, results: Sequence[TracedFact], settings: TraceSettings, *, seed: int = 0, complete: bool = True
 ) -> AverageTrace:
-    """The average of what `trace_each` found with `settings`. Raises EditkitError when no fact could be traced."""
-    done = [each for each in found if not each.skipped]
-    skipped = tuple((each.text, each.skipped) for each in found if each.skipped)
+    """The average over the results of `trace_each`.
+
+    - `results`: in any number, at least one of them not skipped.
+    - `settings`, `seed`: those that `trace_each` was given. `complete`: False if it was interrupted.
+
+    Raises EditkitError when no fact could be traced.
+    """
+    done = [each for each in results if not each.skipped]
+    skipped = tuple((each.text, each.skipped) for each in results if each.skipped)
     if not done:
         reasons = "; ".join(dict.fromkeys(why for _, why in skipped)) or "none was given"
-        raise EditkitError(f"None of {len(found)} facts could be traced: {reasons}. Give facts that '{lm.name}' knows.")
+        raise EditkitError(
+            f"None of {len(results)} facts could be traced: {reasons}. Give facts that '{lm.name}' knows."
+        )
     return AverageTrace(
         texts=tuple(each.text for each in done),
         clean=torch.tensor([each.clean for each in done], dtype=torch.float64),
@@ -227,41 +249,43 @@ def average_trace(
     seed: int = 0,
     progress: bool = True,
 ) -> AverageTrace:
-    """The average trace of facts that the model knows, each traced with its own noise.
+    """The average trace of the facts that the model knows, each with its own noise (Meng et al. 2022, section 2).
 
-    - A fact is known when the model says the whole `target_true` by greedy decoding; one without a target_true is
-      traced as it is. Those not known, and those that cannot be traced, are in `skipped` with the reason.
-    - `settings.sigma=None`: one standard deviation is that of the embeddings of the facts' subjects, as the paper's.
-    - `others`: with corruption="swap", subjects to take from; None: those of the other facts.
-    - Ctrl-C ends it with what is done, `complete=False`, once there is one fact.
+    A fact is known if greedy decoding gives all tokens of `target_true`; a fact without `target_true` is not checked.
+    Facts that are not known or cannot be traced are in `skipped`, with the reason. Ctrl-C ends the trace early: the
+    average is then over the facts traced so far, with `complete=False`.
+
+    - `facts`: one or more. `settings`: see TraceSettings; without a σ it is that of the facts' subjects' embeddings.
+    - `others`: for corruption="swap", subjects to choose from; if None, those of the other facts.
+    - `seed`: of the noise. `progress`: show a bar.
 
     Raises EditkitError when no fact is left.
     """
     settings = with_sigma(lm, facts, settings or TraceSettings())
-    found: list[TracedFact] = []
+    results: list[TracedFact] = []
     complete = True
     try:
         for _, each in trace_each(lm, facts, settings, others=others, seed=seed, progress=progress):
-            found.append(each)
+            results.append(each)
     except KeyboardInterrupt:
-        traced = sum(not each.skipped for each in found)
+        traced = sum(not each.skipped for each in results)
         if not traced:
             raise
         complete = False
         warnings.warn(f"interrupted: the average is over the {traced} facts traced so far", stacklevel=2)
-    return average_of(lm, found, settings, seed=seed, complete=complete)
+    return average_of(lm, results, settings, seed=seed, complete=complete)
 
 
-def _by_part(found: Traced, kind: str) -> Tensor:
+def _by_part(traced: Traced, kind: str) -> Tensor:
     """[parts, blocks]: the mean over the tokens of each part, NaN where there is none."""
-    effect = found.indirect_effect(kind)
-    none = torch.full_like(effect[0], float("nan"))  # its one NaN: the mean of nothing has another's bits
-    return torch.stack([effect[tokens].mean(0) if tokens else none for tokens in found.parts.values()])
+    effect = traced.indirect_effect(kind)
+    none = torch.full_like(effect[0], float("nan"))  # a mean over no tokens would be a NaN of other bits
+    return torch.stack([effect[tokens].mean(0) if tokens else none for tokens in traced.parts.values()])
 
 
 @torch.inference_mode()
 def knows(lm: LanguageModel, fact: Fact) -> bool:
-    """Whether greedy decoding says the whole target_true after the fact's prompt."""
+    """Whether greedy decoding gives all tokens of target_true after the fact's prompt."""
     scored = encode_with_targets(lm, [fact.text], [spaced(fact.target_true)])
     row, at, token = scored.pick()
     logits = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at]

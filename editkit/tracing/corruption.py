@@ -1,4 +1,4 @@
-"""What stands in the place of the subject's embeddings while a fact is traced: noise on them, or another subject."""
+"""The corrupted embeddings of a subject: with noise, or those of another subject."""
 
 import random
 from collections.abc import Sequence
@@ -18,16 +18,17 @@ CHUNK = 8192  # of the vocabulary
 
 
 def embed(lm: LanguageModel, ids: Tensor) -> Tensor:
-    """[.., d_embedding] that the embedding puts out, with what the family multiplies it by inside (Gemma 3)."""
-    return get_module(lm.model, lm.architecture.embedding)(ids)
+    """The embeddings [.., d_embedding] of `ids` [..], scaled if the embedding module does so (Gemma 3)."""
+    embeddings: Tensor = get_module(lm.model, lm.architecture.embedding)(ids)
+    return embeddings
 
 
 @torch.no_grad()
 def embedding_std(lm: LanguageModel, subjects: Sequence[str] | None = None) -> float:
-    """The standard deviation of the entries of embeddings.
+    """The standard deviation of the entries of embeddings (the paper's σ; its code: `collect_embedding_std`).
 
-    - `subjects`: over the tokens of these names, each tokenised alone, as the paper takes σ (code
-      `collect_embedding_std`). None: over the whole vocabulary, each token once.
+    `subjects`: names, each tokenised alone; the deviation is over their tokens. If None, over all tokens of the
+    vocabulary. Raises FactError for an empty list.
     """
     if subjects is not None:
         if not subjects:
@@ -36,19 +37,23 @@ def embedding_std(lm: LanguageModel, subjects: Sequence[str] | None = None) -> f
     else:
         vocabulary = len(get_parameter(lm.model, f"{lm.architecture.embedding}.weight"))
         ids = torch.arange(vocabulary, device=lm.device)
-    count, mean, around = 0, 0.0, 0.0  # around: Σ (h − mean)²
+    count, mean, squares = 0, 0.0, 0.0  # squares: Σ (h − mean)², added up chunk by chunk (Chan et al. 1983)
     for some in ids.split(CHUNK):
         h = embed(lm, some).float()
         variance, centre = (value.item() for value in torch.var_mean(h, correction=0))
         both = count + h.numel()
-        around += variance * h.numel() + (centre - mean) ** 2 * count * h.numel() / both
+        squares += variance * h.numel() + (centre - mean) ** 2 * count * h.numel() / both
         mean += (centre - mean) * h.numel() / both
         count = both
-    return (around / (count - 1)) ** 0.5
+    return float((squares / (count - 1)) ** 0.5)
 
 
 def noised(lm: LanguageModel, ids: Tensor, settings: TraceSettings, sigma: float, seed: int) -> Tensor:
-    """[samples, tokens, d_embedding]: the embeddings of `ids` [tokens] with Gaussian noise of `settings.noise` · σ."""
+    """The embeddings of `ids` [tokens] plus Gaussian noise: [samples, tokens, d_embedding].
+
+    The noise has the standard deviation `settings.noise` · `sigma`; there are `settings.samples` of it, drawn with
+    `seed`.
+    """
     clean = embed(lm, ids)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(settings.samples, *clean.shape, generator=generator)
@@ -58,10 +63,15 @@ def noised(lm: LanguageModel, ids: Tensor, settings: TraceSettings, sigma: float
 def swapped(
     lm: LanguageModel, fact: Fact, span: tuple[int, int], others: Sequence[str], settings: TraceSettings, seed: int
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Up to `settings.samples` other subjects that fit the fact's prompt, and their embeddings [others, tokens, d].
+    """Other subjects that fit the fact's prompt: (their names, their embeddings [others, tokens, d_embedding]).
 
-    `span`: the subject's first and last token. One fits that has as many tokens in the prompt, so that every clean
-    activation has its place, and another answer. Which are taken is drawn with `seed`. Raises FactError when none does.
+    A subject fits if it has as many tokens in the prompt, so that each clean activation has its place, and another
+    answer.
+
+    - `fact`: its prompt and subject. `span`: the subject's first and last token.
+    - `others`: names to choose from, in an order drawn with `seed`; at most `settings.samples` are taken.
+
+    Raises FactError when no subject fits.
     """
     clean, (first, last) = tokenise(lm, [fact.text]), span
     answer = _answers(lm, clean)[0]
@@ -84,15 +94,20 @@ def swapped(
 
 
 def _answers(lm: LanguageModel, rows: Rows) -> list[int]:
-    """The likeliest next token of each row; the rows are equally long."""
-    return lm.model(**rows.inputs(), use_cache=False).logits[:, -1].argmax(-1).tolist()
+    """The likeliest next token of each row. All rows have the same length."""
+    answers: list[int] = lm.model(**rows.inputs(), use_cache=False).logits[:, -1].argmax(-1).tolist()
+    return answers
 
 
 def _alike(clean: Rows, rows: Rows, prompt: str, name: str, span: tuple[int, int]) -> bool:
-    """Whether the two rows differ in the tokens of the span alone, which are the subject's in both."""
+    """Whether two rows differ only in the tokens of `span`, and these are the subject's in both.
+
+    - `clean`, `rows`: one row each, [1, tokens].
+    - `prompt`, `name`: the template of `rows` and the subject in it.
+    """
     first, last = span
     if clean.ids.shape != rows.ids.shape:
         return False
     same = (clean.ids == rows.ids)[0]
-    found = (lookup_position(rows, 0, prompt, name, "subject_first"), lookup_position(rows, 0, prompt, name))
-    return bool(same[:first].all() and same[last + 1 :].all()) and found == span
+    place = (lookup_position(rows, 0, prompt, name, "subject_first"), lookup_position(rows, 0, prompt, name))
+    return bool(same[:first].all() and same[last + 1 :].all()) and place == span

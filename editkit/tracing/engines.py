@@ -1,8 +1,8 @@
-"""How the places of a trace are run: the whole model for each, or only what they can reach.
+"""How a trace is run: the full model for each place, or only the blocks and tokens that the place can reach.
 
-`FullDepth` is the reference's way, one forward of all tokens and blocks a place. `Replayed` gives the same from the
-place on: a place reaches only later blocks and later tokens. All blocks' places at one token are run together, the
-rows of each joining in where its first block begins, so that the products are large.
+A place is a token and a block whose clean activation is put back. `FullDepth` runs all tokens and blocks for each
+place, as the paper's code does. `Replayed` gives the same values and runs only later blocks and later tokens; the
+places of all blocks at one token run in one batch, each joining it at its own block, so that matrix products are large.
 """
 
 import warnings
@@ -18,27 +18,27 @@ from editkit.models.replay import CannotReplay, KeysAndValues, logits_of, replay
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, get_module
 
-HEAD_ROWS = 64  # whose logits are held at once
+HEAD_ROWS = 64  # rows whose logits are in memory at once
 
 Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Place:
-    """What is done at one token: clean outputs of `kind` put back in `blocks`, those of `held` kept corrupted."""
+    """What is changed at one token: clean outputs of `kind` put back in `blocks`, those of `held` kept corrupted."""
 
     kind: str  # state, mlp, attention
     blocks: range
-    held: str = ""  # mlp, attention: in all blocks behind
+    held: str = ""  # mlp, attention: in all later blocks
 
     @property
     def start(self) -> int:
-        """The first block that runs otherwise than in the corrupted run."""
+        """The first block that computes something other than in the corrupted run."""
         return self.blocks.stop if self.kind == "state" else self.blocks.start
 
 
 def places_of(kind: str, layers: int, window: int) -> list[Place]:
-    """The place of `kind` at each block: the reference's window around it, cut at the ends."""
+    """The place of `kind` at each block; MLP and attention outputs in a window around it, as in the paper's code."""
     if kind in ("mlp", "attention"):
         return [Place(kind, range(max(0, i - window // 2), min(layers, i + (window + 1) // 2))) for i in range(layers)]
     held = kind.removeprefix("severed_") if kind != "state" else ""
@@ -46,9 +46,10 @@ def places_of(kind: str, layers: int, window: int) -> list[Place]:
 
 
 class FullDepth:
-    """The whole model once for every place, as the reference runs it.
+    """Runs the full model once for each place, as the paper's code does.
 
-    `subject`: [samples, tokens, d_embedding] that stands for the embeddings of the tokens from `first` on.
+    - `text`: the prompt. `first`: position of the subject's first token.
+    - `subject`: [samples, tokens, d_embedding], the corrupted embeddings of the subject's tokens.
     """
 
     def __init__(self, lm: LanguageModel, text: str, first: int, subject: Tensor) -> None:
@@ -63,22 +64,25 @@ class FullDepth:
         self.corrupted = self._corrupted()
 
     def site(self, kind: str, block: int) -> str:
-        """The module whose output is put back; for an MLP its down-projection, which in every family adds nothing."""
+        """The module whose output is put back; for an MLP the down-projection, since Bloom's MLP adds the residual."""
         where = self.lm.architecture
         names = {"state": where.block, "mlp": where.down_projection, "attention": where.attention_output}
         return names[kind].format(block)
 
     def at(self, token: int, places: Sequence[Place]) -> list[float]:
-        """P(answer) with each of the places put back at `token`."""
+        """P(answer) with each of the places put back at `token`; one value for each place."""
         return [self._of(self._logits(self._changes(token, place))) for place in places]
 
     def _corrupted(self) -> float:
+        """P(answer) in the corrupted run; keeps its outputs [samples, tokens, d_model]."""
         with Trace(self.lm.model, self.sites, clone=True) as trace:
             logits = self._logits({})
         self._noisy = {site: unflatten(trace[site].output, self.samples) for site in self.sites}
         return self._of(logits)
 
     def _changes(self, token: int, place: Place) -> dict[str, Change]:
+        """{site: change of its output} for one place."""
+
         def putting(value: Tensor) -> Change:
             def put(h: Tensor) -> Tensor:
                 h = h.clone()
@@ -95,23 +99,24 @@ class FullDepth:
         return changes
 
     def _logits(self, changes: dict[str, Change]) -> Tensor:
-        """[samples, vocabulary] for the last token of the corrupted prompt."""
+        """[samples, vocabulary]: the logits of the corrupted prompt's last token, with these changes."""
         changes = {self.lm.architecture.embedding: lambda h: corrupted(h, self.subject, self.first)} | changes
         with Trace(self.lm.model, list(changes), outputs=False, edit=changes):
-            logits = self.lm.model(**self.rows.inputs(), use_cache=False).logits
+            logits: Tensor = self.lm.model(**self.rows.inputs(), use_cache=False).logits
         return logits[:, -1]
 
     def _of(self, logits: Tensor) -> float:
+        """P(answer), mean over samples, from logits [samples, vocabulary]."""
         return logits.float().softmax(-1)[:, self.answer].double().mean().item()
 
 
 class Replayed(FullDepth):
-    """Only the blocks and tokens that a place can reach, behind what one corrupted run saw. Raises CannotReplay."""
+    """Runs only what a place can reach, on the keys, values and streams of one corrupted run. Raises CannotReplay."""
 
     def _corrupted(self) -> float:
         lm, samples = self.lm, self.samples
-        # A clean row in front, for replay's own check; behind, one that ends sooner, without which there is no padding,
-        # and transformers leaves out the mask that later columns need.
+        # 1) rows to replay: in front a clean one, for replay's own check; at the end a shorter one, since without
+        # padding transformers leaves out the mask that later columns need
         rows = tokenise(lm, [self.rows.texts[0]] * (samples + 2))
         end = rows.last(0)
         short = end - (end > self.first)
@@ -121,10 +126,12 @@ class Replayed(FullDepth):
                 return h
             return torch.cat((h[:1], corrupted(h[1:-1], self.subject, 0), h[-1:]))
 
+        # 2) the corrupted samples alone, from the subject's first token on
         with Trace(lm.model, lm.architecture.embedding, outputs=False, edit=corrupt):
             ready = replay(lm, rows, [self.first] * (samples + 2), [end] * (samples + 1) + [short], start=0)
         self._ready = ready.of(torch.arange(1, samples + 1, device=lm.device))
         self._seen: KeysAndValues = {}
+        # 3) run them, and keep what each block reads and what MLPs and attentions give
         held = [self.site(kind, block) for kind in ("mlp", "attention") for block in range(lm.layers)]
         blocks = [*(self.site("state", block) for block in range(lm.layers)), lm.architecture.final_norm]
         with (
@@ -138,20 +145,24 @@ class Replayed(FullDepth):
 
     def at(self, token: int, places: Sequence[Place]) -> list[float]:
         last = token == self.rows.last(0)
-        # In the last block a token reaches nobody but itself.
+        # The last block's output at a token affects no other token.
         live = [i for i, place in enumerate(places) if last or place.start < self.lm.layers - (place.kind != "state")]
         live.sort(key=lambda i: places[i].start)
-        found = [self.corrupted] * len(places)
+        probabilities = [self.corrupted] * len(places)
         for i, probability in zip(live, self._together(token, [places[i] for i in live]), strict=True):
-            found[i] = probability
-        return found
+            probabilities[i] = probability
+        return probabilities
 
     def _together(self, token: int, places: Sequence[Place]) -> list[float]:
-        """P(answer) of places in the order of their first blocks; the rows of each are its samples."""
+        """P(answer) with each of the places put back at `token`, in one batch.
+
+        `places` are in the order of their first blocks. Each has `samples` rows, which join the batch at that block.
+        """
         lm, samples, column = self.lm, self.samples, token - self.first
-        h = self._streams[0][:0, column:]  # [places begun × samples, columns, d_model]
+        h = self._streams[0][:0, column:]  # [places begun · samples, columns, d_model], at first no row
         begun = 0
         for block in range(lm.layers + 1):
+            # 1) places that begin here join with the corrupted run's stream; a state is put back in it
             for place in places[begun:]:
                 if place.start > block:
                     break
@@ -160,18 +171,20 @@ class Replayed(FullDepth):
                     stream = stream.clone()
                     stream[:, 0] = self.clean_outputs[self.site("state", block - 1)][token]
                 h, begun = torch.cat((h, stream)), begun + 1
+            # 2) one block, with its MLP and attention outputs put back or held
             if begun and block < lm.layers:
                 rows = torch.arange(samples, device=lm.device).repeat(begun)
                 one = self._ready.after(column, block, self._seen).first_block().of(rows)
                 changes = self._changes_in(block, token, places[:begun])
                 with Trace(lm.model, list(changes), outputs=False, edit=changes) if changes else nullcontext():
                     h = one.through(h)
+        # 3) the answer at the last token
         h = get_module(lm.model, lm.architecture.final_norm)(h[:, -1])
         p = [logits_of(lm, some).float().softmax(-1)[:, self.answer] for some in h.split(HEAD_ROWS)]
         return torch.cat(p).double().view(len(places), samples).mean(1).tolist() if places else []
 
     def _changes_in(self, block: int, token: int, places: Sequence[Place]) -> dict[str, Change]:
-        """What to put at column 0 of the rows of those places that change something inside the block."""
+        """{site: change of its output at column 0} in one block, for the rows of the places that change it."""
         parts: dict[str, list[tuple[int, Tensor]]] = {}
         for number, place in enumerate(places):
             if place.kind != "state" and block in place.blocks:
@@ -195,14 +208,18 @@ class Replayed(FullDepth):
 
 
 def corrupted(h: Tensor, subject: Tensor, begin: int) -> Tensor:
-    """`h` [samples, tokens, d_embedding] with `subject` in the place of the embeddings from token `begin` on."""
+    """`h` [samples, tokens, d_embedding] with the embeddings from token `begin` on replaced by `subject`."""
     h = h.clone()
     h[:, begin : begin + subject.shape[1]] = subject
     return h
 
 
 def started(lm: LanguageModel, text: str, first: int, subject: Tensor, engine: str) -> FullDepth:
-    """The engine asked for; with a warning at full depth where this model cannot be replayed."""
+    """Start the engine: a clean and a corrupted run of the prompt.
+
+    - `lm`, `text`, `first`, `subject`: see FullDepth.
+    - `engine`: "full", or "replay", which falls back to "full" with a warning where the model cannot be replayed.
+    """
     if engine == "full":
         return FullDepth(lm, text, first, subject)
     try:

@@ -1,4 +1,7 @@
-"""Arrays with named axes on the disk: the numbers as .npz, all else as JSON beside them."""
+"""Arrays with named axes on the disk: the numbers as .npz, all else as JSON beside them. No torch.
+
+The JSON holds `axes` (the names of a table's axes) and `along` (for each axis, what stands along it).
+"""
 
 import io
 import json
@@ -9,12 +12,31 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy
-import torch
-from torch import Tensor
 
 from editkit.errors import EditkitError
 from editkit.files import write_bytes, write_text
 from editkit.settings import TraceSettings
+
+# The axes of each trace's tables, and what its JSON holds beside them.
+ONE_AXES, AVERAGE_AXES = ("token", "block"), ("fact", "part", "block")
+ONE_FIELDS = ("tokens", "subject", "answer", "clean", "corrupted", "window", "others", "how")
+AVERAGE_FIELDS = ("window", "skipped", "complete", "how")
+
+
+# What a trace puts back.
+PLACES = {
+    "state": "state",
+    "mlp": "MLP outputs",
+    "attention": "attention outputs",
+    "severed_mlp": "state, later MLPs severed",
+    "severed_attention": "state, later attention severed",
+}
+
+
+def place_kind(name: str, window: int) -> str:
+    """What is put back, with the blocks that are put back together."""
+    title = PLACES.get(name, name.replace("_", " "))
+    return f"{title}, window of {window}" if name in ("mlp", "attention") and window > 1 else title
 
 
 def json_of(settings: TraceSettings) -> dict[str, Any]:
@@ -22,32 +44,51 @@ def json_of(settings: TraceSettings) -> dict[str, Any]:
     return asdict(settings) | {"kinds": list(settings.kinds)}
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Tensor], said: Mapping[str, Any]) -> Path:
-    """Write `path`.npz and `path`.json; returns the first. A suffix that `path` has already is not doubled."""
+def write_arrays(path: Path, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    """Write `path`.npz and `path`.json; returns the first. A suffix that `path` has already is not doubled.
+
+    - `arrays`: tables by name, numpy arrays or tensors on the CPU.
+    - `about`: everything else, as JSON, with `axes` and `along`.
+    """
     data, text = _both(path)
     packed = io.BytesIO()
-    named: dict[str, Any] = {name: array.cpu().numpy() for name, array in arrays.items()}
+    named: dict[str, Any] = {name: numpy.asarray(array) for name, array in arrays.items()}
     numpy.savez_compressed(packed, **named)
-    write_text(text, json.dumps(dict(said), indent=1, ensure_ascii=False) + "\n")
+    write_text(text, json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n")
     return write_bytes(data, packed.getvalue())
 
 
-def read_arrays(path: Path, axes: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_arrays` wrote, which must have these axes. Raises EditkitError."""
+def read_arrays(
+    path: Path, axes: Sequence[str], fields: Sequence[str]
+) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
+    """What `write_arrays` wrote: tables with these axes, or with the first of them alone, and JSON with these fields.
+
+    Every table's shape is compared with what the JSON says stands along its axes. Raises EditkitError.
+    """
     data, text = _both(path)
     try:
-        said = json.loads(text.read_text(encoding="utf-8"))
+        about = json.loads(text.read_text(encoding="utf-8"))
         with numpy.load(data, allow_pickle=False) as found:
-            arrays = {name: torch.from_numpy(found[name]) for name in found.files}
-        named = tuple(said["axes"])
+            arrays = {name: found[name] for name in found.files}
+        named = tuple(about["axes"])
+        missing = [name for name in fields if named == tuple(axes) and name not in about]
+        if missing:
+            raise KeyError(", ".join(missing))
+        shape = tuple(len(about["along"][axis]) for axis in named)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise EditkitError(
-            f"No arrays can be read from '{data}' and '{text.name}' ({type(error).__name__}: {error}). Give the path "
-            "that save() was given, with both files there."
+            f"No arrays can be read from '{data}' and '{text.name}' ({type(error).__name__}: {error}): they are "
+            "damaged or not there. Give the path that save() was given, with both files there."
         ) from error
     if named != tuple(axes):
         raise EditkitError(f"'{data}' has axes {', '.join(named)}; {', '.join(axes)} were asked for: another result.")
-    return arrays, said
+    wrong = [name for name, array in arrays.items() if array.shape not in (shape, shape[:1])]
+    if wrong or not any(array.shape == shape for array in arrays.values()):
+        raise EditkitError(
+            f"'{data}' and '{text.name}' do not belong together: {', '.join(wrong) or 'no table'} is not "
+            f"{' × '.join(map(str, shape))}. Take both files from one save()."
+        )
+    return arrays, about
 
 
 def _both(path: Path) -> tuple[Path, Path]:

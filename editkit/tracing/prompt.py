@@ -17,7 +17,7 @@ from editkit.models.tokens import tokenise
 from editkit.settings import TraceSettings
 from editkit.tracing.corruption import embedding_std, noised, swapped
 from editkit.tracing.engines import places_of, started
-from editkit.tracing.files import json_of, read_arrays, write_arrays
+from editkit.tracing.files import ONE_AXES, ONE_FIELDS, json_of, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -35,42 +35,45 @@ PARTS = (
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """The trace of one prompt. `probability[kind]`: [tokens, blocks], P(answer) with that place put back."""
+    """The trace of one prompt.
 
-    axes: ClassVar[tuple[str, str]] = ("token", "block")
+    `probability[kind]` is [tokens, blocks]: P(answer) with the clean activation of that token and block put back.
+    """
+
+    axes: ClassVar[tuple[str, str]] = ONE_AXES
 
     tokens: list[str]
     subject: tuple[int, int]  # its first and last token
-    answer: str  # what the clean model says next
+    answer: str  # the clean model's next token
     clean: float  # P(answer)
     corrupted: float
-    window: int  # blocks that mlp and attention put back together
+    window: int  # number of blocks whose MLP or attention outputs are put back together
     probability: dict[str, Tensor]
-    others: tuple[str, ...] = ()  # subjects that stood for this one
+    others: tuple[str, ...] = ()  # the subjects put in this one's place, if corruption="swap"
     how: dict[str, Any] = field(default_factory=dict)  # prompt, model, settings with the σ that was used, seed
 
     @property
     def total_effect(self) -> float:
-        """P(answer) that the corruption takes."""
+        """The decrease of P(answer) by the corruption."""
         return self.clean - self.corrupted
 
     def indirect_effect(self, kind: str) -> Tensor:
-        """[tokens, blocks]: how much of it comes back."""
+        """[tokens, blocks]: the increase of P(answer) over the corrupted run."""
         return self.probability[kind] - self.corrupted
 
     @property
     def starred(self) -> list[str]:
-        """The tokens, those of the subject with a star."""
+        """The tokens, with a star after those of the subject."""
         first, last = self.subject
         return [token + "*" * (first <= i <= last) for i, token in enumerate(self.tokens)]
 
     @property
     def parts(self) -> dict[str, list[int]]:
-        """The tokens of each of PARTS."""
+        """{part: positions of its tokens}, for each of PARTS."""
         return parts_of(len(self.tokens), self.subject)
 
     def to_frame(self) -> "DataFrame":
-        """A row a place: kind, position, token, block, probability, indirect_effect."""
+        """A row for each kind, token and block: kind, position, token, block, probability, indirect_effect."""
         from pandas import DataFrame
 
         rows = [
@@ -84,15 +87,16 @@ class Traced:
 
     def save(self, path: str | Path) -> Path:
         """Write PATH.npz (the arrays, by kind) and PATH.json (axes, names along them, everything else)."""
-        said = {name: getattr(self, name) for name in _SAID}
+        said = {name: getattr(self, name) for name in ONE_FIELDS}
         axes = {"axes": self.axes, "along": {"token": self.tokens, "block": list(range(self._blocks))}}
         return write_arrays(Path(path), self.probability, axes | said)
 
     @classmethod
     def load(cls, path: str | Path) -> "Traced":
         """What `save` wrote. Raises EditkitError for files that are not there or not a trace's."""
-        arrays, said = read_arrays(Path(path), cls.axes)
-        said = {name: tuple(said[name]) if name in ("subject", "others") else said[name] for name in _SAID}
+        read, said = read_arrays(Path(path), cls.axes, ONE_FIELDS)
+        arrays = {name: torch.from_numpy(array) for name, array in read.items()}
+        said = {name: tuple(said[name]) if name in ("subject", "others") else said[name] for name in ONE_FIELDS}
         return cls(probability=arrays, **said)
 
     @property
@@ -100,19 +104,18 @@ class Traced:
         return next(iter(self.probability.values())).shape[1]
 
 
-_SAID = ("tokens", "subject", "answer", "clean", "corrupted", "window", "others", "how")
-
-
 def parts_of(tokens: int, subject: tuple[int, int]) -> dict[str, list[int]]:
-    """The positions of each of PARTS in a prompt of so many tokens.
+    """{part: positions of its tokens} in a prompt, for each of PARTS.
 
-    As in the paper's code a subject of one token is both its first and its last, and one token behind it both the first
-    subsequent and the last. Nothing behind the subject: those parts are empty.
+    As in the paper's code, the token of a one-token subject is both its first and its last; a single token after the
+    subject is both the first subsequent and the last. With no token after it, the parts after the subject are empty.
+
+    `tokens`: the number in the prompt. `subject`: positions of its first and last token.
     """
     first, last = subject
     after, end = last + 1, tokens - 1
-    found = [[first], [*range(first + 1, last)], [last], [after], [*range(after + 1, end)], [end]]
-    return dict(zip(PARTS, found if after <= end else [*found[:3], [], [], []], strict=True))
+    positions = [[first], [*range(first + 1, last)], [last], [after], [*range(after + 1, end)], [end]]
+    return dict(zip(PARTS, positions if after <= end else [*positions[:3], [], [], []], strict=True))
 
 
 def trace(
@@ -124,19 +127,24 @@ def trace(
     seed: int = 0,
     progress: bool = True,
 ) -> Traced:
-    """The causal trace of the fact's prompt. The answer is what the clean model says, whatever the fact's targets are.
+    """The causal trace of the fact's prompt (Meng et al. 2022, section 2).
 
-    - `settings`: see TraceSettings. `seed`: of the noise. `progress`: a bar on what takes over a second.
-    - `others`: with corruption="swap", subjects to take from. One fits that has as many tokens in the prompt, so that
-      every clean activation has its place, and another answer; `samples` of those are drawn.
+    The answer is the clean model's next token; the fact's targets are not used. The model is not changed.
 
-    The model is left as it was. Raises FactError when no token covers the subject, or no other subject fits.
+    - `fact`: its prompt and subject. `settings`: see TraceSettings.
+    - `others`: for corruption="swap", subjects to choose from. A subject fits if it has as many tokens in the prompt,
+      so that each clean activation has its place, and another answer; `settings.samples` of those are drawn.
+    - `seed`: of the noise. `progress`: show a bar on work of more than a second.
+
+    Raises FactError when no token covers the subject, or no other subject fits.
     """
+    # 1) where the subject is
     settings = settings or TraceSettings()
     rows = tokenise(lm, [fact.text])
     first = lookup_position(rows, 0, fact.prompt, fact.subject, "subject_first")
     last = lookup_position(rows, 0, fact.prompt, fact.subject)
     window = settings.window_of(lm.layers)
+    # 2) corrupted embeddings [samples, tokens of the subject, d_embedding]
     taken: tuple[str, ...] = ()
     with torch.no_grad(), widened(lm):
         if settings.corruption == "swap":
@@ -145,7 +153,9 @@ def trace(
             settings = replace(settings, sigma=settings.sigma or embedding_std(lm))
             assert settings.sigma is not None
             subject = noised(lm, rows.ids[0, first : last + 1], settings, settings.sigma, seed)
+        # 3) a clean and a corrupted run
         model = started(lm, fact.text, first, subject, settings.engine)
+        # 4) put one clean activation back at a time; before the subject nothing changes
         shape = rows.last(0) + 1, lm.layers
         scores = {kind: torch.full(shape, model.corrupted, dtype=torch.float64) for kind in settings.kinds}
         total = len(settings.kinds) * (shape[0] - first)

@@ -1,4 +1,4 @@
-"""Which blocks to edit, by an average trace, with the evidence."""
+"""Which blocks to edit, from an average trace, with the evidence."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,21 @@ WHERE = PARTS.index("last subject token")
 
 @dataclass(frozen=True)
 class Proposal:
-    """Consecutive blocks to edit, and why. Effects are averages over facts, of putting MLP outputs back at the
-    subject's last token; `method.layer` or `method.layers` takes the blocks."""
+    """Consecutive blocks to edit, for `method.layer` or `method.layers`, with the evidence.
+
+    Effects are indirect effects of MLP outputs at the last subject token, averaged over facts.
+    """
 
     layers: tuple[int, ...]
-    effect: float  # mean over the blocks proposed
+    effect: float  # mean over the proposed blocks
     low: float  # 95 % bootstrap interval over facts
     high: float
-    by_block: tuple[float, ...]  # of every block
-    rival: tuple[int, ...]  # the best other choice of as many blocks
-    margin: float  # effect above the rival's, over the same facts
+    by_block: tuple[float, ...]  # the effect of each block of the model
+    rival: tuple[int, ...]  # the second best choice of as many blocks
+    margin: float  # effect minus the rival's, on the same bootstrap samples
     margin_low: float
     margin_high: float
-    support: float  # share of the bootstrap samples in which these blocks come out first
+    support: float  # share of bootstrap samples in which these blocks have the largest effect
     total_effect: float
     facts: int
 
@@ -42,11 +44,11 @@ class Proposal:
 
 
 def propose_layers(average: AverageTrace, n: int = 1) -> Proposal:
-    """The `n` consecutive blocks at which MLP outputs at the subject's last token bring back most, on average.
+    """Propose the `n` consecutive blocks whose MLP outputs at the last subject token have the largest mean effect.
 
-    The last block is left out: what it puts out at the subject reaches no other token. With a window over one block
-    the effect of a block is of the window around it. Raises EditkitError when the trace has no "mlp", or too few
-    blocks for a choice.
+    The last block is left out, since its output at the subject reaches no other token. If the trace used a window of
+    more than one block, a block's effect is that of the window around it. Raises EditkitError when the trace has no
+    "mlp", or too few blocks for a choice.
     """
     if "mlp" not in average.effect:
         raise EditkitError(f"A proposal is made from the kind 'mlp'; the trace has {', '.join(average.effect)}.")
@@ -54,9 +56,11 @@ def propose_layers(average: AverageTrace, n: int = 1) -> Proposal:
         raise EditkitError(
             f"{n} of the {average.layers - 1} blocks that can be edited were asked for: nothing to choose."
         )
+    # 1) the effect of each choice of n blocks, over all facts and in each bootstrap sample
     each = average.resampled("mlp")[:, WHERE, :-1].unfold(1, n, 1).mean(-1)  # [resamples, choices]
     mean = average.mean("mlp")[WHERE]
-    choices = mean[:-1].unfold(0, n, 1).mean(-1)
+    choices = mean[:-1].unfold(0, n, 1).mean(-1)  # [choices]
+    # 2) the best two, and the interval of their difference
     order = choices.argsort(descending=True).tolist()
     best, second = order[0], order[1]
     bounds = torch.tensor([0.025, 0.975], dtype=each.dtype)

@@ -3,41 +3,57 @@
     python experiments/benchmark/make.py BENCHMARKS LIFELONG     # folders of runs; writes the JSON files and curves.png
     python experiments/benchmark/make.py                         # README.md's tables again, from the JSON files
 
-The JSON files keep every metric with its interval (along the edits: those of the curves), and with what each run was
-made: commit, command, settings.
+The JSON files keep every metric with its interval (along the edits: those of the curves), by its column in
+edits.parquet, and with what each run was made: commit, command, settings.
 """
 
 import argparse
 import json
 import re
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from editkit.data.kinds import REWRITE, UNSEEN
 from editkit.files import write_text
+from editkit.metrics.counterfact import ES, NS, NS_DISTRACTED, PORTABLE, PS, SAME_SUBJECT_KEPT, UNSEEN_PS, S
+from editkit.metrics.drift import KL, PERPLEXITY
+from editkit.metrics.fluency import GE
+from editkit.metrics.generation import ANSWERED
+from editkit.metrics.metric import RECENT, RETENTION, UNTOUCHED, Metric, Score
+from editkit.runs.names import RECORD
+from editkit.runs.read import Point, Run
 
 HERE = Path(__file__).parent
+
+
+def _key(metric: Metric, asked: str = "") -> str:
+    """What a figure after the edit is called in the JSON files."""
+    return ".".join(part for part in (asked, metric.column()) if part)
+
+
 COLUMNS = {
-    "S": "counterfact.S_after",
-    "ES": "counterfact.ES_after",
-    "PS": "counterfact.PS_after",
-    "unseen": "counterfact.unseen_PS_after",
-    "NS": "counterfact.NS_after",
-    "NS, distracted": "counterfact.NS_distracted_after",
-    "same subject": "counterfact.same_subject_after",
-    "follows": "counterfact.portability_after",
-    "said freely": "generation.rewrite_after",
-    "said, unseen": "generation.unseen_paraphrase_after",
-    "GE": "counterfact.GE_after",
+    "S": _key(S),
+    "ES": _key(ES),
+    "PS": _key(PS),
+    "unseen": _key(UNSEEN_PS),
+    "NS": _key(NS),
+    "NS, distracted": _key(NS_DISTRACTED),
+    "same subject": _key(SAME_SUBJECT_KEPT),
+    "follows": _key(PORTABLE),
+    "said freely": _key(ANSWERED[REWRITE]),
+    "said, unseen": _key(ANSWERED[UNSEEN]),
+    "GE": _key(GE),
 }
 CURVES = {
-    "ES of all edits so far": "retention.counterfact.ES_after",
-    "PS of all edits so far": "retention.counterfact.PS_after",
-    "NS of all edits so far": "retention.counterfact.NS_after",
-    "same subject, all so far": "retention.counterfact.same_subject_after",
-    "rewrites said freely, all so far": "retention.generation.rewrite_after",
-    "ES of the last stretch": "recent.counterfact.ES_after",
-    "untouched facts: true answer likelier": "untouched.counterfact.NS_after",
+    "ES of all edits so far": _key(ES, RETENTION),
+    "PS of all edits so far": _key(PS, RETENTION),
+    "NS of all edits so far": _key(NS, RETENTION),
+    "same subject, all so far": _key(SAME_SUBJECT_KEPT, RETENTION),
+    "rewrites said freely, all so far": _key(ANSWERED[REWRITE], RETENTION),
+    "ES of the last stretch": _key(ES, RECENT),
+    "untouched facts: true answer likelier": _key(NS, UNTOUCHED),
 }
 POINT = {"ES": "ES of all edits so far", "PS": "PS of all edits so far", "NS": "NS of all edits so far"}
 POINT |= {"said": "rewrites said freely, all so far"}
@@ -49,20 +65,49 @@ MARKERS = "os^Dvx*"
 def read(sweep: Path) -> dict[str, Any]:
     """{method: what its run found and was made with} of runs of one task."""
     found = {}
-    for path in sorted(sweep.glob("*/record.json")):
+    for path in sorted(sweep.glob(f"*/{RECORD}")):
         record = json.loads(path.read_text(encoding="utf-8"))
         environment = {key: record["environment"][key] for key in ("commit", "packages", "threads")}
         # Where a run was started and what it wrote to does not decide what it found.
         asked = [text for text in record["environment"]["command"][1:] if not text.startswith("hydra.")]
         environment["command"] = " ".join(["python -m editkit.run", *asked])
-        kept = {key: record[key] for key in ("config", "metrics", "series", "timings", "edit", "reversal")}
+        kept: dict[str, Any] = {key: record[key] for key in ("config", "timings", "edit", "reversal")}
         kept["edit"] = {key: kept["edit"].get(key) for key in ("count", "rank", "norm", "relative_norm", "seconds")}
-        kept["series"] = [
-            point | {"metrics": {key: point["metrics"][key] for key in CURVES.values() if key in point["metrics"]}}
-            for point in kept["series"]
-        ]
+        kept |= _of_format_1(record) if record.get("schema") == 1 else _measured(Run.at(path.parent))
         found[_named(record["config"]["method"])] = kept | {"environment": environment, "model": record["model"]}
     return found
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    return {"metrics": _by_key(run.scores), "series": [_point(point) for point in run.series]}
+
+
+def _of_format_1(record: dict[str, Any]) -> dict[str, Any]:
+    """Of a run before format 2: its metrics had these keys already."""
+    drawn = CURVES.values()
+    series = [
+        point | {"metrics": {key: found for key, found in point["metrics"].items() if key in drawn}}
+        for point in record["series"]
+    ]
+    return {"metrics": record["metrics"], "series": series}
+
+
+def _by_key(scores: list[Score]) -> dict[str, Any]:
+    """Averages by metric, time and who was asked."""
+    return {
+        ".".join(part for part in (score.asked, score.metric.column(score.when)) if part): asdict(score.average)
+        for score in scores
+        if score.average
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    """A point of a lifelong run with the figures that are drawn."""
+    kl, perplexity = point.average(KL), point.average(PERPLEXITY)
+    metrics = {key: found for key, found in _by_key(point.scores).items() if key in CURVES.values()}
+    drift = {"kl": kl.mean if kl else None, "perplexity": perplexity.mean if perplexity else None}
+    return {"edits": int(point.edits), "metrics": metrics, "relative_norm": point.relative_norm, **drift,
+            "collapsed": point.collapsed}  # fmt: skip
 
 
 def _named(method: dict[str, Any]) -> str:

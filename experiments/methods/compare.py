@@ -31,7 +31,7 @@ from editkit.files import write_text
 from editkit.methods import get_method, names
 from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import RomeSettings, rome_each
-from editkit.metrics.counterfact import ProbeScore, score_probes
+from editkit.metrics.scoring import ProbeScore, score_probes
 from editkit.models.load import LanguageModel
 from editkit.settings import MomentSettings
 

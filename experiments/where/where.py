@@ -25,8 +25,8 @@ from editkit.data.atlas import atlas_benchmark
 from editkit.data.cases import ATTRIBUTE, Case
 from editkit.files import write_text
 from editkit.methods.shared.prelude import shared_inputs
-from editkit.metrics.counterfact import score_targets
 from editkit.metrics.measure import look, rows_of, values_of_rows
+from editkit.metrics.scoring import score_targets
 from editkit.runs.journal import Journal
 from editkit.runs.record import environment
 from editkit.settings import MeasureSettings

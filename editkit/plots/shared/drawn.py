@@ -1,4 +1,4 @@
-"""A figure with the numbers behind it. Imports matplotlib, so only `canvas.blank` imports this."""
+"""A figure that knows its numbers. It imports matplotlib, so only `canvas.blank` imports this file."""
 
 import io
 from typing import Any
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 class Drawn(Figure):
-    """A matplotlib figure that shows itself in a notebook without pyplot. `numbers`: a DataFrame of what is drawn."""
+    """A matplotlib figure that a notebook shows without pyplot. `numbers`: a DataFrame of what is drawn."""
 
     numbers: Any = None
 

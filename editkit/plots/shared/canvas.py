@@ -1,4 +1,4 @@
-"""What every picture shares: a blank figure, text that is safe and fits, colours, and writing it with its numbers."""
+"""What plots share: a blank figure, text that is safe and fits, colours, and writing a figure with its numbers."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ DPI = 200  # of a PNG that is written
 WRITTEN = ("png", "pdf", "csv")
 TALLEST = 250.0  # inches: more than matplotlib can paint at DPI
 
-# Okabe and Ito 2008, in an order whose neighbours differ most; markers and dashes say the same without colour.
+# Okabe and Ito 2008, neighbours as different as possible; markers and dashes tell lines apart without colour.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", "-", "--", "-.")
@@ -27,12 +27,12 @@ _SEEN = {"\n": "↵", "\r": "↵", "\t": "⇥"}
 
 
 def blank(width: float, height: float) -> Any:
-    """An empty figure of so many inches. Raises EditkitError without matplotlib, or for one too tall to paint."""
+    """An empty figure, `width` by `height` inches. Raises EditkitError without matplotlib, or if it is too tall."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise EditkitError('Pictures need matplotlib, which is not installed: pip install "editkit[plots]"') from error
-    from editkit.plots.drawn import Drawn
+    from editkit.plots.shared.drawn import Drawn
 
     if height > TALLEST:
         raise EditkitError(f"A picture {height:.0f} inches tall was asked for: draw fewer rows, {TALLEST:.0f} fit.")
@@ -40,7 +40,10 @@ def blank(width: float, height: float) -> Any:
 
 
 def done(figure: Any, numbers: "DataFrame", path: str | Path | None) -> Any:
-    """The finished figure: laid out once and for all, so that each drawing of it is the same; written if asked."""
+    """Finish a figure: fix its layout, so that every file of it is the same, and write it if a `path` is given.
+
+    `numbers`: what is drawn, a row for each mark; saved as CSV. Returns the figure.
+    """
     figure.numbers = numbers
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -50,10 +53,11 @@ def done(figure: Any, numbers: "DataFrame", path: str | Path | None) -> Any:
 
 
 def save(figure: Any, path: str | Path, kinds: Sequence[str] = WRITTEN) -> list[Path]:
-    """Write a figure of this package as PATH.png and PATH.pdf, and the numbers in it as PATH.csv; returns the paths.
+    """Write a figure as PATH.png and PATH.pdf, and its numbers as PATH.csv; returns the paths.
 
-    The same figure gives the same bytes. A suffix .png, .pdf or .csv of `path` is taken off. Raises EditkitError for
-    another suffix or kind, or a figure without numbers; OutputError when a file cannot be written.
+    The same figure gives the same bytes. `kinds`: which of png, pdf and csv. A suffix .png, .pdf or .csv of `path` is
+    removed. Raises EditkitError for another suffix or kind, or a figure without numbers; OutputError when a file cannot
+    be written.
     """
     import matplotlib
 
@@ -81,9 +85,9 @@ def save(figure: Any, path: str | Path, kinds: Sequence[str] = WRITTEN) -> list[
 
 
 def token(text: str, inches: float = 1.6, size: float = SIZE) -> str:
-    """A token as a label: white space that shows, without what the font lacks, no wider than `inches`.
+    """A token as a label: white space visible, characters that the font lacks replaced, at most `inches` wide.
 
-    The blank in front of a word is left out; a token that is all blanks is shown as ␣.
+    The space in front of a word is left out; a token of spaces only is shown as ␣. `size`: of the font, in points.
     """
     text = "".join(_SEEN.get(c, c) for c in text)
     text = text.strip(" ") or "␣" * min(len(text), 3)
@@ -91,7 +95,7 @@ def token(text: str, inches: float = 1.6, size: float = SIZE) -> str:
 
 
 def label(text: str, inches: float, size: float = SIZE) -> str:
-    """Any text as a label of one line: nothing the font lacks, no wider than `inches`."""
+    """Text as a label of one line: characters that the font lacks replaced, at most `inches` wide."""
     text = " ".join(clean(text).split())
     text = "".join(c if unicodedata.category(c)[0] != "C" and _drawable(c) else "\u25a1" for c in text)
     return clip(text, 72 * inches, size)
@@ -99,20 +103,20 @@ def label(text: str, inches: float, size: float = SIZE) -> str:
 
 @cache
 def _drawable(character: str) -> bool:
-    """Whether a font that is in use has the character."""
+    """Whether one of the fonts in use has the character."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     fonts = []
     for family in FontProperties().get_family():
         try:
             fonts.append(findfont(FontProperties(family=family), fallback_to_default=False))
-        except ValueError:  # named and not installed
+        except ValueError:  # not installed
             continue
     return any(get_font(font).get_char_index(ord(character)) for font in fonts or [findfont(FontProperties())])
 
 
 def wrapped(text: str, inches: float, size: float) -> str:
-    """Text in lines that are no wider than `inches`."""
+    """Text in lines at most `inches` wide, at a font of `size` points."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
@@ -129,13 +133,13 @@ def wrapped(text: str, inches: float, size: float) -> str:
 
 
 def headed(figure: Any, title: str) -> None:
-    """The title above everything, in lines that fit the figure."""
+    """Put the title above everything, in lines that fit the figure."""
     if title:
         figure.suptitle(wrapped(title, figure.get_figwidth() - 0.3, SIZE + 1), fontsize=SIZE + 1, parse_math=False)
 
 
 def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """The legend under everything, in as many columns as fit; the figure grows with its rows."""
+    """Put the legend below everything, in as many columns as fit; the figure grows with its rows."""
     inches = figure.get_figwidth() - 0.4
     names = [label(name, inches - 0.6) for name in names]
     each = max(text_width(name, SIZE) for name in names) / 72 + 0.55
@@ -148,17 +152,18 @@ def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def every(names: Sequence[str], inches: float, size: float = SMALL) -> int:
-    """The least of 1, 2, 5, 10, 20, … such that each so many-th of the names fits along `inches`."""
+    """The least n of 1, 2, 5, 10, 20, … such that every n-th name fits along `inches`."""
     if not names:
         return 1
     room = 72 * inches / len(names)
     widest = max(text_width(name, size) for name in names) + 0.6 * size
     steps = [m * 10**p for p in range(6) for m in (1, 2, 5)]
-    return next((step for step in steps if step * room >= widest), steps[-1])
+    fitting: int = next((step for step in steps if step * room >= widest), steps[-1])
+    return fitting
 
 
 def plain(axes: Any) -> None:
-    """No box, small ticks, a light grid behind."""
+    """Axes without a box, with small ticks and a light grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=SMALL, length=2.5)
     axes.grid(color="0.9", linewidth=0.6)
@@ -166,6 +171,6 @@ def plain(axes: Any) -> None:
 
 
 def series(i: int) -> dict[str, Any]:
-    """How the i-th line is drawn."""
+    """Colour, marker and dash of the i-th line."""
     i %= len(COLOURS)
     return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i], "markersize": 3.2, "linewidth": 1.2}

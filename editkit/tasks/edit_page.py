@@ -1,11 +1,12 @@
-"""The parts of a page that show one edit: its fact, its probes, what the model says, what was written."""
+"""The page of task=edit: the fact, its prompts before and after, what the model says, what was written. No torch."""
 
-from collections.abc import Sequence
 from typing import Any
 
+from editkit.data.kinds import PORTABILITY, heading
 from editkit.numbers import finite
-from editkit.report import charts, glossary
-from editkit.report.html import Charts, Fold, Pairs, Section, Table, Text, cell
+from editkit.report import charts
+from editkit.report.html import Body, Charts, Fold, Pairs, Section, Table, Text, cell
+from editkit.report.parts import metric_table, plain_title, probe_table, score_tiles, spectra
 from editkit.runs.read import Run
 
 HEALTH = {
@@ -18,14 +19,18 @@ HEALTH = {
 }
 
 
-def edit_sections(run: Run) -> list[Section]:
-    """Sections of task=edit."""
-    return [
-        Section("fact", "The fact", _fact(run)),
+def body(run: Run) -> Body:
+    """What a page shows of one edit. Raises RecordError for a table that cannot be read."""
+    edit = run.record["config"].get("edit")
+    named = isinstance(edit, dict) and edit.get("subject")
+    title = f"{edit['subject']} → {edit.get('target_new', '?')}" if isinstance(edit, dict) and named else None
+    sections = [
+        Section("fact", "The fact", [*_fact(run), *_verdict(run)]),
         Section("probabilities", "Before and after", _probes(run)),
         Section("says", "What the model says", _says(run)),
         Section("update", "The update", _update(run)),
     ]
+    return Body(title or plain_title(run), score_tiles(run), sections)
 
 
 def _fact(run: Run) -> list[Any]:
@@ -37,6 +42,17 @@ def _fact(run: Run) -> list[Any]:
     return [Text(f"{prompt} … {answers}", "lead")]
 
 
+def _verdict(run: Run) -> list[Any]:
+    """Whether the edit landed; if not, why and what to try."""
+    found = run.record["verdict"]
+    if not found.get("summary"):
+        return []
+    listed = {name: found[name] if isinstance(found.get(name), list) else [] for name in ("reasons", "try_")}
+    rows = [("why", str(text)) for text in listed["reasons"]] + [("try", str(text)) for text in listed["try_"]]
+    told = Text(str(found["summary"]), "good" if found.get("landed") else "bad")
+    return [told, *([Table(("", "what the run shows"), rows, stacked=True)] if rows else [])]
+
+
 def _probes(run: Run) -> list[Any]:
     drawn = []
     for which, title, series in (("new", "The new answer", 1), ("true", "The old answer", 0)):
@@ -45,41 +61,17 @@ def _probes(run: Run) -> list[Any]:
             sides = [finite(row.get(f"probability_{which}_{when}")) for when in ("before", "after")]
             if sides == [None, None]:
                 continue
-            kind = glossary.kind(str(row.get("kind") or "?"))
-            answer = f" … {row.get(f'target_{which}')}" if row.get("kind") == "portability" else ""
-            heading = kind if kind != last else ""
-            pairs.append(charts.Pair(f"{row.get('prompt')}{answer}", sides[0], sides[1], series, heading))
+            kind = str(row.get("kind") or "?")
+            answer = f" … {row.get(f'target_{which}')}" if kind == PORTABILITY else ""
+            above = heading(kind) if kind != last else ""
+            pairs.append(charts.Pair(f"{row.get('prompt')}{answer}", sides[0], sides[1], series, above))
             last = kind
         if pairs:
             drawn.append(charts.dumbbells(title, pairs))
-    rows = []
-    for name, metric in run.metrics.items():
-        n = metric.after.n if metric.after else None
-        rows.append((name.rpartition(".")[2], metric.before, metric.after, n, glossary.meaning(name).text))
-    table = Table(("metric", "before", "after", "n", "what it is"), rows, stacked=True)
-    probes = Fold("Every probe as a table", [probe_table(run.cases)])
-    return [Charts(drawn), table, probes] if drawn else [table] if rows else []
-
-
-def probe_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The probes of a case: which answer was wanted, both probabilities, and what the model goes on to say."""
-    said = any(row.get("said_after") is not None for row in rows)
-    columns = ["kind", "prompt", "old → new", "p(old)", "p(new)"] + (["says before", "says after"] if said else [])
-    cells = []
-    for row in rows:
-        arrows = [
-            f"{_p(row.get(f'probability_{w}_before'))} → {_p(row.get(f'probability_{w}_after'))}"
-            for w in ("true", "new")
-        ]
-        answers = f"{row.get('target_true') or '–'} → {row.get('target_new') or '–'}"
-        line: list[Any] = [glossary.kind(str(row.get("kind") or "?")), row.get("prompt"), answers, *arrows]
-        cells.append(line + ([row.get("said_before"), row.get("said_after")] if said else []))
-    return Table(columns, cells, stacked=True)
-
-
-def _p(value: object) -> str:
-    found = finite(value)
-    return "–" if found is None else f"{found:.4f}" if found >= 5e-5 or found == 0 else "<0.0001"
+    measured = [sides for sides in run.sides().values() if sides.shown is not None]
+    table = [Fold("Every metric as a table", [metric_table(measured)], open=True)] if measured else []
+    probes = [Fold("Every prompt as a table", [probe_table(run.cases)])] if run.cases else []
+    return [*([Charts(drawn)] if drawn else []), *table, *probes]
 
 
 def _says(run: Run) -> list[Any]:
@@ -149,20 +141,5 @@ def _loss(report: dict[str, Any], number_of: int, count: int) -> charts.Chart | 
         for name, label in names.items()
         if any(finite(s.get(name)) for s in steps)
     ]
-    title = "How the value was found" + (f", fact {number_of + 1} of {count}" if count > 1 else "")
+    title = "How the value was optimised" + (f", fact {number_of + 1} of {count}" if count > 1 else "")
     return charts.lines(title, curves, "step", "nats (log scale)", log=True) if curves else None
-
-
-def spectra(run: Run) -> list[charts.Chart]:
-    """Spectra of the update's weights, where the record holds them."""
-    drawn = []
-    for found in run.record["edit"].get("spectra") or []:
-        if not isinstance(found, dict):
-            continue
-        change, base = (
-            [v for v in map(finite, found.get(name) or []) if v is not None]
-            for name in ("singular_values", "base_singular_values")
-        )
-        if change:
-            drawn.append(charts.spectrum(str(found.get("parameter") or "?"), change, base))
-    return drawn

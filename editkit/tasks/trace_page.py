@@ -1,23 +1,22 @@
-"""The parts of a page that show a trace: where the answer comes back, and which blocks that proposes to edit.
+"""The page of task=trace: where the answer comes back, and which blocks that proposes to edit. No torch.
 
-The arrays are read with numpy: trace.npz and trace.json (tracing.Traced.save), or average.npz and average.json
-(tracing.AverageTrace.save).
+It shows what the tracer wrote: trace.npz and trace.json of one fact, average.npz and average.json of many
+(`editkit.tracing.files`).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy
 
-from editkit.errors import RecordError
+from editkit.errors import EditkitError, RecordError
 from editkit.numbers import finite, number
 from editkit.report import charts
-from editkit.report.glossary import place_kind
-from editkit.report.html import Charts, Fold, Section, Table, Text
+from editkit.report.html import Body, Charts, Fold, Section, Table, Text
+from editkit.runs import names
 from editkit.runs.read import Run
+from editkit.tracing.files import AVERAGE_AXES, AVERAGE_FIELDS, ONE_AXES, ONE_FIELDS, place_kind, read_arrays
 
 LINES = ("last subject token", "last token")  # drawn; all kinds of token are in the maps
 SHOWN_SKIPPED = 100
@@ -27,36 +26,43 @@ SHOWN_SKIPPED = 100
 class Arrays:
     """What a trace's two files hold."""
 
-    values: dict[str, Any]  # numpy, by kind: [tokens, blocks], or [facts, parts, blocks]
-    said: dict[str, Any]
+    values: dict[str, Any]  # numpy, by what is put back: [tokens, blocks], or [facts, parts, blocks]
+    about: dict[str, Any]
 
     @property
     def window(self) -> int:
-        return int(self.said["window"])
+        return int(self.about["window"])
 
     def along(self, axis: str) -> list[str]:
-        return [str(name) for name in self.said["along"][axis]]
+        """The names along an axis."""
+        return [str(name) for name in self.about["along"][axis]]
 
 
-def trace_title(run: Run) -> str:
-    if _average(run):
-        return f"Where {run.model} recalls facts" + (f" (data: {run.data})" if run.data else "")
-    how = _arrays(run).said["how"]
-    return f"Trace: {str(how.get('prompt', '')).replace('{}', str(how.get('subject', '{}')))}"
+def body(run: Run) -> Body:
+    """What a page shows of a trace. Raises RecordError when the arrays are not there or damaged."""
+    if run.record["trace"].get("kind") == "average":
+        found = _arrays(run, names.AVERAGE, AVERAGE_AXES, AVERAGE_FIELDS)
+        title = f"Where {run.model} recalls facts" + (f" (data: {run.data})" if run.data else "")
+        return Body(title, _average_tiles(run, found), _averaged(run, found))
+    found = _arrays(run, names.TRACE, ONE_AXES, ONE_FIELDS)
+    how = found.about["how"]
+    title = f"Trace: {str(how.get('prompt', '')).replace('{}', str(how.get('subject', '{}')))}"
+    return Body(title, _tiles(found), _prompt(found))
 
 
-def trace_tiles(run: Run) -> list[tuple[str, str, str]]:
-    found = _arrays(run)
-    if not _average(run):
-        clean, corrupted = float(found.said["clean"]), float(found.said["corrupted"])
-        return [
-            ("answer", str(found.said["answer"]).strip(), "what the model says"),
-            ("P, clean", number(clean, 3), "of the answer"),
-            ("P, corrupted", number(corrupted, 3), "with the subject's embeddings corrupted"),
-            ("total effect", number(clean - corrupted, 3), "what the corruption takes"),
-        ]
+def _tiles(found: Arrays) -> list[tuple[str, str, str]]:
+    clean, corrupted = float(found.about["clean"]), float(found.about["corrupted"])
+    return [
+        ("answer", str(found.about["answer"]).strip(), "what the model says"),
+        ("P, clean", number(clean, 3), "of the answer"),
+        ("P, corrupted", number(corrupted, 3), "with the subject's embeddings corrupted"),
+        ("total effect", number(clean - corrupted, 3), "what the corruption takes"),
+    ]
+
+
+def _average_tiles(run: Run, found: Arrays) -> list[tuple[str, str, str]]:
     lost = found.values["clean"] - found.values["corrupted"]
-    skipped = len(found.said.get("skipped") or [])
+    skipped = len(found.about["skipped"])
     tiles = [
         ("facts", f"{len(lost):,}", f"traced; {skipped:,} left out" if skipped else "traced"),
         ("total effect", number(float(lost.mean()), 3), "of P(answer), mean over facts"),
@@ -67,18 +73,13 @@ def trace_tiles(run: Run) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def trace_sections(run: Run) -> list[Section]:
-    """Sections of task=trace. Raises RecordError when the arrays are not there or damaged."""
-    return _averaged(run, _arrays(run)) if _average(run) else _prompt(_arrays(run))
-
-
 def _prompt(found: Arrays) -> list[Section]:
     """One prompt's maps."""
     tokens, blocks = found.along("token"), found.along("block")
-    first, last = found.said["subject"]
-    answer, corrupted = str(found.said["answer"]).strip(), float(found.said["corrupted"])
+    first, last = found.about["subject"]
+    answer, corrupted = str(found.about["answer"]).strip(), float(found.about["corrupted"])
     text = f"P({answer}) when one clean place is put back into the corrupted run. Colours begin at the corrupted run's "
-    text += f"{number(corrupted, 3)}; the clean run has {number(float(found.said['clean']), 3)}. "
+    text += f"{number(corrupted, 3)}; the clean run has {number(float(found.about['clean']), 3)}. "
     text += "The subject's tokens have a star. Point at a cell for its value, or step through rows with the Tab key."
     drawn, rows = [], []
     high = max([v for table in found.values.values() for v in table.ravel().tolist() if finite(v) is not None],
@@ -93,7 +94,7 @@ def _prompt(found: Arrays) -> list[Section]:
         )  # fmt: skip
         rows += [(title, i, _token(tokens[i]), int(b), v, None if v is None else v - corrupted)
                  for i, line in enumerate(values) for b, v in zip(blocks, line, strict=True)]  # fmt: skip
-    others = found.said.get("others") or []
+    others = found.about.get("others") or []
     note = [Text(f"In the subject's place: {', '.join(map(str, others))}.", "note")] if others else []
     columns = ("put back", "position", "token", "block", "probability", "indirect effect")
     blocks_ = [Text(text, "note"), *note, Charts(drawn), Fold("All numbers as one table", [Table(columns, rows)])]
@@ -109,7 +110,7 @@ def _averaged(run: Run, found: Arrays) -> list[Section]:
     kinds = [kind for kind in found.values if kind not in ("clean", "corrupted")]
     means = {kind: _means(found.values[kind]) for kind in kinds}
     counts = (~numpy.isnan(found.values[kinds[0]][:, :, 0])).sum(0).tolist()
-    bounds = {kind: _bounds(found.said, kind, len(parts)) for kind in kinds}
+    bounds = {kind: _bounds(found.about, kind, len(parts)) for kind in kinds}
     lines = []
     for p, part in enumerate(parts):
         curves = [
@@ -136,8 +137,8 @@ def _averaged(run: Run, found: Arrays) -> list[Section]:
     )
     note += "run, mean over facts; bands are 95 % bootstrap intervals over facts."
     note += " Upright dashed: the blocks proposed." if marks else ""
-    unfinished = [] if found.said.get("complete", True) else [Text("It was interrupted: not all facts are in.", "bad")]
-    skipped = found.said.get("skipped") or []
+    unfinished = [] if found.about.get("complete", True) else [Text("It was interrupted: not all facts are in.", "bad")]
+    skipped = found.about.get("skipped") or []
     left: list[Any] = [
         Table(("fact", "why"), [tuple(map(str, each)) for each in skipped[:SHOWN_SKIPPED]], stacked=True)
     ]
@@ -151,31 +152,12 @@ def _averaged(run: Run, found: Arrays) -> list[Section]:
     ]
 
 
-def _average(run: Run) -> bool:
-    return run.record["trace"].get("kind") == "average"
-
-
-def _arrays(run: Run) -> Arrays:
-    """Raises RecordError naming the file."""
-    name = "average" if _average(run) else "trace"
-    path = run.folder / f"{name}.npz"
+def _arrays(run: Run, name: str, axes: Sequence[str], fields: Sequence[str]) -> Arrays:
+    """What the tracer wrote. Raises RecordError naming the file."""
     try:
-        said = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        with numpy.load(path, allow_pickle=False) as held:
-            values = {key: held[key] for key in held.files}
-        axes = ("part", "block") if _average(run) else ("token", "block")
-        shape = tuple(len(said["along"][axis]) for axis in axes)
-        facts = tuple(values[key].shape for key in ("clean", "corrupted")) if _average(run) else ()
-        tables = {key: table for key, table in values.items() if key not in ("clean", "corrupted")}
-        wrong = [key for key, table in tables.items() if table.shape[-2:] != shape or table.ndim != len(said["axes"])]
-        if wrong or not tables or len(set(facts)) > 1:
-            raise ValueError(f"its tables are not {list(shape)}: {', '.join(wrong) or 'none'}")
-        return Arrays(values, {"how": {}} | said)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise RecordError(
-            f"'{path}' and '{name}.json' cannot be read ({type(error).__name__}: {error}): they are damaged or not "
-            "there. Run it again or remove the folder."
-        ) from error
+        return Arrays(*read_arrays(run.folder / name, axes, fields))
+    except EditkitError as error:
+        raise RecordError(f"{error} Or run the trace again.") from error
 
 
 def _means(table: Any) -> list[list[float | None]]:
@@ -189,10 +171,10 @@ def _means(table: Any) -> list[list[float | None]]:
     ]
 
 
-def _bounds(said: dict[str, Any], kind: str, parts: int) -> tuple[Sequence[Sequence[Any]], Sequence[Sequence[Any]]]:
+def _bounds(about: dict[str, Any], kind: str, parts: int) -> tuple[Sequence[Sequence[Any]], Sequence[Sequence[Any]]]:
     """The ends of the bands, each [parts, blocks]; none where an older file has none."""
-    blocks = len(said["along"]["block"])
-    found = (said.get("intervals") or {}).get(kind) or {}
+    blocks = len(about["along"]["block"])
+    found = (about.get("intervals") or {}).get(kind) or {}
     empty = [[None] * blocks for _ in range(parts)]
     return found.get("low") or empty, found.get("high") or empty
 

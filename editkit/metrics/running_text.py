@@ -1,0 +1,70 @@
+"""Running text under the unedited and the edited model: what `drift` computes its figures from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from editkit.corpora import atlas_prose, running_text
+from editkit.errors import ConfigError
+from editkit.metrics.drift import drift_scores, exp
+from editkit.metrics.metric import Score
+from editkit.models.load import LanguageModel
+from editkit.moments import packed_blocks
+
+PROSE = "prose"  # the bundled essays on everyday things: they state no fact of the atlas
+BYTES = 1 << 30  # of unedited log-probabilities that are kept; longer texts are cut
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The unedited model on a text; `measure` compares what the model has become."""
+
+    blocks: Tensor  # [blocks, length] token ids
+    unedited: Tensor  # [blocks, length - 1, vocabulary] log-probabilities in float32, on the CPU
+    perplexity: float
+
+    @classmethod
+    def take(cls, lm: LanguageModel, *, source: str = PROSE, tokens: int = 4096, length: int = 128) -> "Drift":
+        """Run `lm`, unedited, over `tokens` tokens of running text in blocks of `length`.
+
+        `source`: prose (bundled), or as `corpora.running_text`. Raises ConfigError for a text shorter than a block.
+        """
+        vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+        count = max(1, min(tokens, BYTES // (4 * vocabulary)) // length)
+        texts = iter(atlas_prose()) if source == PROSE else running_text(source)
+        found = list(islice(packed_blocks(lm, texts, length), count))
+        if not found:
+            raise ConfigError(f"The running text '{source}' has fewer than {length} tokens. Give a longer one.")
+        blocks = torch.stack(found)
+        unedited = torch.stack(list(_log_probabilities(lm, blocks)))
+        return cls(blocks, unedited, _perplexity(unedited, blocks))
+
+    def measure(self, lm: LanguageModel, seed: int = 0) -> tuple[Score, Score]:
+        """KL and perplexity of the model as it is now; both may be infinite or NaN where it is broken."""
+        divergence, surprise = [], []
+        for before, now, ids in zip(self.unedited, _log_probabilities(lm, self.blocks), self.blocks, strict=True):
+            p, q = before.double(), now.double()
+            divergence.append((p.exp() * (p - q)).sum(-1).mean().item())
+            surprise.append(-_said(q, ids).mean().item())
+        return drift_scores(divergence, surprise, seed)
+
+
+@torch.inference_mode()
+def _log_probabilities(lm: LanguageModel, blocks: Tensor) -> Iterator[Tensor]:
+    """[length - 1, vocabulary] of each block, in float32 on the CPU."""
+    for ids in blocks:
+        logits = lm.model(input_ids=ids[None].to(lm.device), use_cache=False).logits[0, :-1]
+        yield logits.float().log_softmax(-1).cpu()
+
+
+def _said(log_p: Tensor, ids: Tensor) -> Tensor:
+    """[length - 1]: the log-probability of each token that comes."""
+    return log_p.gather(1, ids[1:, None].cpu())[:, 0]
+
+
+def _perplexity(log_p: Tensor, blocks: Tensor) -> float:
+    said = torch.stack([_said(each.double(), ids) for each, ids in zip(log_p, blocks, strict=True)])
+    return exp(-said.mean().item())
