@@ -8,7 +8,7 @@ For each dtype the same work is done in half arithmetic, as it was before, and i
 model:
 
     keys/s      second moment at one block, the text and the copies of the weights included
-    steps/s     the loop of one fact's value: 21 rows, 20 steps of Adam
+    steps/s     the loop of one fact's value: 21 rows, --steps of Adam
 
 Times are those of this process's own work on one core, so that other work on the machine counts little. A processor
 with instructions for bfloat16 does it quickly; ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 shows one without.
@@ -60,9 +60,9 @@ def keys_a_second(lm: LanguageModel, layer: int, tokens: int, clock: Callable[[]
     return sums.count / (clock() - began)
 
 
-def steps_a_second(lm: LanguageModel, layer: int, clock: Callable[[], float]) -> float:
+def steps_a_second(lm: LanguageModel, layer: int, steps: int, clock: Callable[[], float]) -> float:
     rows = rows_of(lm, facts_of(1)[0].fact, "subject_last", contexts_of(lm, [4] * 10 + [9] * 10))
-    settings = RRomeSettings(layer=layer, **STEPS)
+    settings = RRomeSettings(layer=layer, **STEPS | {"steps": steps})
     loop = value._together
     seconds: list[float] = []
 
@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=None, help="only so many of the shape's blocks")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--keys", type=int, default=4096, help="in half arithmetic; ten times as many in float32")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", default="keys/s,steps/s")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
@@ -107,19 +109,21 @@ def main() -> None:
         "shape": options.shape,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "blocks": lm.layers,
+        "steps": options.steps,
         "layer": layer,
         "repeats": options.repeats,
     }
     for title, said in (("machine", machine), ("sizes", sizes)):
         print(f"{title:8}" + ", ".join(f"{name} {value}" for name, value in said.items()))
 
-    rates: dict[str, dict[str, list[float]]] = {"keys/s": {}, "steps/s": {}}
+    rates: dict[str, dict[str, list[float]]] = {unit: {} for unit in options.only.split(",")}
     for _ in range(options.repeats + 1):  # the first is a warm-up
         for dtype, (lm, layer) in models.items():
             few, many = (partial(keys_a_second, lm, layer, n * options.keys, clock) for n in (1, 10))
-            loop = partial(steps_a_second, lm, layer, clock)
+            loop = partial(steps_a_second, lm, layer, options.steps, clock)
             works: dict[str, tuple[Rate, Rate]] = {"keys/s": (few, many), "steps/s": (loop, loop)}
-            for unit, (slow, quick) in works.items():
+            for unit in options.only.split(","):
+                slow, quick = works[unit]
                 if dtype != "float32":
                     rates[unit].setdefault(f"{dtype} before", []).append(in_half(slow))
                 rates[unit].setdefault(dtype, []).append(quick())
@@ -130,10 +134,10 @@ def main() -> None:
     )
     for unit, each in rates.items():
         found[unit] = {way: statistics.median(values[1:]) for way, values in each.items()}
-        line = f"{unit:10}{found[unit]['float32']:10,.0f}"
+        line = f"{unit:10}{found[unit]['float32']:10,.1f}"
         for dtype in list(models)[1:]:
             before, now = found[unit][f"{dtype} before"], found[unit][dtype]
-            line += f"{before:17,.1f}{now:10,.0f}{now / before:7.1f}"
+            line += f"{before:17,.1f}{now:10,.1f}{now / before:7.1f}"
         print(line, flush=True)
     if options.json:
         runs = {unit: {way: values[1:] for way, values in each.items()} for unit, each in rates.items()}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -176,10 +177,13 @@ def collect_with_others(cache: Path, layers: list[int], everyone: Any, told: Any
         time.sleep(2)
         return real(*arguments, **options)
 
-    moments_cache.collect = logged  # noqa: B010: it is imported there, not exported
     lm = tiny_lm("gpt2")
     everyone.wait()
-    with (cache / f"stderr-{os.getpid()}").open("w") as stderr, contextlib.redirect_stderr(stderr):
+    with (
+        (cache / f"stderr-{os.getpid()}").open("w") as stderr,
+        contextlib.redirect_stderr(stderr),
+        mock.patch.object(moments_cache, "collect", logged),
+    ):
         found = second_moments(lm, layers, MomentSettings(tokens=2000, block=32), cache=cache)
     told.put({layer: moment.digest for layer, moment in found.items()})
 

@@ -17,7 +17,7 @@ from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import RomeSettings, rome
 from editkit.methods.shared.contexts import context_templates
 from editkit.methods.shared.value import at_lookup
-from editkit.metrics.counterfact import score_targets
+from editkit.metrics.scoring import score_targets
 from editkit.models import precision
 from editkit.models.generate import generate, generate_batch
 from editkit.models.load import load
