@@ -112,7 +112,7 @@ def test_v15_frozen_models_and_leaves(gpt2: PreTrainedModel) -> None:
 
 def test_a_leaf_frees_the_graph_below(gpt2: PreTrainedModel) -> None:
     alive = []
-    handle = gpt2.transformer.h[0].register_forward_hook(lambda m, a, o: alive.append(weakref.ref(o)))
+    handle = gpt2.get_submodule("transformer.h.0").register_forward_hook(lambda m, a, o: alive.append(weakref.ref(o)))
     for leaf in (False, True):
         with Trace(gpt2, BLOCKS[1], grads=True, leaf=leaf):
             loss = loss_of(logits(gpt2))

@@ -168,7 +168,7 @@ def trace(
     return Traced(
         tokens=[fact.text[begin:end] for begin, end in rows.offsets[0]],
         subject=(first, last),
-        answer=lm.tokenizer.decode([model.answer]),
+        answer=str(lm.tokenizer.decode([model.answer])),
         clean=model.clean,
         corrupted=model.corrupted,
         window=window,
