@@ -227,8 +227,8 @@ class LinearProbe:
         x, labels = _matrix(features, labels)
         counts = Counter(labels)
         if None in counts or len(counts) < 2:
-            found = f"{counts[None]} of {len(labels)} labels are None" if None in counts else f"all are {labels[0]!r}"
-            raise EditkitError(f"A probe tells classes apart; {found}. Give two classes or more, and every row one.")
+            problem = f"{counts[None]} of {len(labels)} labels are None" if None in counts else f"all are {labels[0]!r}"
+            raise EditkitError(f"A probe tells classes apart; {problem}. Give two classes or more, and every row one.")
         if not l2 > 0:
             raise EditkitError(f"l2={l2}: it must be above 0, or separable classes have no best weights.")
         classes = sorted(counts, key=lambda label: (str(label), repr(label)))
