@@ -1,5 +1,6 @@
 """The lenses against plain hooks, transformers' own attentions, autograd and differences of edited runs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,6 +32,16 @@ TARGETS = ["Rome", "Berlin Madrid", "Oslo"]
 
 def ids_of(lm: LanguageModel, text: str) -> Tensor:
     return torch.tensor([lm.tokenizer(text)["input_ids"]])
+
+
+def keeping(kept: list[Tensor], shaped: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+    """A hook that keeps the input, or as a forward hook the output."""
+
+    def keep(module: nn.Module, *passed: Any) -> None:
+        h = passed[-1]
+        kept.append(shaped(h[0] if isinstance(h, tuple) else h))
+
+    return keep
 
 
 def capped(lm: LanguageModel, logits: Tensor) -> Tensor:
@@ -87,6 +98,7 @@ def test_an_inner_depth_is_the_norm_and_the_head_of_a_hooked_stream(family: str)
         lm.model(ids_of(lm, FACT.text))
     handle.remove()
     norm, head = lm.model.get_submodule(lm.architecture.final_norm), lm.model.get_output_embeddings()
+    assert head is not None
     with torch.no_grad():
         for depth, stream in enumerate([kept[0], *(seen[site] for site in sites)]):
             logits = capped(lm, head(norm(stream.view(1, -1, stream.shape[-1])[0, -1]))).double()
@@ -176,7 +188,9 @@ def test_the_models_own_attention_is_set_back(before: str, monkeypatch: pytest.M
 
 def test_a_model_whose_attention_gives_no_weights_is_named() -> None:
     lm = tiny_lm("gpt2")
-    handle = lm.model.transformer.h[1].attn.register_forward_hook(lambda _, __, output: (output[0], None))
+    handle = lm.model.get_submodule("transformer.h.1.attn").register_forward_hook(
+        lambda _, __, output: (output[0], None)
+    )
     with pytest.raises(EditkitError, match="'gpt2' gives attention weights in 2 of 3 blocks"):
         attention_to_subject(lm, FACT)
     handle.remove()
@@ -199,9 +213,9 @@ def test_the_change_is_that_of_the_modules_output_with_the_edit(family: str) -> 
         ids = ids_of(lm, text)
         keys: list[Tensor] = []
         seen: list[Tensor] = []
-        handle = lm.model.get_submodule(site).register_forward_pre_hook(lambda _, args, kept=keys: kept.append(args[0]))
+        handle = lm.model.get_submodule(site).register_forward_pre_hook(keeping(keys, lambda h: h))
         puts_out = lm.model.get_submodule(site)
-        later = puts_out.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.flatten(0, -2).clone()))
+        later = puts_out.register_forward_hook(keeping(seen, lambda h: h.flatten(0, -2).clone()))
         with torch.no_grad():
             lm.model(ids)
             with edit.applied(lm):
@@ -281,7 +295,7 @@ def test_what_a_rank_one_edit_reads_has_its_sign_and_a_wider_one_has_none() -> N
     for text, cosine in zip(TEXTS, wide.cosine, strict=True):
         keys: list[Tensor] = []
         site = lm.model.get_submodule(two.deltas[0].module)
-        handle = site.register_forward_pre_hook(lambda _, args, kept=keys: kept.append(args[0][0].double()))
+        handle = site.register_forward_pre_hook(keeping(keys, lambda h: h[0].double()))
         with torch.no_grad():
             lm.model(ids_of(lm, text))
         handle.remove()

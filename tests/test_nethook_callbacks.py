@@ -21,7 +21,7 @@ from editkit.nethook import (
     Trace,
 )
 from tests.families import SITES, build
-from tests.hooking import IDS, logits, loss_of
+from tests.hooking import IDS, gradients, logits, loss_of
 
 BLOCKS = [f"transformer.h.{i}" for i in range(3)]
 
@@ -47,7 +47,9 @@ def test_events_come_in_order_and_equal_a_trace(family: str) -> None:
     with Trace(model, blocks, grads=True) as trace:
         loss_of(logits(model)).backward()
     parameter = next(n for n, p in model.named_parameters() if n.startswith(blocks[0]) and p.ndim == 2)
-    wanted = model.get_parameter(parameter).grad.clone()
+    grad = model.get_parameter(parameter).grad
+    assert grad is not None
+    wanted = grad.clone()
     model.zero_grad()
     events: list[Any] = []
     with Callbacks(model) as callbacks:
@@ -99,7 +101,7 @@ def test_inference_has_forward_events_alone(fresh: PreTrainedModel) -> None:
     heard: list[Any] = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(lambda e: heard.append((e.kind, e.call)), BLOCKS[0], on=["forward", "backward"], name="x")
-        fresh.generate(IDS, max_new_tokens=3, do_sample=False)
+        cast(Any, fresh).generate(IDS, max_new_tokens=3, do_sample=False)
     assert heard == [("forward", 0), ("forward", 1), ("forward", 2)]
 
 
@@ -115,13 +117,15 @@ def test_inputs_are_given_on_request(fresh: PreTrainedModel) -> None:
 
 def test_looking_changes_neither_logits_nor_gradients(fresh: PreTrainedModel) -> None:
     loss_of(logits(fresh)).backward()
-    wanted = [p.grad.clone() for p in fresh.parameters()]
+    wanted = gradients(fresh)
     fresh.zero_grad()
     with Callbacks(fresh) as callbacks:
         callbacks.add(ActivationStatistics(), "transformer.h.*")
         callbacks.add(GradientFlow(), "**.mlp", parameters="**")
         loss_of(logits(fresh)).backward()
-    assert all(torch.equal(p.grad, w) for p, w in zip(fresh.parameters(), wanted, strict=True))
+    found = gradients(fresh)
+    assert found.keys() == wanted.keys() == dict(fresh.named_parameters()).keys()
+    assert all(torch.equal(found[name], grad) for name, grad in wanted.items())
 
 
 def test_nothing_is_kept(fresh: PreTrainedModel) -> None:
@@ -135,7 +139,7 @@ def test_nothing_is_kept(fresh: PreTrainedModel) -> None:
 
 def test_frozen_parameters_are_left_out(fresh: PreTrainedModel) -> None:
     fresh.requires_grad_(False)
-    fresh.transformer.h[1].mlp.c_proj.weight.requires_grad_(True)
+    fresh.get_parameter("transformer.h.1.mlp.c_proj.weight").requires_grad_(True)
     heard: list[Any] = []
     with Callbacks(fresh) as callbacks:
         callbacks.add(
@@ -149,7 +153,7 @@ def test_frozen_parameters_are_left_out(fresh: PreTrainedModel) -> None:
 
 def test_v16_autograd_grad_fires_no_parameter_event(fresh: PreTrainedModel) -> None:
     heard: list[Any] = []
-    weight = fresh.transformer.h[0].mlp.c_proj.weight
+    weight = fresh.get_parameter("transformer.h.0.mlp.c_proj.weight")
     with Callbacks(fresh) as callbacks:
         callbacks.add(heard.append, on="parameter", parameters="transformer.h.0.mlp.c_proj.weight", name="x")
         torch.autograd.grad(loss_of(logits(fresh)), weight)

@@ -3,7 +3,7 @@
 import collections
 import gc
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -142,7 +142,9 @@ def test_v07_clone_and_detach_reach_into_tuples(llama: PreTrainedModel) -> None:
 
 def test_v09_generation_keeps_every_step(gpt2: PreTrainedModel) -> None:
     with Trace(gpt2, [MLP, DOWN], calls="all", inputs=True) as t:
-        gpt2.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(IDS))
+        cast(Any, gpt2).generate(
+            IDS, max_new_tokens=4, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(IDS)
+        )
     assert [tuple(call.output.shape) for call in t[MLP].calls] == [(2, 7, 32)] + 3 * [(2, 1, 32)]
     assert t[MLP].count == 4 and [c.count for c in t[DOWN].calls] == [1, 2, 3, 4]
     assert torch.equal(t[MLP].output, t[MLP].calls[-1].output)

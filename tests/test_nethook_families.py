@@ -78,7 +78,7 @@ def test_rank_one_sum_in_either_orientation(make: Callable[[], nn.Module]) -> No
     with Trace(net, "0", inputs=True, grads=True) as t:
         net(torch.randn(2, 4, 5)).pow(2).sum().backward()
     product = torch.einsum("btk,btm->km", t.input, t.grad)
-    expected = module.weight.grad if isinstance(module, Conv1D) else module.weight.grad.T
+    expected: Any = module.weight.grad if isinstance(module, Conv1D) else module.weight.grad.T
     assert torch.allclose(product, expected, atol=1e-5)
 
 

@@ -50,7 +50,7 @@ def test_it_is_used_as_the_model_itself(fresh: PreTrainedModel) -> None:
         assert len(list(im.parameters())) == len(list(fresh.parameters()))
         assert torch.equal(
             im.generate(IDS, max_new_tokens=4, do_sample=False),
-            fresh.generate(IDS, max_new_tokens=4, do_sample=False),
+            cast(Any, fresh).generate(IDS, max_new_tokens=4, do_sample=False),
         )
         assert im.retained == MLPS
         with pytest.raises(AttributeError, match="no_such_thing"):
@@ -98,7 +98,7 @@ def test_rules_apply_in_the_order_added(fresh: PreTrainedModel) -> None:
 
 
 def test_rules_are_switched(fresh: PreTrainedModel) -> None:
-    plain = logits(fresh)
+    plain = changed = logits(fresh)
     with InstrumentedModel(fresh) as im:
         im.add("double", "transformer.h.*", edit=double, on=False)
         assert torch.equal(logits(im), plain)

@@ -53,12 +53,14 @@ def options_of(drawn: dict[str, Any], names: list[str], fault: str, error: BaseE
     sites = list(dict.fromkeys(names[i % len(names)] for i in drawn["sites"]))
     sites += {"unknown site": ["no.such"], "idle site": ["idle.0"]}.get(fault, [])
     for option in ("edit", "edit_input", "edit_grad"):
-        change = EDITS.get(drawn[option])
+        change: Any = EDITS.get(drawn[option])
         if option == fault:
 
-            def change(h: torch.Tensor) -> None:
+            def fail(h: torch.Tensor) -> None:
                 assert error is not None
                 raise error
+
+            change = fail
 
         options[option] = {sites[0]: change} if change and drawn["by_site"] else change
     if fault == "bad option":

@@ -143,7 +143,7 @@ def test_features_equal_those_of_texts_one_by_one(
         made = features(lm, TEXTS, sites, path=path, position=position, columns={"text": TEXTS}, batch_size=batch_size)
         assert made.column_names == [*sites, "text"] and made["text"][:] == TEXTS
         for site in sites:
-            column = made.with_format("torch")[site][:]
+            column: Any = made.with_format("torch")[site][:]
             assert column.dtype == torch.float32 and made.features[site].length == 32
             assert torch.allclose(column, torch.stack([row[site] for row in wanted[name]]), atol=1e-5), (name, site)
     lm.tokenizer.padding_side = "right"
@@ -163,7 +163,8 @@ def test_positions_may_be_the_subjects(atlas_lm: LanguageModel, tmp_path: Path) 
     )
     # A causal model's state at the subject's last token is that of the text cut there.
     alone = one_by_one(atlas_lm, [f"In {s}" for s in subjects], [site])
-    assert torch.allclose(made.with_format("torch")[site][:], torch.stack([row[site][-1] for row in alone]), atol=1e-4)
+    column: Any = made.with_format("torch")[site][:]
+    assert torch.allclose(column, torch.stack([row[site][-1] for row in alone]), atol=1e-4)
 
 
 def test_features_stream(lm: LanguageModel, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_attention_of_bloom_is_put_back_without_the_residual_that_its_module_add
     lm = tiny_lm("bloom")
     ids = tokenise(lm, [FACTS[0].text]).inputs()
     site = lm.architecture.attention_output.format(1)
-    block = lm.model.transformer.h[1]
+    block: Any = lm.model.get_submodule("transformer.h.1")
     with (
         torch.no_grad(),
         Trace(lm.model, ["transformer.h.1", site, "transformer.h.1.self_attention"], inputs=True) as t,
@@ -163,14 +163,16 @@ def test_attention_of_bloom_is_put_back_without_the_residual_that_its_module_add
 
 def test_sigma_is_of_the_vocabulary_or_of_subjects() -> None:
     lm = tiny_lm("llama")
-    table = lm.model.get_input_embeddings().weight.detach().double()
+    model: Any = lm.model
+    table = model.get_input_embeddings().weight.detach().double()
     assert embedding_std(lm) == pytest.approx(table.std().item(), rel=1e-5)
     subjects = ["Big Ben", "The Eiffel Tower"]
     ids = [i for subject in subjects for i in lm.tokenizer(subject)["input_ids"]]
     assert embedding_std(lm, subjects) == pytest.approx(table[ids].std().item(), rel=1e-5)
     assert embedding_std(lm, subjects) != embedding_std(lm, subjects[:1])
     gemma = tiny_lm("gemma3")  # its embedding multiplies by √d inside
-    inside = gemma.model.get_input_embeddings().weight.detach().double().std().item()
+    model = gemma.model
+    inside = model.get_input_embeddings().weight.detach().double().std().item()
     assert embedding_std(gemma) == pytest.approx(inside * 32**0.5, rel=1e-3)
 
 

@@ -57,7 +57,7 @@ def activation_norms(lm: LanguageModel, text: str, sites: str | Iterable[str]) -
     """
     rows, outputs = _look(lm, [text], _listed(sites))
     values = torch.stack([h[0].float().norm(dim=-1).cpu() for h in outputs.values()])
-    return Norms(values, tuple(outputs), tuple(lm.tokenizer.decode([i]) for i in rows.ids[0].tolist()))
+    return Norms(values, tuple(outputs), tuple(str(lm.tokenizer.decode([i])) for i in rows.ids[0].tolist()))
 
 
 def _look(lm: LanguageModel, texts: Sequence[str], sites: list[str]) -> tuple[Rows, dict[str, Tensor]]:
@@ -143,7 +143,7 @@ def features(
             # 3) open both files at the first batch
             if parquet is None:
                 # Vectors do not repeat: a dictionary or statistics of them cost memory for each row group.
-                options = {"use_dictionary": False, "write_statistics": False}
+                options: dict[str, Any] = {"use_dictionary": False, "write_statistics": False}
                 parquet = stack.enter_context(pyarrow.parquet.ParquetWriter(temporary, table.schema, **options))
                 arrow = stack.enter_context(pyarrow.ipc.new_stream(mapped, table.schema))
             # 4) write; Parquet in row groups
@@ -166,7 +166,8 @@ def _batches(
     """(texts, positions or [], columns) for each batch."""
     streams: list[tuple[str, Iterable[Any]]] = [("texts", texts), *((f"column '{c}'", columns[c]) for c in columns)]
     if not isinstance(position, str) and not callable(position):
-        streams.append(("position", position.tolist() if hasattr(position, "tolist") else position))
+        numbers: Any = position  # a list, a tensor, a numpy array
+        streams.append(("position", numbers.tolist() if hasattr(numbers, "tolist") else numbers))
     together = zip_longest(*(stream for _, stream in streams), fillvalue=_END)
     done = 0
     while batch := list(islice(together, size)):
@@ -226,8 +227,8 @@ class LinearProbe:
         x, labels = _matrix(features, labels)
         counts = Counter(labels)
         if None in counts or len(counts) < 2:
-            found = f"{counts[None]} of {len(labels)} labels are None" if None in counts else f"all are {labels[0]!r}"
-            raise EditkitError(f"A probe tells classes apart; {found}. Give two classes or more, and every row one.")
+            problem = f"{counts[None]} of {len(labels)} labels are None" if None in counts else f"all are {labels[0]!r}"
+            raise EditkitError(f"A probe tells classes apart; {problem}. Give two classes or more, and every row one.")
         if not l2 > 0:
             raise EditkitError(f"l2={l2}: it must be above 0, or separable classes have no best weights.")
         classes = sorted(counts, key=lambda label: (str(label), repr(label)))

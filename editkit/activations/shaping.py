@@ -81,8 +81,8 @@ class ReferenceMatch(ActivationPenalty):
     def __init__(self, model: nn.Module, reference: nn.Module, sites: str | Iterable[str]) -> None:
         super().__init__(model, sites)
         if reference is model or reference.training:
-            found = "the model itself" if reference is model else "in training mode, so dropout would move its target"
-            raise EditkitError(f"The reference is {found}: give a frozen copy, copy.deepcopy(model).eval().")
+            problem = "the model itself" if reference is model else "in training mode, so dropout would move its target"
+            raise EditkitError(f"The reference is {problem}: give a frozen copy, copy.deepcopy(model).eval().")
         self._reference = reference
 
     def __call__(self, mask: Tensor | None = None, **inputs: Any) -> Tensor:

@@ -72,7 +72,7 @@ def _eager(lm: LanguageModel) -> Iterator[None]:
     It is set where modules read it at each call, since `set_attn_implementation` has no effect on older families
     (Falcon).
     """
-    configs = {id(module.config): module.config for module in lm.model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in lm.model.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:

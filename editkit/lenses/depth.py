@@ -72,5 +72,5 @@ def logit_lens(lm: LanguageModel, text: str, words: Sequence[str]) -> Lens:
         words=tuple(words),
         probability=logits.softmax(-1)[:, first],
         rank=(logits[:, None] > of_words[..., None]).sum(-1),
-        said=tuple(lm.tokenizer.decode([i]) for i in logits.argmax(-1).tolist()),
+        said=tuple(str(lm.tokenizer.decode([i])) for i in logits.argmax(-1).tolist()),
     )

@@ -105,11 +105,12 @@ class Callbacks:
         name = str(name or getattr(callback, "__name__", type(callback).__name__))
         if name in self._open:
             raise HookError(f"There is a callback '{name}' already: give this one another name=.")
-        methods = [kind for kind in KINDS if callable(getattr(callback, kind, None))]
-        kinds = ([on] if isinstance(on, str) else list(on)) if on else methods or ["forward"]
+        methods: list[Kind] = [kind for kind in KINDS if callable(getattr(callback, kind, None))]
+        asked: Iterable[Kind] = (on,) if isinstance(on, str) else on or methods or ("forward",)
+        kinds = list(asked)
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise HookError(f"Callback '{name}' was asked on {unknown}: the kinds are {', '.join(KINDS)}.")
-        functions = {kind: getattr(callback, kind) if methods else callback for kind in kinds}
+        functions: dict[Kind, Any] = {kind: getattr(callback, kind) if methods else callback for kind in kinds}
         if not any(callable(function) for function in functions.values()):
             raise HookError(f"Callback '{name}' is a {type(callback).__name__}, which cannot be called.")
         watched = {"forward", "backward"} & set(functions)
@@ -234,7 +235,14 @@ class ActivationStatistics:
         x = event.tensor.detach().float()
         finite = x[x.isfinite()]
         if not finite.numel():
-            one = {"count": 0.0, "mean": 0.0, "m2": 0.0, "min": math.inf, "max": -math.inf, "zeros": 0.0}
+            one: dict[str, float] = {
+                "count": 0.0,
+                "mean": 0.0,
+                "m2": 0.0,
+                "min": math.inf,
+                "max": -math.inf,
+                "zeros": 0.0,
+            }
         else:
             variance, mean = torch.var_mean(finite, correction=0)
             values = torch.stack([mean, variance * finite.numel(), finite.min(), finite.max(), (finite == 0).sum()])

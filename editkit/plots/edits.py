@@ -162,7 +162,7 @@ def probe_bars(rows: Any, *, title: str = "Probability of the answers", path: st
                     means.append((which, kind, when, average.mean, average.low, average.high, average.n))
     if not means:
         raise EditkitError("No probe has a probability: give the rows of a run's cases.parquet.")
-    frame = DataFrame(means, columns=["answer", "kind", "when", "mean", "low", "high", "cases"])
+    frame: Any = DataFrame(means, columns=["answer", "kind", "when", "mean", "low", "high", "cases"])
     kinds = [kind for kind in ordered if kind in set(frame.kind)]
     # 2) layout: a row for each kind, a panel for each answer
     names = [label(heading(kind), 2.6) for kind in kinds]

@@ -65,7 +65,7 @@ def gradient_lines(
     rows = [dict(row) for row in table]
     if not rows:
         raise EditkitError("GradientFlow has seen nothing yet: run a step with it first.")
-    frame = DataFrame(rows).assign(faults=[" ".join(row["faults"]) for row in rows])
+    frame: Any = DataFrame(rows).assign(faults=[" ".join(row["faults"]) for row in rows])
     kinds = [k for k in FLOWS if k in set(frame.kind)] + [k for k in frame.kind.unique() if k not in FLOWS]
     sites = list(dict.fromkeys(row["site"] for kind in kinds for row in rows if row["kind"] == kind))
     # 1) layout: a row for each module, on a logarithmic x axis

@@ -56,7 +56,7 @@ def trace_map(
         high=high,
         title=title,
     )
-    frame = traced.to_frame()
+    frame: Any = traced.to_frame()
     return done(figure, frame[frame.kind.isin(kinds)].reset_index(drop=True), path)
 
 
@@ -78,7 +78,7 @@ def average_map(
     Raises EditkitError for a kind that was not traced.
     """
     kinds = _kinds(kinds, average.effect)
-    frame = average.to_frame()
+    frame: Any = average.to_frame()
     parts = list(dict.fromkeys(frame.part))
     means = {kind: average.mean(kind) for kind in kinds}
     known = [mean[~mean.isnan()] for mean in means.values()]
@@ -122,7 +122,7 @@ def average_lines(
     Raises EditkitError for a kind or part that was not traced.
     """
     kinds = _kinds(kinds, average.effect)
-    table = average.to_frame()
+    table: Any = average.to_frame()
     if missing := [part for part in parts if part not in set(table.part)]:
         raise EditkitError(f"The trace has no part '{missing[0]}'. It has: {', '.join(table.part.unique())}.")
     frame = table[table.kind.isin(kinds) & table.part.isin(parts)].reset_index(drop=True)

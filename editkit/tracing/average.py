@@ -100,23 +100,23 @@ class AverageTrace:
     def save(self, path: str | Path) -> Path:
         """Write PATH.npz (the arrays) and PATH.json (axes, names along them, everything else)."""
         along = {"fact": self.texts, "part": PARTS, "block": list(range(self.layers))}
-        said = {name: getattr(self, name) for name in AVERAGE_FIELDS} | {"axes": self.axes, "along": along}
+        about = {name: getattr(self, name) for name in AVERAGE_FIELDS} | {"axes": self.axes, "along": along}
         # For readers without torch, who could not draw the same samples of the facts; NaN as null.
         bounds = {
             kind: dict(zip(("low", "high"), map(_listed, self.interval(kind)), strict=True)) for kind in self.effect
         }
-        said["intervals"] = bounds
-        return write_arrays(Path(path), self.effect | {"clean": self.clean, "corrupted": self.corrupted}, said)
+        about["intervals"] = bounds
+        return write_arrays(Path(path), self.effect | {"clean": self.clean, "corrupted": self.corrupted}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "AverageTrace":
         """What `save` wrote. Raises EditkitError for files that are not there or not an average trace's."""
-        read, said = read_arrays(Path(path), cls.axes, AVERAGE_FIELDS)
+        read, about = read_arrays(Path(path), cls.axes, AVERAGE_FIELDS)
         arrays = {name: torch.from_numpy(array) for name, array in read.items()}
-        kept: dict[str, Any] = {name: said[name] for name in AVERAGE_FIELDS}
+        kept: dict[str, Any] = {name: about[name] for name in AVERAGE_FIELDS}
         kept["skipped"] = tuple((text, why) for text, why in kept["skipped"])
         clean, corrupted = arrays.pop("clean"), arrays.pop("corrupted")
-        return cls(tuple(said["along"]["fact"]), clean, corrupted, arrays, **kept)
+        return cls(tuple(about["along"]["fact"]), clean, corrupted, arrays, **kept)
 
 
 def _listed(table: Tensor) -> list[list[float | None]]:

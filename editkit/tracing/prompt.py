@@ -87,17 +87,18 @@ class Traced:
 
     def save(self, path: str | Path) -> Path:
         """Write PATH.npz (the arrays, by kind) and PATH.json (axes, names along them, everything else)."""
-        said = {name: getattr(self, name) for name in ONE_FIELDS}
+        about = {name: getattr(self, name) for name in ONE_FIELDS}
         axes = {"axes": self.axes, "along": {"token": self.tokens, "block": list(range(self._blocks))}}
-        return write_arrays(Path(path), self.probability, axes | said)
+        return write_arrays(Path(path), self.probability, axes | about)
 
     @classmethod
     def load(cls, path: str | Path) -> "Traced":
         """What `save` wrote. Raises EditkitError for files that are not there or not a trace's."""
-        read, said = read_arrays(Path(path), cls.axes, ONE_FIELDS)
+        read, about = read_arrays(Path(path), cls.axes, ONE_FIELDS)
         arrays = {name: torch.from_numpy(array) for name, array in read.items()}
-        said = {name: tuple(said[name]) if name in ("subject", "others") else said[name] for name in ONE_FIELDS}
-        return cls(probability=arrays, **said)
+        fields: dict[str, Any] = {name: about[name] for name in ONE_FIELDS}
+        fields |= {name: tuple(about[name]) for name in ("subject", "others")}  # JSON has lists
+        return cls(probability=arrays, **fields)
 
     @property
     def _blocks(self) -> int:
@@ -168,7 +169,7 @@ def trace(
     return Traced(
         tokens=[fact.text[begin:end] for begin, end in rows.offsets[0]],
         subject=(first, last),
-        answer=lm.tokenizer.decode([model.answer]),
+        answer=str(lm.tokenizer.decode([model.answer])),
         clean=model.clean,
         corrupted=model.corrupted,
         window=window,

@@ -66,8 +66,8 @@ def save(figure: Any, path: str | Path, kinds: Sequence[str] = WRITTEN) -> list[
         raise EditkitError(f"A picture cannot be saved as '{wrong[0]}': kinds are {', '.join(WRITTEN)}.")
     if path.suffix not in ("", *(f".{kind}" for kind in WRITTEN)) or not path.name:
         raise EditkitError(f"A picture cannot be saved as '{path}': end the name in .png, .pdf or .csv, or in nothing.")
-    numbers: Any = getattr(figure, "numbers", None)
-    if numbers is None and "csv" in kinds:
+    numbers: Any = getattr(figure, "numbers", "")
+    if not hasattr(numbers, "to_csv") and "csv" in kinds:
         raise EditkitError("This figure has no numbers to save: give one that editkit.plots drew, or leave csv.")
     written = []
     for kind in kinds:
@@ -77,7 +77,7 @@ def save(figure: Any, path: str | Path, kinds: Sequence[str] = WRITTEN) -> list[
         else:
             # Text in a PDF as TrueType, which publishers ask for. No date, so that equal figures are equal files.
             about = {"CreationDate": None} if kind == "pdf" else {"Software": None}
-            fixed = {"pdf.fonttype": 42, "savefig.bbox": None, "savefig.transparent": False}
+            fixed: Any = {"pdf.fonttype": 42, "savefig.bbox": None, "savefig.transparent": False}
             with matplotlib.rc_context(fixed), whole(target) as temporary:
                 figure.savefig(temporary, format=kind, dpi=DPI, metadata=about)
         written.append(target)
