@@ -179,8 +179,8 @@ def _saved(folder: Path) -> Source:
         splits = [str(name) for name in rows]
         if len(rows) != 1:
             raise ConfigError(
-                f"The data set in '{folder}' has the splits {', '.join(splits) or '(none)'}. Set data.path to the folder "
-                f"of one of them, as in '{folder / next(iter(splits), 'train')}'."
+                f"The data set in '{folder}' has the splits {', '.join(splits) or '(none)'}. Set data.path to the "
+                f"folder of one of them, as in '{folder / next(iter(splits), 'train')}'."
             )
         rows = next(iter(rows.values()))
     return _rows(str(folder), rows)
