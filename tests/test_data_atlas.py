@@ -1,6 +1,7 @@
 """The atlas as a benchmark: what each kind of probe asks, and what an edit leaves true."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ class Always(random.Random):
         super().__init__(0)
         self.wanted = wanted
 
-    def choice(self, seq):
+    def choice(self, seq: Any) -> Any:
         return self.wanted if self.wanted in seq else super().choice(seq)
 
 
@@ -62,7 +63,9 @@ def asked(subject: str, relation: str, new: str) -> dict[str, list[tuple[str, st
         ("France", "country_continent", "Asia", ["country_language", "country_currency"], []),
     ],
 )
-def test_what_an_edit_leaves_true(subject: str, relation, new, stays, follows) -> None:
+def test_what_an_edit_leaves_true(
+    subject: str, relation: str, new: str, stays: list[str], follows: list[tuple[str, str, str]]
+) -> None:
     found = asked(subject, relation, new)
     assert [r for r, _, _ in found[SAME_SUBJECT]] == stays
     assert found[PORTABILITY] == follows

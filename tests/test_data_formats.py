@@ -1,5 +1,7 @@
 """Each format: which probes a record becomes, and the rules that are stated where it is read."""
 
+from typing import Any
+
 import pytest
 
 from editkit.data.cases import (
@@ -11,6 +13,7 @@ from editkit.data.cases import (
     PORTABILITY,
     REWRITE,
     SAME_SUBJECT,
+    Case,
     Probe,
 )
 from editkit.data.fields import SAME, BadField, Raw, located
@@ -32,8 +35,10 @@ from tests.records import (
 )
 
 
-def case_of(name, record):
-    return get_format(name).read(Raw(record))
+def case_of(name: str, record: Any) -> Case:
+    read = get_format(name).read
+    assert read is not None
+    return read(Raw(record))
 
 
 def test_counterfact() -> None:
@@ -167,7 +172,7 @@ def test_known_facts_get_a_target_of_their_relation() -> None:
         ("a.b", "aXb", None),
     ],
 )
-def test_where_a_prompt_names_its_subject(text: str, subject: str, found) -> None:
+def test_where_a_prompt_names_its_subject(text: str, subject: str, found: str | None) -> None:
     place = located(text, subject)
     assert found == (place and f"{text[slice(*place)]}|{place[0]}")
 
@@ -208,7 +213,7 @@ def test_a_subject_is_taken_as_the_prompt_spells_it() -> None:
         ("known", {"attribute": 5}, r"^attribute: must be a text; found int 5"),
     ],
 )
-def test_what_is_wrong_is_named_by_its_field(name: str, changes, message: str) -> None:
+def test_what_is_wrong_is_named_by_its_field(name: str, changes: Any, message: str) -> None:
     with pytest.raises(BadField, match=message) as caught:
         case_of(name, RECORDS[name] | changes)
     assert str(caught.value) == f"{caught.value.field}: {caught.value.reason}" and "\n" not in str(caught.value)

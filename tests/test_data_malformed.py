@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from editkit.errors import DataError
 from editkit.settings import DataSettings
 from tests.records import ANOTHER_KNOWN, RECORDS, REQUIRED
 
+Place = tuple[str | int, ...]  # keys and indices from a record's top
 DEEP = json.loads("[" * 300 + "]" * 300)
 # What makes a required text unusable; MISSING deletes it.
 MISSING = object()
@@ -47,7 +49,7 @@ ODD = [
 ]
 
 
-def put(record, path, value):
+def put(record: Any, path: Place, value: Any) -> Any:
     """The record with `value` at `path`; a deep copy."""
     record = copy.deepcopy(record)
     parent = record
@@ -60,16 +62,16 @@ def put(record, path, value):
     return record
 
 
-def dotted(path):
+def dotted(path: Place) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
 
 
-def malformed(name, count=200):
+def malformed(name: str, count: int = 200) -> list[tuple[Any, Place | None]]:
     """(record, path of the fault): () where it is the whole record, None where there is none."""
     rng = random.Random(name)
     good = RECORDS[name]
     wholes = [[], 3, "text", None, {}, [good], DEEP]
-    made = [(whole, ()) for whole in wholes]
+    made: list[tuple[Any, Place | None]] = [(whole, ()) for whole in wholes]
     while len(made) < count:
         path = rng.choice(REQUIRED[name])
         if rng.random() < 0.25 and path[-1] not in ("prompt", "subject", "src", 1):

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from editkit.data import load_cases
+from editkit.data import Cases, load_cases
 from editkit.errors import ConfigError, DataError
 from editkit.settings import DataSettings
 from tests.records import COUNTERFACT, COUNTERFACT_FLAT, KNOWEDIT, MQUAKE, RECORDS
@@ -20,7 +21,7 @@ from tests.records import COUNTERFACT, COUNTERFACT_FLAT, KNOWEDIT, MQUAKE, RECOR
 CITIES = ["Oslo", "Rome", "Bern", "Lima", "Cairo", "Paris", "Quito", "Tokyo", "Delhi", "Accra"]
 
 
-def flat(number, **changes):
+def flat(number: int, **changes: Any) -> dict[str, Any]:
     subject = f"Tower {number}"
     return COUNTERFACT_FLAT | {
         "case_id": 100 + number,
@@ -35,14 +36,14 @@ def flat(number, **changes):
 FLAT = [flat(number) for number in range(10)]
 
 
-def written(folder, records, name="records.json"):
+def written(folder: Path, records: Any, name: str = "records.json") -> str:
     path = folder / name
     text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
     path.write_text(text, encoding="utf-8")
     return str(path)
 
 
-def loaded(path, name="counterfact_flat", distinct=False, **settings):
+def loaded(path: str | Path, name: str = "counterfact_flat", distinct: bool = False, **settings: Any) -> Cases:
     return load_cases(DataSettings(name, str(path), **settings), distinct=distinct)
 
 
@@ -62,8 +63,8 @@ def test_every_kind_of_file_holds_the_same_cases(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(FLAT), tmp_path / "records.parquet")
     datasets.Dataset.from_list(FLAT).save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"test": datasets.Dataset.from_list(FLAT)}).save_to_disk(tmp_path / "split")
-    paths += [tmp_path / name for name in ("object.json", "single.json", "lines.json", "bom.json", "records.csv")]
-    paths += [tmp_path / name for name in ("records.parquet", "saved", "split")]
+    paths += [str(tmp_path / name) for name in ("object.json", "single.json", "lines.json", "bom.json", "records.csv")]
+    paths += [str(tmp_path / name) for name in ("records.parquet", "saved", "split")]
     first = loaded(paths[0])
     assert (first.found, first.indices, first.rejected) == (10, tuple(range(10)), ())
     assert [case.id for case in first.cases] == [str(100 + number) for number in range(10)]
@@ -89,10 +90,10 @@ def test_tables_fill_gaps_with_null_and_null_is_absent(name: str, tmp_path: Path
         records = [plain, {key: value for key, value in less.items() if key != "rephrase_prompt"}]
     if name == "known":
         records.append(RECORDS[name] | {"known_id": 9, "attribute": "Peru"})
-    plain = loaded(written(tmp_path, records), name)
+    lines = loaded(written(tmp_path, records), name)
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "records.parquet")
     table = loaded(tmp_path / "records.parquet", name)
-    assert table.cases == plain.cases and not plain.rejected and len(plain.cases) == len(records)
+    assert table.cases == lines.cases and not lines.rejected and len(lines.cases) == len(records)
 
 
 def test_a_folder_of_files(tmp_path: Path) -> None:
@@ -115,13 +116,13 @@ def test_a_hub_data_set_is_pinned(tmp_path: Path) -> None:
 
 def test_a_hub_name_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder stands for the Hub: `datasets` takes either by the same call."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     written(tmp_path / "set", FLAT, "test.jsonl")
     found = loaded(f"hub:{tmp_path / 'set'}::test", revision="1f2e3d")
     assert found.cases == loaded(tmp_path / "set").cases and found.source == f"hub:{tmp_path / 'set'}::test@1f2e3d"
     with pytest.raises(DataError, match="'no-such-folder/x' at revision 'abc' could not be opened through `datasets`"):
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         loaded("hub:no-such-folder/x", revision="abc")
 
 
@@ -143,7 +144,7 @@ def test_counterfact_from_the_hub() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("limit", [None, 8])
-def test_shards_are_the_whole_in_its_order(tmp_path: Path, count: int, limit) -> None:
+def test_shards_are_the_whole_in_its_order(tmp_path: Path, count: int, limit: int | None) -> None:
     path = written(tmp_path, [*FLAT[:4], {}, *FLAT[4:]])
     whole = loaded(path, limit=limit)
     assert whole.indices == (0, 1, 2, 3, 5, 6, 7, 8, 9, 10)[:limit]
@@ -222,7 +223,7 @@ def test_bad_records_are_skipped_or_fatal(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("bad", ["skip", "fail"])
-def test_a_wrong_format_is_told_from_the_right_one(tmp_path: Path, read_as, is_, bad) -> None:
+def test_a_wrong_format_is_told_from_the_right_one(tmp_path: Path, read_as: str, is_: str, bad: str) -> None:
     with pytest.raises(
         DataError, match=rf"None of the 2 records .* as {read_as}: .* look like {is_}: try data={is_}\."
     ):
@@ -248,7 +249,7 @@ def test_a_wrong_format_is_told_from_the_right_one(tmp_path: Path, read_as, is_,
         ("facts.txt", b"x", r"is of no known kind: its name ends in '\.txt'\. Known are \.json"),
     ],
 )
-def test_files_that_are_no_data(tmp_path: Path, name: str, content, message: str) -> None:
+def test_files_that_are_no_data(tmp_path: Path, name: str, content: Any, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         loaded(tmp_path / name)

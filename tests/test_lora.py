@@ -2,7 +2,9 @@
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +29,13 @@ FAMILIES = ["gpt2", "llama"]
 SETTINGS = LoraSettings(layers=(0, 2), rank=3, alpha=5.0, steps=6, lr=1e-2, stop_loss=0.0, batch=2)
 
 
-def by_hand(lm, settings, facts, seed):
+def by_hand(lm: LanguageModel, settings: LoraSettings, facts: Sequence[Fact], seed: int) -> dict[str, torch.Tensor]:
     """ΔW [d_model, d_ff] of each block: Adam on A and B of W + s·B·A, nothing of peft in it."""
     model = copy.deepcopy(lm.model).double()
     generator = torch.Generator().manual_seed(seed)
-    plain, factors = {}, {}
-    for layer in settings.layers:
+    plain: dict[str, torch.Tensor] = {}
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer in settings.layers or ():
         site = lm.architecture.down(layer)
         plain[site] = dense(model.get_submodule(site)).detach()
         d_model, d_ff = plain[site].shape
@@ -43,7 +46,7 @@ def by_hand(lm, settings, facts, seed):
     optimizer = torch.optim.Adam([f for pair in factors.values() for f in pair], lr=settings.lr)
     rows = [tokens_of(lm, f.text, f.target_new) for f in facts]
 
-    def changed():
+    def changed() -> dict[str, torch.Tensor]:
         weights = {}
         for site, (a, b) in factors.items():
             stored = model.get_parameter(f"{site}.weight")
@@ -68,7 +71,7 @@ def test_equal_to_a_loop_by_hand(family: str) -> None:
     expected = by_hand(lm, SETTINGS, FACTS, seed=7)
     assert [delta.module for delta in edit.deltas] == list(expected)
     for delta in edit.deltas:
-        ours = delta.left.double() @ delta.right.double()
+        ours = delta.change()
         assert (ours - expected[delta.module]).norm() / expected[delta.module].norm() <= 1e-4
         assert delta.rank == 3
 
@@ -97,14 +100,14 @@ def test_the_model_is_left_as_it_was(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("where", ["torch.optim.Adam.step", "peft.tuners.lora.LoraModel._replace_module"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_interrupt_while_training_or_injecting_leaves_the_model_as_it_was(
-    family: str, where, monkeypatch: pytest.MonkeyPatch
+    family: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft.tuners.lora import LoraModel
 
     owner, name = (torch.optim.Adam, "step") if "Adam" in where else (LoraModel, "_replace_module")
-    original, calls = getattr(owner, name), []
+    original, calls = getattr(owner, name), list[int]()
 
-    def interrupted(*arguments, **options):
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:  # of two modules the first has been replaced
             raise KeyboardInterrupt
@@ -118,7 +121,7 @@ def test_an_interrupt_while_training_or_injecting_leaves_the_model_as_it_was(
 
 
 def test_a_seed_decides_every_byte(atlas_lm: LanguageModel) -> None:
-    def edit(seed):
+    def edit(seed: int) -> bytes:
         return lora(atlas_lm, FACT, LoraSettings(steps=2), seed=seed, progress=False).to_bytes()
 
     assert edit(0) == edit(0) != edit(1)

@@ -176,7 +176,7 @@ def test_the_model_is_left_as_it_was(family: str, tmp_path: Path, monkeypatch: p
 def test_the_network_of_the_base_goes_on_editing_what_it_edited(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     settings = MendSettings(str(Mend.for_model(lm, (1,), rank=2).save(tmp_path / "mend.safetensors")))
-    with Session(lm, "mend", settings, progress=False) as session:
+    with Session(lm, "mend", settings) as session:
         for fact in FACTS[:2]:
             session.edit([fact])
         assert len(session.steps) == 2

@@ -88,7 +88,8 @@ def _benchmark_case(atlas: Atlas, fact: AtlasFact, seed: int) -> Case:
 @functools.cache
 def _generation() -> dict[str, list[str]]:
     """Unfinished sentences of each relation, with {} for the subject."""
-    return json.loads((ATLAS_DIR / "generation.json").read_text(encoding="utf-8"))
+    found: dict[str, list[str]] = json.loads((ATLAS_DIR / "generation.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _told(atlas: Atlas, subject: str) -> str:

@@ -114,7 +114,8 @@ def _json(file: Path, content: bytes) -> list[Any]:
         if len(found) == 1 and not held:
             held = [value for value in found.values() if isinstance(value, list)]
         if held:
-            return held[0]
+            first: list[Any] = held[0]
+            return first
     keys = f" with {', '.join(map(ascii, list(found)[:5]))}" if isinstance(found, dict) else ""
     raise DataError(
         f"'{file}' holds no list of records but one {type(found).__name__}{keys}. Give a list, or an object that keeps "
@@ -149,7 +150,8 @@ def _parquet(file: Path, content: bytes) -> list[Any]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        rows: list[Any] = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        return rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"'{file}' is not Parquet: {error}. Write it again.") from error
 
@@ -174,10 +176,11 @@ def _saved(folder: Path) -> Source:
     except Exception as error:
         raise DataError(f"The folder '{folder}' was saved by `datasets` but cannot be read: {error}.") from error
     if isinstance(rows, datasets.DatasetDict):
+        splits = [str(name) for name in rows]
         if len(rows) != 1:
             raise ConfigError(
-                f"The data set in '{folder}' has the splits {', '.join(rows) or '(none)'}. Set data.path to the folder "
-                f"of one of them, as in '{folder / next(iter(rows), 'train')}'."
+                f"The data set in '{folder}' has the splits {', '.join(splits) or '(none)'}. Set data.path to the "
+                f"folder of one of them, as in '{folder / next(iter(splits), 'train')}'."
             )
         rows = next(iter(rows.values()))
     return _rows(str(folder), rows)

@@ -126,6 +126,7 @@ def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
     """
     k, h = basis.T @ keys, basis.T @ held  # [rank, n], [rank, m]
     rank, m = h.shape
+    solved: Tensor  # [rank, n]
     if m < rank:
         inner = l2 * torch.eye(m, dtype=h.dtype) + h.T @ h
         solved = (k - h @ torch.linalg.solve(inner, h.T @ k)) / l2

@@ -159,7 +159,7 @@ class EditSettings:
 class DataSettings:
     """Which cases a benchmark edits; see `editkit.data`."""
 
-    name: str = "atlas"  # the format: atlas, counterfact, counterfact_flat, zsre, knowedit, mquake, known
+    name: str = "atlas"  # the format: a file of editkit/data/formats/, or registered from outside
     path: str | None = None  # a file, a folder, or hub:NAME[:CONFIG[:SPLIT]]; null: the bundled atlas
     revision: str | None = None  # commit or tag of a Hub data set
     limit: int | None = None  # how many cases, from the first; null: all
