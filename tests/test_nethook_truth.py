@@ -43,11 +43,12 @@ def test_captures_are_what_the_modules_themselves_saw(spec: list[Spec], nested: 
     audit = Audit()
     model = grown(spec, audit)
     names = [n for n, m in model.named_modules() if isinstance(m, (Leaf, Chain)) and not n.startswith("idle")]
-    each = [g | {"sites": list(dict.fromkeys(names[i % len(names)] for i in g["sites"]))} for g in nested]
-    each = [
-        g | {k: EDITS.get(g[k]) for k in ("edit", "edit_input")} | {"inputs": True, "calls": "all", "clone": True}
-        for g in each
-    ]
+    each: list[dict[str, Any]] = []
+    for wanted in nested:
+        options = wanted | {"inputs": True, "calls": "all", "clone": True}
+        options |= {"sites": list(dict.fromkeys(names[i % len(names)] for i in wanted["sites"]))}
+        options |= {k: EDITS.get(wanted[k]) for k in ("edit", "edit_input")}
+        each.append(options)
     try:
         with torch.random.fork_rng(devices=[]), ExitStack() as stack:
             opened = [stack.enter_context(Trace(model, **g)) for g in each]
