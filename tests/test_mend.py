@@ -67,7 +67,7 @@ def test_an_untrained_network_takes_one_step_of_sgd(family: str, tmp_path: Path)
     network = Mend.for_model(lm, (0, 2), rank=4)
     network.normalise_by([rank_one_gradients(lm, network.sites, FACTS)[0]])
     path = network.save(tmp_path / "mend.safetensors")
-    edit = mend(lm, FACTS, MendSettings(str(path)), progress=False)
+    edit = mend(lm, FACTS, MendSettings(str(path)))
     for site, gradient in weight_gradients(lm, network.sites, FACTS).items():
         (delta,) = (d for d in edit.deltas if d.module == site)
         ours = delta.change()
@@ -161,7 +161,7 @@ def test_the_model_is_left_as_it_was(family: str, tmp_path: Path, monkeypatch: p
     site = lm.architecture.down(1)
     path = Mend.for_model(lm, (1,), rank=2).save(tmp_path / "mend.safetensors")
     with untouched(lm, site):
-        edit = mend(lm, FACT, MendSettings(str(path)), progress=False)
+        edit = mend(lm, FACT, MendSettings(str(path)))
     assert edit.norm() > 0 and edit.rank <= len(tokens_of(lm, FACT.text, FACT.target_new)[0])
 
     def interrupted(*_: object, **__: object) -> None:
@@ -170,7 +170,7 @@ def test_the_model_is_left_as_it_was(family: str, tmp_path: Path, monkeypatch: p
     for where in ("editkit.methods.shared.likelihood.log_softmax", "torch.Tensor.backward"):
         with monkeypatch.context() as patch, untouched(lm, site), pytest.raises(KeyboardInterrupt):
             patch.setattr(where, interrupted)
-            mend(lm, FACTS, MendSettings(str(path)), progress=False)
+            mend(lm, FACTS, MendSettings(str(path)))
 
 
 def test_the_network_of_the_base_goes_on_editing_what_it_edited(tmp_path: Path) -> None:
@@ -181,14 +181,14 @@ def test_the_network_of_the_base_goes_on_editing_what_it_edited(tmp_path: Path) 
             session.edit([fact])
         assert len(session.steps) == 2
         with pytest.raises(EditkitError, match="trained for a model with digest"):
-            mend(lm, FACT, settings, progress=False)
+            mend(lm, FACT, settings)
 
 
 def test_the_bundled_network_edits_the_atlas_model(atlas_lm: LanguageModel) -> None:
     fact = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
     paraphrase, neighbor = "{} stands in the city of", "The Louvre is located in the city of"
     case = make_case(fact, [paraphrase], [neighbor])
-    with mend(atlas_lm, fact, progress=False).applied(atlas_lm):
+    with mend(atlas_lm, fact).applied(atlas_lm):
         assert [score.new_wins for score in score_probes(atlas_lm, case.probes)] == [True, True, False]
 
 
@@ -196,18 +196,18 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     how = "Train one with: python scripts/train_mend.py"
     with pytest.raises(EditFileError, match=f"tiny-gpt2_mend.safetensors.*No such file.*{how}"):
-        mend(lm, FACT, progress=False)
+        mend(lm, FACT)
     edit = random_edit(lm).save(tmp_path / "edit.safetensors")
     noise = tmp_path / "noise.safetensors"
     noise.write_bytes(b"noise" * 100)
     for path in (edit, noise):
         with pytest.raises(EditFileError, match=f"{path}.*{how}"):
-            mend(lm, FACT, MendSettings(str(path)), progress=False)
+            mend(lm, FACT, MendSettings(str(path)))
     path = Mend.for_model(tiny_lm("gpt2", seed=1), (1,), rank=2).save(tmp_path / "mend.safetensors")
     with pytest.raises(EditkitError, match=f"trained for a model with digest.*{how}"):
-        mend(lm, FACT, MendSettings(str(path)), progress=False)
+        mend(lm, FACT, MendSettings(str(path)))
     with pytest.raises(EditkitError, match="trained for a model with digest"):
-        mend(lm, FACT, MendSettings(str(path)), progress=False, earlier=[random_edit(lm)])
+        mend(lm, FACT, MendSettings(str(path)), earlier=[random_edit(lm)])
     with pytest.raises(ModelError, match="Layer 9"):
         Mend.for_model(lm, (9,), rank=2)
 
