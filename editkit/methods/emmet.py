@@ -85,6 +85,7 @@ def equality(factored: Factored, keys: Tensor, weight: float, epsilon: float) ->
     """
     weighed = factored.solve(keys) / weight
     inner = keys.T @ weighed + epsilon * torch.eye(keys.shape[1], dtype=keys.dtype)
+    solved: Tensor
     solved, failed = torch.linalg.solve_ex(inner, weighed.T)
     if failed:
         raise EditkitError(

@@ -94,8 +94,10 @@ def least_squares(factored: Factored, keys: Tensor, weight: float) -> Tensor:
     if n < d_ff:
         weighed = factored.solve(keys)  # C⁻¹ K
         inner = weight * torch.eye(n, dtype=keys.dtype) + keys.T @ weighed
-        return torch.linalg.solve(inner, weighed.T)
-    return torch.linalg.solve(weight * factored.matrix(d_ff) + keys @ keys.T, keys).T
+        solved: Tensor = torch.linalg.solve(inner, weighed.T)
+    else:
+        solved = torch.linalg.solve(weight * factored.matrix(d_ff) + keys @ keys.T, keys).T
+    return solved
 
 
 register("memit", memit, MemitSettings)

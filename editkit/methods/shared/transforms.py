@@ -10,6 +10,7 @@ the weights that the session began with: one public copy adds its result to the 
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,5 +60,5 @@ def _weight(lm: LanguageModel, delta: Delta) -> Tensor:
     return weight.T if delta.orientation == "in_out" else weight
 
 
-def _transformed(edit: Edit, deltas: tuple[Delta, ...], how: dict) -> Edit:
+def _transformed(edit: Edit, deltas: tuple[Delta, ...], how: dict[str, Any]) -> Edit:
     return replace(edit, deltas=deltas, provenance=edit.provenance | {"transform": how})
