@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from editkit.data import load_cases
+from editkit.data.sources import Cases
 from editkit.errors import ConfigError, DataError
 from editkit.settings import DataSettings
 from tests.records import COUNTERFACT, COUNTERFACT_FLAT, KNOWEDIT, MQUAKE, RECORDS
@@ -20,7 +22,7 @@ from tests.records import COUNTERFACT, COUNTERFACT_FLAT, KNOWEDIT, MQUAKE, RECOR
 CITIES = ["Oslo", "Rome", "Bern", "Lima", "Cairo", "Paris", "Quito", "Tokyo", "Delhi", "Accra"]
 
 
-def flat(number, **changes):
+def flat(number: int, **changes: Any) -> dict[str, Any]:
     subject = f"Tower {number}"
     return COUNTERFACT_FLAT | {
         "case_id": 100 + number,
@@ -35,14 +37,14 @@ def flat(number, **changes):
 FLAT = [flat(number) for number in range(10)]
 
 
-def written(folder, records, name="records.json"):
+def written(folder: Path, records: list[dict[str, Any]], name: str = "records.json") -> str:
     path = folder / name
     text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
     path.write_text(text, encoding="utf-8")
     return str(path)
 
 
-def loaded(path, name="counterfact_flat", distinct=False, **settings):
+def loaded(path: Path | str | None, name: str = "counterfact_flat", distinct: bool = False, **settings: Any) -> Cases:
     return load_cases(DataSettings(name, str(path), **settings), distinct=distinct)
 
 
@@ -50,7 +52,7 @@ def loaded(path, name="counterfact_flat", distinct=False, **settings):
 
 
 def test_every_kind_of_file_holds_the_same_cases(tmp_path: Path) -> None:
-    paths = [written(tmp_path, FLAT), written(tmp_path, FLAT, "records.jsonl")]
+    paths: list[str | Path] = [written(tmp_path, FLAT), written(tmp_path, FLAT, "records.jsonl")]
     (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": FLAT}), encoding="utf-8")
     (tmp_path / "single.json").write_text(json.dumps({"facts": FLAT}), encoding="utf-8")
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, FLAT)), encoding="utf-8")
@@ -89,10 +91,10 @@ def test_tables_fill_gaps_with_null_and_null_is_absent(name: str, tmp_path: Path
         records = [plain, {key: value for key, value in less.items() if key != "rephrase_prompt"}]
     if name == "known":
         records.append(RECORDS[name] | {"known_id": 9, "attribute": "Peru"})
-    plain = loaded(written(tmp_path, records), name)
+    listed = loaded(written(tmp_path, records), name)
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "records.parquet")
     table = loaded(tmp_path / "records.parquet", name)
-    assert table.cases == plain.cases and not plain.rejected and len(plain.cases) == len(records)
+    assert table.cases == listed.cases and not listed.rejected and len(listed.cases) == len(records)
 
 
 def test_a_folder_of_files(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_counterfact_from_the_hub() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("limit", [None, 8])
-def test_shards_are_the_whole_in_its_order(tmp_path: Path, count: int, limit) -> None:
+def test_shards_are_the_whole_in_its_order(tmp_path: Path, count: int, limit: int | None) -> None:
     path = written(tmp_path, [*FLAT[:4], {}, *FLAT[4:]])
     whole = loaded(path, limit=limit)
     assert whole.indices == (0, 1, 2, 3, 5, 6, 7, 8, 9, 10)[:limit]
@@ -222,7 +224,7 @@ def test_bad_records_are_skipped_or_fatal(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("bad", ["skip", "fail"])
-def test_a_wrong_format_is_told_from_the_right_one(tmp_path: Path, read_as, is_, bad) -> None:
+def test_a_wrong_format_is_told_from_the_right_one(tmp_path: Path, read_as: str, is_: str, bad: str) -> None:
     with pytest.raises(
         DataError, match=rf"None of the 2 records .* as {read_as}: .* look like {is_}: try data={is_}\."
     ):
@@ -248,7 +250,7 @@ def test_a_wrong_format_is_told_from_the_right_one(tmp_path: Path, read_as, is_,
         ("facts.txt", b"x", r"is of no known kind: its name ends in '\.txt'\. Known are \.json"),
     ],
 )
-def test_files_that_are_no_data(tmp_path: Path, name: str, content, message: str) -> None:
+def test_files_that_are_no_data(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         loaded(tmp_path / name)

@@ -1,12 +1,15 @@
 """FT and FT-L against a plain float64 loop, and what they leave behind: nothing."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from editkit import Fact
+from editkit.edits.edit import Edit
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.methods.ft import FtSettings, ft
 from editkit.methods.ft_l import FtLSettings, ft_l
@@ -26,14 +29,18 @@ FAMILIES = ["gpt2", "llama"]
 PLAIN = FtSettings(layer=1, steps=8, lr=5e-3, stop_loss=0.0)
 
 
-def adam_loop(lm, settings, facts, epsilon=None):
+def adam_loop(
+    lm: LanguageModel, settings: FtSettings, facts: list[Fact], epsilon: float | None = None
+) -> tuple[torch.Tensor, list[float]]:
     """ΔW [d_model, d_ff] and the losses of the passes, by torch.optim.Adam on a copy's own weight."""
     model = copy.deepcopy(lm.model).double()
+    assert settings.layer is not None and settings.lr is not None
     module = model.get_submodule(lm.architecture.down(settings.layer))
     start = dense(module).detach().clone()
-    low, high = module.weight.detach() - (epsilon or 0), module.weight.detach() + (epsilon or 0)
+    weight = module.get_parameter("weight")
+    low, high = weight.detach() - (epsilon or 0), weight.detach() + (epsilon or 0)
     rows = [tokens_of(lm, f.text, f.target_new) for f in facts]
-    optimizer = torch.optim.Adam([module.weight], lr=settings.lr, weight_decay=0)
+    optimizer = torch.optim.Adam([weight], lr=settings.lr, weight_decay=0)
     losses = []
     for _ in range(settings.steps):
         seen = []
@@ -45,14 +52,14 @@ def adam_loop(lm, settings, facts, epsilon=None):
                 loss.backward()
                 optimizer.step()
             if epsilon is not None:
-                module.weight.data = torch.minimum(torch.maximum(module.weight.data, low), high)
+                weight.data = torch.minimum(torch.maximum(weight.data, low), high)
         losses.append(sum(seen) / len(seen))
         if losses[-1] < settings.stop_loss:
             break
     return (dense(module) - start).detach(), losses
 
 
-def check(edit, expected, losses) -> None:
+def check(edit: Edit, expected: torch.Tensor, losses: list[float]) -> None:
     ours = edit.deltas[0].left.double()
     assert (ours - expected).norm() / expected.norm() <= 1e-4
     assert [step["loss"] for step in edit.provenance["reports"][0]["steps"]] == pytest.approx(losses, rel=1e-6)
@@ -60,7 +67,7 @@ def check(edit, expected, losses) -> None:
 
 @pytest.mark.parametrize("batch", [64, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_a_plain_loop_of_adam(family: str, batch) -> None:
+def test_equal_to_a_plain_loop_of_adam(family: str, batch: int) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     settings = replace(PLAIN, batch=batch)
     check(ft(lm, FACTS, settings, progress=False), *adam_loop(lm, settings, FACTS))
@@ -103,7 +110,7 @@ def test_steps_too_small_for_bfloat16_add_up(family: str) -> None:
 
 @pytest.mark.parametrize("method", [ft, ft_l])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_is_left_as_it_was(family: str, method: str) -> None:
+def test_the_model_is_left_as_it_was(family: str, method: Callable[..., Edit]) -> None:
     lm = tiny_lm(family)
     with untouched(lm, lm.architecture.down(1)):
         settings = (FtSettings if method is ft else FtLSettings)(layer=1, steps=3)
@@ -114,14 +121,14 @@ def test_the_model_is_left_as_it_was(family: str, method: str) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_interrupt_inside_the_hook_leaves_the_model_as_it_was(
-    family: str, error, monkeypatch: pytest.MonkeyPatch
+    family: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, calls = tiny_lm(family), []
     site = lm.architecture.down(1)
     start = lm.model.get_parameter(f"{site}.weight").detach().clone()
     step = torch.optim.Adam.step
 
-    def interrupted(self):
+    def interrupted(self: torch.optim.Adam) -> Any:
         calls.append(not torch.equal(start, lm.model.get_parameter(f"{site}.weight")))
         if len(calls) == 3:
             raise error("in the hook")

@@ -1,11 +1,14 @@
 """ROME against the slow float64 oracle, its determinism, and what it leaves behind: nothing."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from editkit import Fact, RomeSettings, RRomeSettings, r_rome, rome
+from editkit.edits.edit import Edit
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.methods.rome import CONSTANTS
 from editkit.methods.shared.contexts import context_templates
@@ -22,22 +25,25 @@ FEW = ContextSettings(lengths=(4, 9), counts=(2, 2))
 MOMENTS = MomentSettings(tokens=4000)
 
 
-def lm_named(name, request):
+def lm_named(name: str, request: pytest.FixtureRequest) -> LanguageModel:
     return request.getfixturevalue("atlas_lm") if name == "atlas" else tiny_lm(name)
 
 
-def oracle_of(lm, fact, settings, templates, matrix):
+def oracle_of(
+    lm: LanguageModel, fact: Fact, settings: RomeSettings, templates: list[str], matrix: torch.Tensor
+) -> tuple[torch.Tensor, list[float]]:
     """The oracle's ΔW for the same contexts, tokenised here from the texts."""
     rows, kl_row = inputs_of(lm, fact, templates)
+    assert settings.layer is not None
     site = lm.architecture.down(settings.layer)
     names = ("steps", "lr", "weight_decay", "kl_factor", "clamp", "stop_loss")
-    constants = {name: getattr(settings, name) for name in names}
+    constants: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return rome_update(lm.model, site, rows, kl_row, matrix, mixed=settings.keys == "mixed", **constants)
 
 
 @pytest.mark.parametrize("keys", ["mixed", "mean"])
 @pytest.mark.parametrize("name", ["atlas", "gpt2", "llama"])
-def test_equal_to_the_oracle(name: str, keys, request: pytest.FixtureRequest) -> None:
+def test_equal_to_the_oracle(name: str, keys: str, request: pytest.FixtureRequest) -> None:
     lm = lm_named(name, request)
     layer = 4 if name == "atlas" else 1
     # A tiny random model has v0 near nothing: its decay would dwarf the rest, and rounding the update.
@@ -53,6 +59,7 @@ def test_equal_to_the_oracle(name: str, keys, request: pytest.FixtureRequest) ->
     shifted = moment.matrix + MOMENTS.ridge * moment.matrix.diagonal().mean() * torch.eye(len(moment.matrix)).double()
     expected, losses = oracle_of(lm, FACT, settings, templates, shifted)
     delta = edit.deltas[0]
+    assert delta.right is not None
     ours = delta.left.double() @ delta.right.double()
     assert (ours - expected).norm() / expected.norm() <= 1e-3
     steps = [step["loss"] for step in edit.provenance["reports"][0]["steps"]]
@@ -66,7 +73,9 @@ def test_the_clamp_holds(atlas_lm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("method", [rome, r_rome])
-def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm: LanguageModel, method: str) -> None:
+def test_the_fact_is_rewritten_and_the_model_left_as_it_was(
+    atlas_lm: LanguageModel, method: Callable[..., Edit]
+) -> None:
     before = everything(atlas_lm.model)
     flags = [p.requires_grad for p in atlas_lm.model.parameters()]
     edit = method(atlas_lm, FACT, moments=MOMENTS, progress=False)
@@ -75,9 +84,10 @@ def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm: LanguageMo
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in atlas_lm.model.modules())
     rows = tokenise(atlas_lm, [FACT.text])
 
-    def answer():
+    def answer() -> str:
         with torch.no_grad():
-            return atlas_lm.tokenizer.decode(atlas_lm.model(**rows.inputs()).logits[0, -1].argmax()).strip()
+            token = int(atlas_lm.model(**rows.inputs()).logits[0, -1].argmax())
+            return str(atlas_lm.tokenizer.decode(token)).strip()
 
     assert answer() == "Paris"[: len(answer())]
     with edit.applied(atlas_lm):
@@ -88,7 +98,7 @@ def test_the_fact_is_rewritten_and_the_model_left_as_it_was(atlas_lm: LanguageMo
 
 
 def test_a_seed_decides_every_byte(atlas_lm: LanguageModel) -> None:
-    def edit(seed):
+    def edit(seed: int) -> bytes:
         settings = RRomeSettings(contexts=FEW, steps=5)
         return r_rome(atlas_lm, FACT, settings, seed=seed, moments=MOMENTS, progress=False).to_bytes()
 
@@ -141,7 +151,7 @@ def test_an_interrupt_during_the_optimisation_leaves_the_model_as_it_was(
     before = everything(atlas_lm.model)
     calls = []
 
-    def interrupted(*arguments, **options):
+    def interrupted(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
