@@ -117,13 +117,13 @@ def test_a_hub_data_set_is_pinned(tmp_path: Path) -> None:
 
 def test_a_hub_name_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder stands for the Hub: `datasets` takes either by the same call."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     written(tmp_path / "set", FLAT, "test.jsonl")
     found = loaded(f"hub:{tmp_path / 'set'}::test", revision="1f2e3d")
     assert found.cases == loaded(tmp_path / "set").cases and found.source == f"hub:{tmp_path / 'set'}::test@1f2e3d"
     with pytest.raises(DataError, match="'no-such-folder/x' at revision 'abc' could not be opened through `datasets`"):
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         loaded("hub:no-such-folder/x", revision="abc")
 
 

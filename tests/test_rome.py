@@ -115,7 +115,7 @@ def test_several_facts_in_one_edit(atlas_lm: LanguageModel) -> None:
         for fact in facts:
             rows = tokenise(atlas_lm, [fact.text])
             with torch.no_grad():
-                best = atlas_lm.tokenizer.decode(atlas_lm.model(**rows.inputs()).logits[0, -1].argmax()).strip()
+                best = str(atlas_lm.tokenizer.decode(atlas_lm.model(**rows.inputs()).logits[0, -1].argmax())).strip()
             assert best and fact.target_new.startswith(best)
 
 
