@@ -167,7 +167,7 @@ def measure(lm: LanguageModel, path: Path, cases: list[Case]) -> dict[str, tuple
     outcomes: dict[str, list[bool]] = defaultdict(list)
     for case in tqdm(cases, desc="held-out edits", mininterval=2):
         before = score_probes(lm, case.probes)
-        edit = mend(lm, case.fact, MendSettings(str(path)), progress=False)
+        edit = mend(lm, case.fact, MendSettings(str(path)))
         with edit.applied(lm):
             after = score_probes(lm, case.probes)
         for was, now in zip(before, after, strict=True):

@@ -41,15 +41,18 @@ def by_hand(idle: int) -> LanguageModel:
             parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
         for word, token in zip(WORDS, range(len(WORDS)), strict=True):
             dimension = NAME[("Paris", "Rome").index(word)] if word in ("Paris", "Rome") else 2
-            model.transformer.wte.weight[token, dimension] = 1.0
-        mlp, attention = model.transformer.h[idle].mlp, model.transformer.h[idle + 1].attn
+            model.get_parameter("transformer.wte.weight")[token, dimension] = 1.0
+        mlp = model.get_submodule(f"transformer.h.{idle}.mlp")
+        attention = model.get_submodule(f"transformer.h.{idle + 1}.attn")
         for i in range(2):
-            mlp.c_fc.weight[NAME[i], i] = 10.0  # the normed name is 2.6; everything else is far below the threshold
-            mlp.c_fc.bias[i] = -15.0
-            mlp.c_proj.weight[i, LOOKED_UP[i]] = 0.5
-            attention.c_attn.weight[LOOKED_UP[i], 16 + COPIED[i]] = 1.0  # values; queries and keys 0: even attention
-            attention.c_proj.weight[COPIED[i], COPIED[i]] = 20.0
-            model.lm_head.weight[7 + i, COPIED[i]] = 9.0
+            # The normed name is 2.6; everything else is far below the threshold.
+            mlp.get_parameter("c_fc.weight")[NAME[i], i] = 10.0
+            mlp.get_parameter("c_fc.bias")[i] = -15.0
+            mlp.get_parameter("c_proj.weight")[i, LOOKED_UP[i]] = 0.5
+            # Values; queries and keys are 0: even attention.
+            attention.get_parameter("c_attn.weight")[LOOKED_UP[i], 16 + COPIED[i]] = 1.0
+            attention.get_parameter("c_proj.weight")[COPIED[i], COPIED[i]] = 20.0
+            model.get_parameter("lm_head.weight")[7 + i, COPIED[i]] = 9.0
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="the")

@@ -132,7 +132,8 @@ def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
         solved = (k - h @ torch.linalg.solve(inner, h.T @ k)) / l2
     else:
         solved = torch.linalg.solve(l2 * torch.eye(rank, dtype=h.dtype) + h @ h.T, k)
-    return (basis @ solved).T
+    found: Tensor = (basis @ solved).T
+    return found
 
 
 register("alphaedit", alphaedit, AlphaEditSettings)
