@@ -28,19 +28,6 @@ def logits(model: Callable[..., Any], ids: torch.Tensor = IDS) -> torch.Tensor:
     return found
 
 
-def generated(model: Any, tokens: int, **options: Any) -> torch.Tensor:
-    """Greedy ids after IDS. `model` is Any: transformers' types let no model generate."""
-    found: torch.Tensor = model.generate(IDS, max_new_tokens=tokens, do_sample=False, **options)
-    return found
-
-
-def gradient_of(model: nn.Module, name: str) -> torch.Tensor:
-    """A copy of the gradient that has reached the parameter `name`."""
-    gradient = model.get_parameter(name).grad
-    assert gradient is not None
-    return gradient.clone()
-
-
 def loss_of(output: torch.Tensor) -> torch.Tensor:
     return (output * torch.linspace(-1, 1, output.shape[-1])).pow(2).mean()
 

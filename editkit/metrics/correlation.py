@@ -44,4 +44,5 @@ def ranks(x: Tensor) -> Tensor:
     """[n] from 0; equal values share the mean of theirs."""
     _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts.double() + 1) / 2)[inverse]
+    shared: Tensor = (last - (counts.double() + 1) / 2)[inverse]
+    return shared
