@@ -174,7 +174,7 @@ def test_a_sweep_over_our_method_and_an_installed_one(installed: Path, tmp_path:
     printed = run("-m", "editkit.run", "-m", *asked, path=installed, cwd=tmp_path)
     table = pandas.read_csv(tmp_path / printed.splitlines()[-1])
     assert list(table["method.name"]) == ["rome", "nudge"]
-    assert list(table["ES_after"])[:1] == [1.0] and list(table["reversal_exact"]) == [True, True]
+    assert list(table["counterfact.ES_after"])[:1] == [1.0] and list(table["reversal_exact"]) == [True, True]
 
 
 def test_method_format_and_family_of_an_installed_package(installed: Path, tmp_path: Path) -> None:
