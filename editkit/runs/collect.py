@@ -45,9 +45,11 @@ def collect(folder: Path) -> "pandas.DataFrame":
     table = pandas.DataFrame(rows)
     # A method brings its own settings: they are a difference only among the runs of one method.
     by_method = table.astype(str).groupby(table["method.name"])
-    differ = [
-        c for c in configured if (c == "method.name" and table[c].nunique() > 1) or by_method[c].nunique().max() > 1
-    ]
+    differ = []
+    for name in configured:
+        within = max(int(group[name].nunique()) for _, group in by_method)
+        if within > 1 or (name == "method.name" and len(by_method) > 1):
+            differ.append(name)
     found = table.loc[:, ["run", *differ, *(c for c in table.columns[1:] if c not in configured)]]
     found.attrs["brief"] = [c for c in found.columns if c not in measured or c in headline]
     return found
