@@ -4,8 +4,8 @@ Overrides are checked before Hydra runs: a misspelt group, option or key, or a v
 line that offers the near match. Torch is not imported for it, unless a value below `method.` is checked: the settings
 of a method are in its file.
 
-The options of a group are YAML files: ours, and those of `--config-dir`. A method or data format that is registered
-without one has an option too, composed from the defaults of its settings.
+The options of a group are YAML files: ours, and those of `--config-dir`. A method, data format or task that is
+registered without one has an option too, composed from the defaults of its settings.
 """
 
 import dataclasses
@@ -22,11 +22,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from editkit import methods
+from editkit import methods, tasks
 from editkit.data import formats
 from editkit.errors import ConfigError, did_you_mean
 from editkit.settings import Config, DataSettings, EditSettings, ModelSettings, MomentSettings
-from editkit.tasks import get_task
 
 _HERE = Path(__file__).resolve().parent
 # conf/ is inside the installed package, and beside it in a checkout.
@@ -39,6 +38,7 @@ _OPEN_GROUPS = {"model"}  # any other option is taken as the name: model=FOLDER_
 _REGISTERED: dict[str, tuple[Callable[[], list[str]], Callable[[str], Any]]] = {
     "method": (methods.names, lambda name: methods.get_method(name).settings()),
     "data": (formats.names, DataSettings),
+    "task": (tasks.names, lambda name: tasks.get_task(name).settings()),
 }
 
 
@@ -58,7 +58,7 @@ def to_config(composed: DictConfig, *, with_method: bool = True) -> Config:
     method, task = dict(values.pop("method")), values.pop("task")
     name = str(method.pop("name", ""))
     parts: dict[str, Any] = {
-        "task": _typed(get_task(task["name"]).settings, task, "task"),
+        "task": _typed(tasks.get_task(task["name"]).settings, task, "task"),
         "model": _typed(ModelSettings, values.pop("model"), "model"),
         "edit": _typed(EditSettings, values.pop("edit"), "edit"),
         "data": _typed(DataSettings, values.pop("data"), "data"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from editkit import Fact, MemitSettings, MomentSettings, RRomeSettings, load, memit, r_rome
-from editkit.metrics.counterfact import score_targets
+from editkit.metrics.scoring import score_targets
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
 from tests import llama2c

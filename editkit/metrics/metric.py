@@ -12,6 +12,7 @@ Another package registers its own metric with the same call, and names the modul
 """
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -219,14 +220,15 @@ def unregister(metric: Metric) -> None:
 
 @cache
 def _load() -> None:
-    """Import our own declarations and those of installed packages, once."""
+    """Import our own declarations and those of installed packages, once; one that fails is named in a warning."""
     for name in OWN:
         importlib.import_module(f"editkit.metrics.{name}")
     for point in entry_points(group="editkit.metrics"):
         try:
             point.load()
-        except Exception as error:  # another package's module may raise anything
-            raise ConfigError(f"The metrics of '{point.value}' cannot be imported: {error}") from error
+        except Exception as error:  # the code is not ours and may raise anything
+            what = f"The metrics of '{point.value}' cannot be imported: {error}."
+            warnings.warn(f"{what} Correct or uninstall that package.", stacklevel=2)
 
 
 def registered() -> list[Registered]:

@@ -32,7 +32,9 @@ class Drift:
 
         `source`: prose (bundled), or as `corpora.running_text`. Raises ConfigError for a text shorter than a block.
         """
-        vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+        embeddings = lm.model.get_input_embeddings().weight  # [vocabulary, d_model]
+        assert isinstance(embeddings, Tensor)
+        vocabulary = embeddings.shape[0]
         count = max(1, min(tokens, BYTES // (4 * vocabulary)) // length)
         texts = iter(atlas_prose()) if source == PROSE else running_text(source)
         found = list(islice(packed_blocks(lm, texts, length), count))

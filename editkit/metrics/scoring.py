@@ -104,7 +104,7 @@ def top_next(lm: LanguageModel, prompt: str, k: int = 5) -> list[tuple[str, floa
     with torch.inference_mode(), widened(lm):
         logits = lm.model(**rows.inputs(), use_cache=False).logits[0, rows.last(0)].float()
     values, tokens = logits.softmax(-1).topk(k)
-    return [(lm.tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+    return [(str(lm.tokenizer.decode([t])), float(v)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
 def continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:

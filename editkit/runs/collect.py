@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def collect(folder: Path) -> "pandas.DataFrame":
     """One row for each complete run in `folder` (at any depth): settings that differ, then metrics.
 
-    Shards of one run are put together first (`merge`), and then the run stands for them. Raises OutputError when there
-    is no record.
+    Shards of one run are put together first (`merge`), and then the run stands for them. The table's `attrs["brief"]`
+    names the columns that fit a terminal: those of the headline metrics. Raises OutputError when there is no record.
     """
     import pandas
 
@@ -27,24 +27,32 @@ def collect(folder: Path) -> "pandas.DataFrame":
     if not records:
         raise OutputError(f"No {RECORD} in '{folder}': no run has finished there.")
     merged = {_without_shard(record) for record in records.values() if "shards" in record["data"]}
-    rows, configured = [], dict[str, None]()
+    rows, configured, measured, headline = [], dict[str, None](), dict[str, None](), set[str]()
     for path, record in records.items():
         if _shards(record) > 1 and _without_shard(record) in merged:
             continue
         settings = flat(record["config"])
         configured |= dict.fromkeys(settings)
-        row = {"run": str(path.parent.relative_to(folder))} | settings
-        row |= _means(Run.of(path.parent, record).scores)
+        row: dict[str, Any] = {"run": str(path.parent.relative_to(folder))} | settings
+        scores = Run.of(path.parent, record).scores
+        means = {_column(score): score.average.mean for score in scores if score.average}
+        measured |= dict.fromkeys(means)
+        headline |= {_column(score) for score in scores if score.metric.headline}
+        row |= means
         row |= {name: record["edit"].get(name) for name in ("rank", "norm", "relative_norm")}
         row |= {"reversal_exact": record["reversal"]["exact"], "seconds": round(record["timings"]["total"], 2)}
         rows.append(row)
     table = pandas.DataFrame(rows)
     # A method brings its own settings: they are a difference only among the runs of one method.
     by_method = table.astype(str).groupby(table["method.name"])
-    differ = [
-        c for c in configured if (c == "method.name" and table[c].nunique() > 1) or by_method[c].nunique().max() > 1
-    ]
-    return table[["run", *differ, *(c for c in table.columns[1:] if c not in configured)]]
+    differ = []
+    for name in configured:
+        within = max(int(group[name].nunique()) for _, group in by_method)
+        if within > 1 or (name == "method.name" and len(by_method) > 1):
+            differ.append(name)
+    found = table.loc[:, ["run", *differ, *(c for c in table.columns[1:] if c not in configured)]]
+    found.attrs["brief"] = [c for c in found.columns if c not in measured or c in headline]
+    return found
 
 
 def merge(folder: Path) -> list[Path]:
@@ -104,10 +112,6 @@ def _without_shard(record: dict[str, Any]) -> str:
     return json.dumps([record["task"], config, record["model"]["digest"], record["data"].get("digest")], sort_keys=True)
 
 
-def _means(scores: list[Score]) -> dict[str, float | None]:
-    """Scores as columns of the table; of a lifelong run, with which cases were asked in front."""
-    return {
-        ".".join(part for part in (score.asked, score.metric.column(score.when)) if part): score.average.mean
-        for score in scores
-        if score.average
-    }
+def _column(score: Score) -> str:
+    """The column of a score; of a lifelong run, with which cases were asked in front."""
+    return ".".join(part for part in (score.asked, score.metric.column(score.when)) if part)

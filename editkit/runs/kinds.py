@@ -1,18 +1,16 @@
 """The kinds of run: for each task its function, the dataclass of its settings, and the page of its results.
 
 The registry names modules and imports them when they are first needed, so the command line and the report are quick,
-and a page is made without torch. Another package registers its own task with the same call, before the run, or in a
-module that it names in the entry point group `editkit.tasks`.
+and a page is made without torch. Another package registers its own task with the same call: before the run, or in the
+module of an entry point NAME in the group `editkit.tasks`.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
-from editkit.errors import ConfigError, did_you_mean
+from editkit.registry import Registry
 from editkit.settings import BatchSettings, BenchmarkSettings, EditTaskSettings, LifelongSettings, TraceTaskSettings
 
 Function = Callable[..., Any]
@@ -35,7 +33,7 @@ class Task:
         return None if self.page is None else _function(self.page)
 
 
-_TASKS: dict[str, Task] = {}
+_TASKS: Registry[Task] = Registry("task", group="editkit.tasks")
 
 
 def register(name: str, target: str | Function, settings: type, *, page: str | Function | None = None) -> Task:
@@ -48,15 +46,12 @@ def register(name: str, target: str | Function, settings: type, *, page: str | F
 
     Raises ConfigError for a name that is taken.
     """
-    if name in _TASKS:
-        raise ConfigError(f"A task '{name}' is registered already. Give the new one another name.")
-    _TASKS[name] = Task(target, settings, page)
-    return _TASKS[name]
+    return _TASKS.register(name, Task(target, settings, page))
 
 
 def unregister(name: str) -> None:
     """Take a task out again, as a test does."""
-    _TASKS.pop(name, None)
+    _TASKS.unregister(name)
 
 
 register("edit", "editkit.tasks.edit:run", EditTaskSettings, page="editkit.tasks.edit_page:body")
@@ -66,27 +61,14 @@ register("lifelong", "editkit.tasks.lifelong:run", LifelongSettings, page="editk
 register("trace", "editkit.tasks.trace:run", TraceTaskSettings, page="editkit.tasks.trace_page:body")
 
 
-def tasks() -> Mapping[str, Task]:
-    """All tasks by name, those of installed packages too."""
-    _load()
-    return dict(_TASKS)
+def names() -> list[str]:
+    """The names of all tasks, those of installed packages too."""
+    return _TASKS.names()
 
 
 def get_task(name: str) -> Task:
     """The registered task. Raises ConfigError with the near match."""
-    known = tasks()
-    if name not in known:
-        raise ConfigError(f"No task '{name}': {did_you_mean(name, known)}")
-    return known[name]
-
-
-@cache
-def _load() -> None:
-    for point in entry_points(group="editkit.tasks"):
-        try:
-            point.load()
-        except Exception as error:  # another package's module may raise anything
-            raise ConfigError(f"The tasks of '{point.value}' cannot be imported: {error}") from error
+    return _TASKS.get(name)
 
 
 def _function(target: str | Function) -> Function:

@@ -3,6 +3,6 @@
 `register` adds one from outside; `editkit.runs.kinds` holds the registry.
 """
 
-from editkit.runs.kinds import Task, get_task, register, tasks
+from editkit.runs.kinds import Task, get_task, names, register
 
-__all__ = ["Task", "get_task", "register", "tasks"]
+__all__ = ["Task", "get_task", "names", "register"]

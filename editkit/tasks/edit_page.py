@@ -6,7 +6,7 @@ from editkit.data.kinds import PORTABILITY, heading
 from editkit.numbers import finite
 from editkit.report import charts
 from editkit.report.html import Body, Charts, Fold, Pairs, Section, Table, Text, cell
-from editkit.report.parts import metric_table, plain_title, probe_table, score_tiles, spectra
+from editkit.report.parts import plain_title, probe_table, score_tiles, scores, spectra
 from editkit.runs.read import Run
 
 HEALTH = {
@@ -68,8 +68,8 @@ def _probes(run: Run) -> list[Any]:
             last = kind
         if pairs:
             drawn.append(charts.dumbbells(title, pairs))
-    measured = [sides for sides in run.sides().values() if sides.shown is not None]
-    table = [Fold("Every metric as a table", [metric_table(measured)], open=True)] if measured else []
+    measured = scores(run, drawn=False)
+    table = [Fold("Every metric", measured)] if measured else []
     probes = [Fold("Every prompt as a table", [probe_table(run.cases)])] if run.cases else []
     return [*([Charts(drawn)] if drawn else []), *table, *probes]
 
