@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -20,33 +21,33 @@ TABLES = ("summary.csv", "cases.parquet")  # edits.parquet holds seconds
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def command(*arguments):
+def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "editkit.run", "task=benchmark", *FAST, *arguments]
 
 
-def run(*arguments, cwd):
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
 
 
-def finished(*arguments, cwd):
+def finished(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     done = run(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def tables(folder):
+def tables(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TABLES}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An uninterrupted run over four cases."""
     folder = tmp_path_factory.mktemp("benchmark")
     done = finished("data.limit=4", "hydra.run.dir=whole", cwd=folder)
     return folder / "whole", done.stdout
 
 
-def test_the_run_folder_and_the_output(whole) -> None:
+def test_the_run_folder_and_the_output(whole: tuple[Path, str]) -> None:
     folder, out = whole
     named = {"record.json", "config.yaml", "cases.jsonl", "cases.parquet", "edits.parquet", "summary.csv"}
     assert named <= {path.name for path in folder.iterdir()}
@@ -58,7 +59,7 @@ def test_the_run_folder_and_the_output(whole) -> None:
     assert es["better"] == 1 and es["unit"] == "share" and "likelier" in es["meaning"]
 
 
-def test_the_averages_are_those_of_the_case_table(whole) -> None:
+def test_the_averages_are_those_of_the_case_table(whole: tuple[Path, str]) -> None:
     folder, _ = whole
     cases = pandas.read_parquet(folder / "cases.parquet")
     summary = pandas.read_csv(folder / "summary.csv").set_index(["metric", "when"])
@@ -70,7 +71,7 @@ def test_the_averages_are_those_of_the_case_table(whole) -> None:
             assert summary.loc[(f"counterfact.{name}", when), "mean"] == pytest.approx(mean)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path: Path) -> None:
+def test_killed_and_resumed_it_ends_with_the_same_bytes(whole: tuple[Path, str], tmp_path: Path) -> None:
     arguments = ["data.limit=4", "hydra.run.dir=killed"]
     process = subprocess.Popen(
         command(*arguments), cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -90,7 +91,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path: Path) -
     assert tables(tmp_path / "killed") == tables(whole[0])
 
 
-def test_a_resume_with_other_settings_names_them_and_loses_nothing(whole) -> None:
+def test_a_resume_with_other_settings_names_them_and_loses_nothing(whole: tuple[Path, str]) -> None:
     folder, _ = whole
     before = (folder / "cases.jsonl").read_bytes()
     done = run("data.limit=4", "hydra.run.dir=whole", "resume=true", "method.clamp=2", cwd=folder.parent)
@@ -98,7 +99,7 @@ def test_a_resume_with_other_settings_names_them_and_loses_nothing(whole) -> Non
     assert (folder / "cases.jsonl").read_bytes() == before
 
 
-def test_a_journal_of_another_format_is_refused(whole, tmp_path: Path) -> None:
+def test_a_journal_of_another_format_is_refused(whole: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "old"
     folder.mkdir()
     header, *lines = (whole[0] / "cases.jsonl").read_text().splitlines()
@@ -108,7 +109,7 @@ def test_a_journal_of_another_format_is_refused(whole, tmp_path: Path) -> None:
     assert done.returncode == 1 and "was begun in format 1" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_shards_merge_to_the_table_of_one_run(whole, tmp_path: Path) -> None:
+def test_shards_merge_to_the_table_of_one_run(whole: tuple[Path, str], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = finished("-m", "data.limit=4", "data.shard=0/2,1/2", "hydra.sweep.dir=sweep", *launcher, cwd=tmp_path)
@@ -140,10 +141,12 @@ def test_a_batch_that_was_killed_goes_on_with_its_edit(tmp_path: Path) -> None:
 
 
 def test_a_case_that_cannot_be_edited_is_named_and_counted(tmp_path: Path) -> None:
-    def case(number, subject, new, prompt="{} is located in the city of"):
-        rewrite = {"prompt": prompt, "subject": subject, "relation_id": "P1"}
+    def case(number: int, subject: str, new: str, prompt: str = "{} is located in the city of") -> dict[str, Any]:
+        rewrite: dict[str, Any] = {"prompt": prompt, "subject": subject, "relation_id": "P1"}
         rewrite |= {"target_new": {"str": new}, "target_true": {"str": "Paris"}}
-        prompts = {f"{kind}_prompts": [] for kind in ("paraphrase", "neighborhood", "attribute", "generation")}
+        prompts: dict[str, list[str]] = {
+            f"{kind}_prompts": [] for kind in ("paraphrase", "neighborhood", "attribute", "generation")
+        }
         return {"case_id": number, "requested_rewrite": rewrite, **prompts}
 
     cases = [case(1, "The Eiffel Tower", "Rome"), case(2, "The Louvre " * 200, "Rome"), case(3, "The Louvre", "Rome")]

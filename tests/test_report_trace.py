@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +24,14 @@ from tests.test_report import Parsed, page
 TOKENS = ["The", " <b>Eiffel</b>", " $Tower", "\n", " is"]
 
 
+Writer = Callable[..., Path]
+
+
 @pytest.fixture
-def written(real_runs):
+def written(real_runs: dict[str, Path]) -> Writer:
     """A function: a copy of a trace's real run, with the arrays of `found` in place of its own."""
 
-    def write(folder, found, name, **trace):
+    def write(folder: Path, found: Traced | AverageTrace, name: str, **trace: Any) -> Path:
         copied(real_runs[name], folder, setting("trace", trace))
         found.save(folder / name)
         return folder
@@ -34,14 +39,14 @@ def written(real_runs):
     return write
 
 
-def traced(kinds=("state", "mlp")):
+def traced(kinds: tuple[str, ...] = ("state", "mlp")) -> Traced:
     draw = torch.Generator().manual_seed(0)
     tables = {kind: 0.1 + 0.8 * torch.rand(5, 3, generator=draw, dtype=torch.float64) for kind in kinds}
     how = {"prompt": "{} is", "subject": "The <b>Eiffel</b> $Tower\n"}
     return Traced(TOKENS, (1, 2), " Pa<i>ris", 0.95, 0.1, 2, tables, ("Big Ben",), how)
 
 
-def averaged():
+def averaged() -> AverageTrace:
     draw = torch.Generator().manual_seed(0)
     tables = {k: torch.rand(9, len(PARTS), 4, generator=draw, dtype=torch.float64) for k in ("state", "mlp")}
     for table in tables.values():
@@ -52,21 +57,20 @@ def averaged():
     return AverageTrace(tuple(f"fact {i}" for i in range(9)), clean, clean - 0.7, tables, 2, skipped)
 
 
-def cells(text):
+def cells(text: str) -> dict[tuple[str, str], tuple[str, str | None]]:
     """{(map, "row, column"): value} of every cell with its colour, from the titles in the drawings."""
     found = {}
     for figure in re.findall(r"<figure>(.*?)</figure>", text, re.S):
-        title = re.search(r"<figcaption>(.*?)</figcaption>", figure).group(1)
-        drawing = ET.fromstring(re.search(r"<svg.*?</svg>", figure, re.S).group(0))
-        for box in drawing.iter("{http://www.w3.org/2000/svg}rect"):
+        ((title, drawn),) = re.findall(r"<figcaption>(.*?)</figcaption>.*?(<svg.*?</svg>)", figure, re.S)
+        for box in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}rect"):
             tip = box.find("{http://www.w3.org/2000/svg}title")
-            if tip is not None:
+            if tip is not None and tip.text is not None:
                 place, _, value = tip.text.rpartition(": ")
                 found[title, place] = (value, box.get("fill"))
     return found
 
 
-def test_every_cell_of_a_prompt_s_maps_says_its_probability(written, tmp_path: Path) -> None:
+def test_every_cell_of_a_prompt_s_maps_says_its_probability(written: Writer, tmp_path: Path) -> None:
     one = traced()
     text = report.write(written(tmp_path / "run", one, "trace", kind="one")).read_text(encoding="utf-8")
     found = cells(text)
@@ -87,7 +91,7 @@ def test_every_cell_of_a_prompt_s_maps_says_its_probability(written, tmp_path: P
     assert len(rows) == 15 and rows[0][4].strip() == number(one.probability["mlp"][0, 0].item())
 
 
-def test_rows_are_reached_by_the_keyboard_and_say_their_most(written, tmp_path: Path) -> None:
+def test_rows_are_reached_by_the_keyboard_and_say_their_most(written: Writer, tmp_path: Path) -> None:
     one = traced(("state",))
     shown = page(written(tmp_path / "run", one, "trace", kind="one"))
     stops = [a["aria-label"] for tag, a in shown.tags if tag == "g" and a.get("tabindex") == "0"]
@@ -99,7 +103,7 @@ def test_rows_are_reached_by_the_keyboard_and_say_their_most(written, tmp_path: 
     assert [a["role"] for tag, a in shown.tags if tag == "svg"] == ["group"]
 
 
-def test_an_average_s_page_has_its_proposal_means_and_bounds(written, tmp_path: Path) -> None:
+def test_an_average_s_page_has_its_proposal_means_and_bounds(written: Writer, tmp_path: Path) -> None:
     average = averaged()
     proposal = propose_layers(average)
     told = asdict(proposal) | {"text": str(proposal)}
@@ -123,13 +127,13 @@ def test_an_average_s_page_has_its_proposal_means_and_bounds(written, tmp_path: 
     assert sum(a.get("class", "").endswith("band") for tag, a in shown.tags if tag == "path") == 4
 
 
-def test_an_average_without_a_proposal(written, tmp_path: Path) -> None:
+def test_an_average_without_a_proposal(written: Writer, tmp_path: Path) -> None:
     folder = written(tmp_path / "run", averaged(), "average", kind="average", proposal=None)
     shown = page(folder)
     assert "Blocks to edit" not in shown.text and "Over blocks" in shown.text
 
 
-def test_the_page_needs_no_torch_and_stands_beside_others(written, tmp_path: Path) -> None:
+def test_the_page_needs_no_torch_and_stands_beside_others(written: Writer, tmp_path: Path) -> None:
     written(tmp_path / "x" / "a", traced(), "trace", kind="one")
     written(tmp_path / "x" / "b", averaged(), "average", kind="average", proposal=None)
     code = "import sys; sys.modules.update(torch=None, pandas=None, transformers=None, matplotlib=None)\n"
@@ -140,7 +144,7 @@ def test_the_page_needs_no_torch_and_stands_beside_others(written, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["trace.npz", "trace.json"])
 @pytest.mark.parametrize("damage", ["gone", "half", "foreign"])
-def test_damaged_arrays_are_named(written, tmp_path: Path, name: str, damage) -> None:
+def test_damaged_arrays_are_named(written: Writer, tmp_path: Path, name: str, damage: str) -> None:
     folder = written(tmp_path / "run", traced(), "trace", kind="one")
     path = folder / name
     if damage == "gone":
@@ -159,7 +163,7 @@ def test_damaged_arrays_are_named(written, tmp_path: Path, name: str, damage) ->
     assert not (folder / "report.html").exists()
 
 
-def test_a_real_run_s_page_shows_what_the_tracer_wrote(real_runs, tmp_path: Path) -> None:
+def test_a_real_run_s_page_shows_what_the_tracer_wrote(real_runs: dict[str, Path], tmp_path: Path) -> None:
     one = copied(real_runs["trace"], tmp_path / "one")
     found = Traced.load(tmp_path / "one" / "trace")
     shown = page(tmp_path / "one")
