@@ -3,8 +3,10 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -18,7 +20,10 @@ from editkit.numbers import mean
 from editkit.report import aggregate, compare, published, reproduce
 from editkit.report.series import LIFELONG
 from editkit.runs.read import Run, find
+from tests.present import present
 from tests.run_folders import copied, record_of, score_of, setting
+
+Change = Callable[[dict[str, Any]], None]  # of a run's record
 
 VOID = {"meta", "rect", "line", "path", "circle", "br"}
 
@@ -28,7 +33,7 @@ class Parsed(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
         self.words: list[str] = []
         self.rows: list[list[str]] = []
         self.problems: list[str] = []
@@ -37,8 +42,8 @@ class Parsed(HTMLParser):
         self.close()
         self.problems += self._open
 
-    def handle_starttag(self, tag, attributes) -> None:
-        self.tags.append((tag, dict(attributes)))
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._keep(tag, attrs)
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -46,16 +51,19 @@ class Parsed(HTMLParser):
         if tag not in VOID:
             self._open.append(tag)
 
-    def handle_startendtag(self, tag, attributes) -> None:
-        self.tags.append((tag, dict(attributes)))
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._keep(tag, attrs)
 
-    def handle_endtag(self, tag) -> None:
+    def _keep(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
         if tag in VOID:
             return
         if not self._open or self._open.pop() != tag:
             self.problems.append(f"/{tag}")
 
-    def handle_data(self, data) -> None:
+    def handle_data(self, data: str) -> None:
         if self._open and self._open[-1] != "style":
             self.words.append(data)
             if "td" in self._open or "th" in self._open:
@@ -75,10 +83,10 @@ def page(folder: Path) -> Parsed:
     return Parsed(report.write(folder).read_text(encoding="utf-8"))
 
 
-def texts(prompt: str, subject: str, answer: str):
+def texts(prompt: str, subject: str, answer: str) -> Change:
     """A change of an edit's record: the texts of its fact, and what the model says."""
 
-    def change(record: dict) -> None:
+    def change(record: dict[str, Any]) -> None:
         record["config"]["edit"] |= {"prompt": prompt, "subject": subject, "target_new": answer}
         look = {"top": [[f" {answer}", 0.75]], "continuation": f" {answer} and"}
         record["texts"] = {"before": look, "after": look}
@@ -86,7 +94,9 @@ def texts(prompt: str, subject: str, answer: str):
     return change
 
 
-def edit_folder(source: Path, target: Path, prompt="{} is in", subject="The Tower", answer="Rome") -> Path:
+def edit_folder(
+    source: Path, target: Path, prompt: str = "{} is in", subject: str = "The Tower", answer: str = "Rome"
+) -> Path:
     """A copy of a folder of task=edit with other texts, in its table too."""
     copied(source, target, texts(prompt, subject, answer))
     cases = pandas.read_parquet(target / "cases.parquet")
@@ -97,7 +107,7 @@ def edit_folder(source: Path, target: Path, prompt="{} is in", subject="The Towe
     return target
 
 
-def cell(score: dict) -> str:
+def cell(score: dict[str, Any]) -> str:
     """A score as a cell of a table."""
     bounds = "" if score["n"] == 1 else f" [{mean(score['low'])}, {mean(score['high'])}]"
     return mean(score["mean"]) + bounds
@@ -121,10 +131,10 @@ def test_a_relation_s_average_is_that_of_its_cases(real_runs: dict[str, Path], t
     copied(real_runs["benchmark"], tmp_path / "run")
     table = pandas.read_parquet(tmp_path / "run" / "edits.parquet").groupby("relation")[PS.column()]
     shown = page(tmp_path / "run")
-    for relation in table.groups:
+    for relation, values in table:
         row = shown.row(str(relation), 4)
-        assert row[1] == str(table.count()[relation])
-        assert row[3].split()[0] == f"{table.mean()[relation]:.3f}"
+        assert row[1] == str(values.count())
+        assert row[3].split()[0] == f"{values.mean():.3f}"
 
 
 def test_worst_cases_are_those_of_lowest_score_with_their_texts(real_runs: dict[str, Path], tmp_path: Path) -> None:
@@ -179,7 +189,7 @@ def test_a_run_that_was_not_restored_says_so(real_runs: dict[str, Path], tmp_pat
     assert "NOT EQUAL to what it was before." in page(tmp_path / "run").text
 
 
-def collapsed(record: dict) -> None:
+def collapsed(record: dict[str, Any]) -> None:
     for point in record["series"][2:]:
         point["collapsed"] = True
 
@@ -281,7 +291,7 @@ def test_tables_may_be_missing_or_empty(real_runs: dict[str, Path], tmp_path: Pa
 
 
 def test_nan_is_no_number(real_runs: dict[str, Path], tmp_path: Path) -> None:
-    def change(record: dict) -> None:
+    def change(record: dict[str, Any]) -> None:
         score_of(record, "counterfact.ES")["mean"] = float("nan")
 
     copied(real_runs["benchmark"], tmp_path / "run", change)
@@ -292,7 +302,7 @@ def test_nan_is_no_number(real_runs: dict[str, Path], tmp_path: Path) -> None:
 def test_a_metric_that_is_not_registered_here_is_known_from_the_record(
     real_runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    def change(record: dict) -> None:
+    def change(record: dict[str, Any]) -> None:
         for score in record["scores"]:
             score["metric"] = score["metric"].replace("counterfact.NM", "foreign.calm")
         for declared in record["metrics"]:
@@ -306,7 +316,7 @@ def test_a_metric_that_is_not_registered_here_is_known_from_the_record(
 
 
 def test_another_format_is_refused_in_one_line(real_runs: dict[str, Path], tmp_path: Path) -> None:
-    def older(record: dict) -> None:
+    def older(record: dict[str, Any]) -> None:
         record |= {"schema": 1, "metrics": {"ES_after": 1.0}}
         del record["format"]
 
@@ -319,7 +329,7 @@ def test_another_format_is_refused_in_one_line(real_runs: dict[str, Path], tmp_p
             report.write(tmp_path / name)
 
 
-def other_method(record: dict) -> None:
+def other_method(record: dict[str, Any]) -> None:
     record["config"]["method"]["name"] = "memit"
 
 
@@ -370,10 +380,10 @@ def test_unfinished_runs_are_listed_with_their_error(real_runs: dict[str, Path],
     assert shown.row("1")[1] == "Layer 77 was asked for" and "interrupted" in shown.row("2")[1]
 
 
-def like_a_paper(model: str = "gpt2-xl", data: str = "counterfact", method: str = "rome"):
+def like_a_paper(model: str = "gpt2-xl", data: str = "counterfact", method: str = "rome") -> Change:
     """A change of a record: as if it were of another model, data set and method."""
 
-    def change(record: dict) -> None:
+    def change(record: dict[str, Any]) -> None:
         record["model"]["name"] = record["config"]["model"]["name"] = model
         record["config"]["data"]["name"], record["config"]["method"]["name"] = data, method
 
@@ -401,7 +411,9 @@ def test_published_numbers_stand_beside_a_run_of_the_same_setting(real_runs: dic
 @pytest.mark.parametrize(
     "other", [{"model": "gpt2"}, {"data": "zsre"}, {"data": "counterfact_flat"}, {"method": "r_rome"}]
 )
-def test_published_numbers_do_not_stand_beside_another_setting(real_runs, tmp_path: Path, other) -> None:
+def test_published_numbers_do_not_stand_beside_another_setting(
+    real_runs: dict[str, Path], tmp_path: Path, other: dict[str, str]
+) -> None:
     copied(real_runs["benchmark"], tmp_path / "run", like_a_paper(**other))
     assert not [row for row in published.matching(Run.at(tmp_path / "run")) if row.method or "model" in other]
 
@@ -430,7 +442,9 @@ def test_sequences_are_compared_with_sequences(real_runs: dict[str, Path], tmp_p
         (["-m", "seed=range(3)"], "python -m editkit.run -m 'seed=range(3)'", False),
     ],
 )
-def test_the_command_runs_it_again(real_runs: dict[str, Path], tmp_path: Path, words_, expected, alone) -> None:
+def test_the_command_runs_it_again(
+    real_runs: dict[str, Path], tmp_path: Path, words_: list[str], expected: str, alone: bool
+) -> None:
     found = record_of(real_runs["edit"])
     found["config"]["method"]["name"] = "rome"
     found["environment"]["command"] = ["/somewhere/editkit/run.py", *words_]
@@ -438,13 +452,14 @@ def test_the_command_runs_it_again(real_runs: dict[str, Path], tmp_path: Path, w
 
 
 def test_an_average_s_interval_holds_the_mean_and_is_the_same_twice() -> None:
-    found = aggregate.average([0.0, 1.0, 1.0, None, float("nan"), 1.0])
-    assert (found.mean, found.n) == (0.75, 4) and 0 <= found.low <= 0.75 <= found.high <= 1
+    found = present(aggregate.average([0.0, 1.0, 1.0, None, float("nan"), 1.0]))
+    low, high = present(found.interval)
+    assert (found.mean, found.n) == (0.75, 4) and 0 <= low <= 0.75 <= high <= 1
     assert found == aggregate.average([0.0, 1.0, 1.0, 1.0]) and aggregate.average([None]) is None
 
 
-def command(*arguments, cwd):
-    return subprocess.run([sys.executable, "-m", "editkit.report", *map(str, arguments)], cwd=cwd, capture_output=True,
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "editkit.report", *arguments], cwd=cwd, capture_output=True,
                           text=True, timeout=60)  # fmt: skip
 
 
@@ -493,7 +508,7 @@ def broken(source: Path, folder: Path, name: str, data: bytes) -> None:
         ("edits.parquet", b""),
     ],
 )
-def test_a_damaged_file_is_named(real_runs: dict[str, Path], tmp_path: Path, name: str, data) -> None:
+def test_a_damaged_file_is_named(real_runs: dict[str, Path], tmp_path: Path, name: str, data: bytes) -> None:
     broken(real_runs["benchmark"], tmp_path / "run", name, data)
     with pytest.raises(RecordError, match=re.escape(str(tmp_path / "run" / name))):
         report.write(tmp_path / "run")
@@ -511,7 +526,9 @@ def test_a_damaged_file_is_named(real_runs: dict[str, Path], tmp_path: Path, nam
         ([], 2, "FOLDER"),
     ],
 )
-def test_a_wrong_request_is_one_line(real_runs, tmp_path: Path, arguments, code, message: str) -> None:
+def test_a_wrong_request_is_one_line(
+    real_runs: dict[str, Path], tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").touch()
