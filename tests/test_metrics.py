@@ -3,7 +3,8 @@
 import json
 import math
 import random
-from itertools import pairwise
+from collections.abc import Mapping
+from typing import Any
 
 import numpy
 import pytest
@@ -40,6 +41,7 @@ from editkit.models.load import LanguageModel
 from editkit.settings import MeasureSettings
 from tests.conftest import tiny_lm
 from tests.families import SITES
+from tests.present import present
 
 WORDS = ["<end>", "Tower", "Louvre", "is", "in", "lies", "was", "Rome", "Paris", "New", "York", "speaks", "has", "."]
 REST = 1e-12  # of every token that a row does not name, before it is normalised
@@ -66,7 +68,7 @@ AFTER = BEFORE | {
 }
 
 
-def table_lm(table):
+def table_lm(table: Mapping[str, Mapping[str, float]]) -> LanguageModel:
     """A GPT-2 without blocks to speak of: the residual is the token's own axis, and the head reads the table."""
     size = len(WORDS)
     config = GPT2Config(vocab_size=size, n_embd=size, n_layer=1, n_head=1, n_positions=64, tie_word_embeddings=False)
@@ -113,8 +115,11 @@ CASE = Case(
 )
 
 
+Figures = tuple[dict[str, float | None], list[dict[str, Any]]]  # every value of a case, and its rows
+
+
 @pytest.fixture(scope="module")
-def values():
+def values() -> Figures:
     settings = MeasureSettings(generate=1, fluency=0, distracted=False)
     before, after = (look(table_lm(table), CASE, settings) for table in (BEFORE, AFTER))
     rows = rows_of(CASE, before, after)
@@ -124,17 +129,18 @@ def values():
 def test_nll_is_a_mean_over_tokens_and_probability_a_product() -> None:
     probes = [Probe(REWRITE, "Tower lies", "New York", "Paris"), Probe(REWRITE, "Tower in", "New York", "Rome")]
     long, short = score_probes(table_lm(BEFORE), probes)
-    assert long.true.nll == pytest.approx(math.log(2), rel=1e-5)  # (ln 2 + ln 2) / 2
-    assert long.true.probability == pytest.approx(1 / 4, rel=1e-5)
-    assert short.true.nll == pytest.approx((math.log(8) + math.log(2)) / 2, rel=1e-5)
-    assert short.true.probability == pytest.approx(1 / 16, rel=1e-5)
+    long_true, short_true = present(long.true), present(short.true)
+    assert long_true.nll == pytest.approx(math.log(2), rel=1e-5)  # (ln 2 + ln 2) / 2
+    assert long_true.probability == pytest.approx(1 / 4, rel=1e-5)
+    assert short_true.nll == pytest.approx((math.log(8) + math.log(2)) / 2, rel=1e-5)
+    assert short_true.probability == pytest.approx(1 / 16, rel=1e-5)
     # Summed, New York would lose to Rome by 4; a token, it is ln 4 against ln 4.
     assert short.new.nll == pytest.approx(math.log(4), rel=1e-5)
 
 
 def test_a_tie_fails_in_both_directions() -> None:
     (tie,) = score_probes(table_lm(BEFORE), [Probe(REWRITE, "Tower is", "Paris", "Rome")])
-    assert tie.true.nll == tie.new.nll and not tie.new_wins and not tie.true_wins
+    assert present(tie.true).nll == tie.new.nll and not tie.new_wins and not tie.true_wins
 
 
 @pytest.mark.parametrize(
@@ -165,13 +171,13 @@ def test_a_tie_fails_in_both_directions() -> None:
         ("mquake.multi_hop", 1, 0),  # "New York" is an alias, said before after the first of two questions
     ],
 )
-def test_on_paper(values, name: str, before, after) -> None:
+def test_on_paper(values: Figures, name: str, before: float, after: float) -> None:
     found, _ = values
     assert found[f"{name}_before"] == pytest.approx(before, abs=1e-5)
     assert found[f"{name}_after"] == pytest.approx(after, abs=1e-5)
 
 
-def test_teacher_forced_tokens_are_counted_one_by_one(values) -> None:
+def test_teacher_forced_tokens_are_counted_one_by_one() -> None:
     case = Case(
         (FACT,), (Probe(REWRITE, "Tower lies", "Paris", "New Rome"), Probe(NEIGHBORHOOD, "in", "New York", "Rome"))
     )
@@ -226,10 +232,10 @@ def test_a_chain_is_known_where_every_hop_is() -> None:
         before, after = (look(table_lm(t), case, MeasureSettings(fluency=0)) for t in (BEFORE, AFTER))
         found = values_of_rows(rows_of(case, before, after))
         assert (found["mquake.hops_before"], found["mquake.instance_before"]) == (0, 0)
-        assert (found["mquake.hops_after"], found["mquake.instance_after"]) == (pytest.approx(share), whole)
+        assert found["mquake.hops_after"] == pytest.approx(share) and found["mquake.instance_after"] == whole
 
 
-def test_rows_keep_what_is_needed_to_dispute_a_figure(values) -> None:
+def test_rows_keep_what_is_needed_to_dispute_a_figure(values: Figures) -> None:
     found, rows = values
     assert values_of_rows(json.loads(json.dumps(rows))) == found
     for row in rows:
@@ -250,7 +256,7 @@ def test_an_unknown_truth_is_judged_by_what_is_said() -> None:
     assert found["counterfact.EM_after"] is None
 
 
-def test_distracted_neighbors_have_the_new_fact_in_front(values) -> None:
+def test_distracted_neighbors_have_the_new_fact_in_front() -> None:
     case = Case((FACT,), (Probe(NEIGHBORHOOD, "Louvre was", "Paris", "Rome"),))
     before, after = (look(table_lm(t), case, MeasureSettings(generate=0, fluency=0)) for t in (BEFORE, AFTER))
     rows = rows_of(case, before, after)
@@ -275,7 +281,7 @@ def test_distracted_neighbors_have_the_new_fact_in_front(values) -> None:
         ("Париж", ["Пари"], False),
     ],
 )
-def test_an_exact_match_begins_with_the_answer(said, answers, right) -> None:
+def test_an_exact_match_begins_with_the_answer(said: str, answers: list[str], right: bool) -> None:
     assert exact(said, answers) is right
 
 
@@ -287,7 +293,8 @@ def test_entropy_on_paper() -> None:
     text = " ".join(random.Random(0).choices("abcdefgh", k=200))
     words = text.split()
     by_hand = []
-    for grams in (list(pairwise(words)), list(zip(words, words[1:], words[2:], strict=False))):
+    for size in (2, 3):
+        grams = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
         shares = [grams.count(gram) / len(grams) for gram in set(grams)]
         by_hand.append(-sum(p * math.log2(p) for p in shares))
     assert ngram_entropy(text) == pytest.approx((2 / 3 * by_hand[0] + 4 / 3 * by_hand[1]) / 2)
@@ -320,7 +327,7 @@ def test_texts_are_scored_where_there_are_prompts_and_references() -> None:
     first, *rest = look_further.texts[0].removeprefix("Tower in").split()
     assert first in ("Paris", "Rome", "New", "York") and len(rest) <= 2  # five tokens, of which two are the prompt's
     found = values_of_rows(rows)
-    assert found["counterfact.GE_before"] > 0 and found["counterfact.RS_after"] is not None
+    assert present(found["counterfact.GE_before"]) > 0 and found["counterfact.RS_after"] is not None
 
 
 # --- averages -----------------------------------------------------------------------------------------------------
@@ -329,12 +336,12 @@ def test_texts_are_scored_where_there_are_prompts_and_references() -> None:
 A, B = (Metric(Protocol("test"), name) for name in "ab")
 
 
-def cases(*rows: dict[Metric, float | None]) -> list[list[Score]]:
+def cases(*rows: Mapping[Metric, float | None]) -> list[list[Score]]:
     return [[Score(metric, "after", value) for metric, value in row.items()] for row in rows]
 
 
-def averages(rows: list[list[Score]]) -> dict[Metric, Average | None]:
-    return {score.metric: score.average for score in summary(rows)}
+def averages(rows: list[list[Score]]) -> dict[Metric, Average]:
+    return {score.metric: present(score.average) for score in summary(rows)}
 
 
 def test_averages_are_over_cases_and_leave_out_those_without_a_value() -> None:
@@ -354,8 +361,7 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     for resample in drawn:
         there = [v for i in resample if (v := values[i]) is not None]
         means.append(sum(there) / len(there))
-    low, high = numpy.quantile(means, [0.025, 0.975])
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert (found.low, found.high) == pytest.approx(numpy.quantile(means, [0.025, 0.975]))
 
 
 def test_s_is_the_harmonic_mean_of_the_averages() -> None:
@@ -368,7 +374,7 @@ def test_s_is_the_harmonic_mean_of_the_averages() -> None:
     for resample in drawn:
         means = columns[resample].mean(0)
         each.append(3 / (1 / means).sum() if (means > 0).all() else 0.0)
-    assert (found.low, found.high) == tuple(pytest.approx(q) for q in numpy.quantile(each, [0.025, 0.975]))
+    assert (found.low, found.high) == pytest.approx(numpy.quantile(each, [0.025, 0.975]))
 
 
 # --- side by side -------------------------------------------------------------------------------------------------
@@ -424,7 +430,7 @@ def test_sampling_is_seeded_and_leaves_the_global_state(atlas_lm: LanguageModel)
 
 def test_drift_is_that_of_a_plain_loop(atlas_lm: LanguageModel) -> None:
     drift = Drift.take(atlas_lm, tokens=384, length=64)
-    weight = atlas_lm.model.transformer.h[2].mlp.c_proj.weight
+    weight = atlas_lm.model.get_parameter("transformer.h.2.mlp.c_proj.weight")
     held = weight.detach().clone()
     before = [_log_p(atlas_lm, ids) for ids in drift.blocks]
     try:
@@ -442,19 +448,22 @@ def test_drift_is_that_of_a_plain_loop(atlas_lm: LanguageModel) -> None:
             n += 1
     assert n == 6 * 63
     assert [score.metric for score in scores] == [KL, PERPLEXITY]
-    found, perplexity = (score.average for score in scores)
+    found, perplexity = (present(score.average) for score in scores)
     assert found.mean == pytest.approx(kl / n, rel=1e-4) and found.mean > 1e-4
     assert perplexity.mean == pytest.approx(math.exp(nll / n), rel=1e-4)
-    assert found.n == 6 and found.low <= found.mean <= found.high
+    low, high = present(found.interval)
+    assert found.n == 6 and low <= found.mean <= high
     blocks = [(p.exp() * (p - q))[:-1].sum(-1).mean().item() for p, q in zip(before, after, strict=True)]
     drawn = numpy.random.default_rng(0).integers(6, size=(RESAMPLES, 6))
     means = [sum(blocks[i] for i in resample) / 6 for resample in drawn]
     assert (found.low, found.high) == pytest.approx(numpy.quantile(means, [0.025, 0.975]), rel=1e-3)
-    assert perplexity.low < perplexity.mean < perplexity.high
-    same = [score.average.mean for score in drift.measure(atlas_lm)]
+    low, high = present(perplexity.interval)
+    assert low < perplexity.mean < high
+    same = [present(score.average).mean for score in drift.measure(atlas_lm)]
     assert same == [pytest.approx(0, abs=1e-9), pytest.approx(drift.perplexity)]
 
 
-def _log_p(lm, ids):
+def _log_p(lm: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        return lm.model(ids[None]).logits[0].double().log_softmax(-1)
+        found: torch.Tensor = lm.model(ids[None]).logits[0].double().log_softmax(-1)
+    return found

@@ -20,7 +20,10 @@ from editkit.numbers import mean
 from editkit.report import aggregate, compare, published, reproduce
 from editkit.report.series import LIFELONG
 from editkit.runs.read import Run, find
+from tests.present import present
 from tests.run_folders import copied, record_of, score_of, setting
+
+Change = Callable[[dict[str, Any]], None]  # of a run's record
 
 VOID = {"meta", "rect", "line", "path", "circle", "br"}
 
@@ -125,10 +128,10 @@ def test_a_relation_s_average_is_that_of_its_cases(real_runs: dict[str, Path], t
     copied(real_runs["benchmark"], tmp_path / "run")
     table = pandas.read_parquet(tmp_path / "run" / "edits.parquet").groupby("relation")[PS.column()]
     shown = page(tmp_path / "run")
-    for relation in table.groups:
+    for relation, values in table:
         row = shown.row(str(relation), 4)
-        assert row[1] == str(table.count()[relation])
-        assert row[3].split()[0] == f"{table.mean()[relation]:.3f}"
+        assert row[1] == str(values.count())
+        assert row[3].split()[0] == f"{values.mean():.3f}"
 
 
 def test_worst_cases_are_those_of_lowest_score_with_their_texts(real_runs: dict[str, Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from editkit import propose_layers, report
 from editkit.errors import RecordError
 from editkit.numbers import number
 from editkit.tracing import PARTS, AverageTrace, Traced
+from tests.present import present
 from tests.run_folders import copied, score_of, setting
 from tests.test_report import Parsed, page
 
@@ -113,14 +114,14 @@ def test_an_average_s_page_has_its_proposal_means_and_bounds(written: Writer, tm
     assert not shown.problems and str(proposal) in shown.text
     assert "a fact" in shown.text and "the model does not know it" in shown.text
     found = cells(text)
-    frame = average.to_frame()
+    frame = average.to_frame().to_dict("records")
     assert len(found) == 2 * 5 * 4  # a kind of token that no fact has is left blank
     rows = [[" ".join(c.split()) for c in row] for row in shown.rows if len(row) == 7]
     rows = [row for row in rows if row[0] != "put back"]
     assert len(rows) == len(frame) == 48
-    for row, wanted in zip(rows, frame.itertuples(), strict=True):
-        assert (row[1], row[2], row[6]) == (wanted.part, str(wanted.block), str(wanted.facts))
-        bounds = [None if math.isnan(v) else v for v in (wanted.effect, wanted.low, wanted.high)]
+    for row, wanted in zip(rows, frame, strict=True):
+        assert (row[1], row[2], row[6]) == (wanted["part"], str(wanted["block"]), str(wanted["facts"]))
+        bounds = [None if math.isnan(v) else v for v in (wanted["effect"], wanted["low"], wanted["high"])]
         assert row[3:6] == [number(v) for v in bounds]
     curves = [a["aria-label"] for tag, a in shown.tags if tag == "svg" and a["role"] == "img"]
     assert len(curves) == 2 and "last subject token (n = 9)" in curves[0]
