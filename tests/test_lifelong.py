@@ -7,6 +7,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,28 +19,30 @@ from tests.run_folders import score_of
 FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
 SMALL = ["data.limit=6", "task.every=2", "task.retention=3", "task.untouched=2", "task.measure.generate=0"]
 
+Finished = tuple[Path, str]  # the folder of a run and what it printed
 
-def command(*arguments):
+
+def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "editkit.run", "task=lifelong", *FAST, *SMALL, *arguments]
 
 
-def run(*arguments, cwd):
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("lifelong")
     done = run("hydra.run.dir=whole", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "whole", done.stdout
 
 
-def points(folder):
+def points(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "points.jsonl").read_text().splitlines()[1:]]
 
 
-def test_the_points(whole) -> None:
+def test_the_points(whole: Finished) -> None:
     folder, out = whole
     found = points(folder)
     assert [point["edits"] for point in found] == [0, 2, 4, 6]
@@ -54,7 +57,7 @@ def test_the_points(whole) -> None:
     assert "all equal, bit" in out
 
 
-def test_killed_and_resumed_it_measures_the_same(whole, tmp_path: Path) -> None:
+def test_killed_and_resumed_it_measures_the_same(whole: Finished, tmp_path: Path) -> None:
     process = subprocess.Popen(command("hydra.run.dir=run"), cwd=tmp_path, stdout=subprocess.PIPE)
     session = tmp_path / "run" / "session" / "session.json"
     deadline = time.monotonic() + 120
@@ -82,7 +85,7 @@ def test_shards_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("edited", "retention"), [(6, 3), (500, 100), (5, 100), (7, 3), (1, 1)])
-def test_the_sample_is_spread_over_all_cases(edited, retention) -> None:
+def test_the_sample_is_spread_over_all_cases(edited: int, retention: int) -> None:
     found = sampled(edited, retention)
     assert found[0] == 0 and len(found) == min(edited, retention) and found[-1] < edited
     gaps = [b - a for a, b in pairwise(found)]
