@@ -19,20 +19,22 @@ from tests.run_folders import score_of
 FAST = ["task.trace.samples=1", "task.trace.kinds=[state,mlp]"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # bytes are compared
 
+Averaged = tuple[Path, str]  # the folder of a run and what it printed
 
-def run(*arguments, cwd):
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "editkit.run", "task=trace", *FAST, *arguments]
     return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
 
 
-def finished(*arguments, cwd):
+def finished(*arguments: str, cwd: Path) -> str:
     done = run(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def average(tmp_path_factory: pytest.TempPathFactory):
+def average(tmp_path_factory: pytest.TempPathFactory) -> Averaged:
     folder = tmp_path_factory.mktemp("trace")
     out = finished("data=atlas", "data.limit=4", "hydra.run.dir=run", cwd=folder)
     return folder / "run", out
@@ -52,7 +54,7 @@ def test_one_fact_is_traced_as_by_the_function(tmp_path: Path, atlas_lm: Languag
     assert record["reversal"]["exact"] and not (tmp_path / "run" / "edit.safetensors").exists()
 
 
-def test_a_data_set_is_averaged_and_blocks_are_proposed(average) -> None:
+def test_a_data_set_is_averaged_and_blocks_are_proposed(average: Averaged) -> None:
     folder, out = average
     found = AverageTrace.load(folder / "average")
     record = json.loads((folder / "record.json").read_text())
@@ -63,7 +65,7 @@ def test_a_data_set_is_averaged_and_blocks_are_proposed(average) -> None:
     assert proposal["effect"] == found.mean("mlp")[2, proposal["layers"][0]].item()
 
 
-def test_a_trace_that_was_killed_ends_with_the_same_bytes(average, tmp_path: Path) -> None:
+def test_a_trace_that_was_killed_ends_with_the_same_bytes(average: Averaged, tmp_path: Path) -> None:
     folder, _ = average
     half = tmp_path / "half"
     half.mkdir()
@@ -76,7 +78,7 @@ def test_a_trace_that_was_killed_ends_with_the_same_bytes(average, tmp_path: Pat
         assert (half / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_other_settings_do_not_go_on(average) -> None:
+def test_other_settings_do_not_go_on(average: Averaged) -> None:
     folder, _ = average
     arguments = ["data=atlas", "data.limit=4", "hydra.run.dir=run", "resume=true", "task.trace.noise=2"]
     done = run(*arguments, cwd=folder.parent)
