@@ -20,6 +20,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def keys_a_second(lm: LanguageModel, layer: int, tokens: int, clock: Callable[[]
 
 def steps_a_second(lm: LanguageModel, layer: int, steps: int, clock: Callable[[], float]) -> float:
     rows = rows_of(lm, facts_of(1)[0].fact, "subject_last", contexts_of(lm, [4] * 10 + [9] * 10))
-    settings = RRomeSettings(layer=layer, **STEPS | {"steps": steps})
+    settings = replace(RRomeSettings(layer=layer, **STEPS), steps=steps)
     loop = value._together
     seconds: list[float] = []
 

@@ -137,8 +137,7 @@ def computed(lm: LanguageModel, golden: Golden, **options: Any) -> Ours:
     given: dict[str, Any] = {"moments": moments_of(lm, golden), "contexts": list(golden.contexts), "progress": False}
 
     def edit_of(facts: Sequence[Fact], **more: Any) -> Edit:
-        edit: Edit = method.load()(lm, list(facts), settings, **given, **more)
-        return edit
+        return method(lm, list(facts), settings, **given, **more)
 
     if golden.method == "rome":
         edits = [edit_of([fact]) for fact in golden.facts]

@@ -4,13 +4,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from editkit import Fact, r_rome
 from editkit.corpora import Atlas, AtlasFact, load_atlas
 from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.methods.r_rome import RRomeSettings
-from editkit.metrics.audit import answers, audit, nearness, written_by
+from editkit.metrics.audit import Audit, answers, audit, nearness, written_by
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
@@ -21,16 +22,19 @@ from tests.conftest import tiny_lm
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 OTHERS = [Fact("{} is located in the city of", name, "Paris") for name in ("The Louvre", "Big Ben")]
 
+Audited = tuple[list[str], Audit]  # the answers before the edit, and its audit
+
 
 @pytest.fixture(scope="module")
-def edit(atlas_lm: LanguageModel):
+def edit(atlas_lm: LanguageModel) -> Edit:
     settings = RRomeSettings(contexts=ContextSettings(lengths=(4,), counts=(2,)))
     return r_rome(atlas_lm, FACT, settings, moments=MomentSettings(tokens=3000), progress=False)
 
 
-def key(lm, module, fact):
+def key(lm: LanguageModel, module: str, fact: Fact) -> Tensor:
     """The input of `module` at the subject's last token, by a plain hook."""
-    rows, seen = tokenise(lm, [fact.text]), []
+    rows = tokenise(lm, [fact.text])
+    seen: list[Tensor] = []
     handle = lm.model.get_submodule(module).register_forward_hook(lambda m, args, out: seen.append(args[0]))
     with torch.inference_mode():
         lm.model(**rows.inputs())
@@ -41,6 +45,7 @@ def key(lm, module, fact):
 def test_cosine_and_pull_are_those_of_a_plain_loop(atlas_lm: LanguageModel, edit: Edit) -> None:
     cosine, pull = nearness(atlas_lm, edit, [FACT, *OTHERS])
     (delta,) = edit.deltas
+    assert delta.right is not None
     own = key(atlas_lm, delta.module, FACT)
     change = delta.left.double() @ delta.right.double()
     for place, fact in enumerate([FACT, *OTHERS]):
@@ -51,7 +56,7 @@ def test_cosine_and_pull_are_those_of_a_plain_loop(atlas_lm: LanguageModel, edit
 
 
 @pytest.fixture(scope="module")
-def atlas():
+def atlas() -> Atlas:
     """A part of the atlas: everything of landmarks' cities and countries, and some more."""
     whole = load_atlas()
     kept = whole.by_relation["landmark_city"] + whole.by_relation["landmark_country"] + whole.facts[::25]
@@ -59,12 +64,12 @@ def atlas():
 
 
 @pytest.fixture(scope="module")
-def audited(atlas_lm: LanguageModel, edit: Edit, atlas):
+def audited(atlas_lm: LanguageModel, edit: Edit, atlas: Atlas) -> Audited:
     before = answers(atlas_lm, atlas, progress=False)
     return before, audit(atlas_lm, edit, before=before, atlas=atlas, progress=False)
 
 
-def test_the_unedited_model_knows_its_world(audited, atlas) -> None:
+def test_the_unedited_model_knows_its_world(audited: Audited, atlas: Atlas) -> None:
     before, found = audited
     facts = atlas.facts
     assert len(found.facts) == len(facts) == len(before)
@@ -72,7 +77,7 @@ def test_the_unedited_model_knows_its_world(audited, atlas) -> None:
     assert right / len(facts) > 0.98
 
 
-def test_the_edited_fact_has_changed_and_what_follows_is_named(audited) -> None:
+def test_the_edited_fact_has_changed_and_what_follows_is_named(audited: Audited) -> None:
     _, found = audited
     (edited,) = [fact for fact in found.facts if fact.edited]
     assert (edited.subject, edited.before, edited.after, edited.changed) == ("The Eiffel Tower", "Paris", "Rome", True)
@@ -80,7 +85,9 @@ def test_the_edited_fact_has_changed_and_what_follows_is_named(audited) -> None:
     assert [fact.cosine for fact in found.facts] == sorted((fact.cosine for fact in found.facts), reverse=True)
 
 
-def test_answers_are_what_the_model_says_by_itself(atlas_lm: LanguageModel, edit: Edit, audited, atlas) -> None:
+def test_answers_are_what_the_model_says_by_itself(
+    atlas_lm: LanguageModel, edit: Edit, audited: Audited, atlas: Atlas
+) -> None:
     """Of the nearest, the changed and some others: generated one by one."""
     _, found = audited
     some = [*found.facts[:5], *found.changed[:3], *found.facts[-5:]]

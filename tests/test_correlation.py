@@ -27,11 +27,11 @@ def test_its_interval_draws_groups_together() -> None:
     se = (1 - rho**2) / 400**0.5
     assert (high - low) / 2 == pytest.approx(1.96 * se, rel=0.25)  # Fisher's, to first order
     # Each pair four times over is no more evidence when the copies are drawn together, and is taken for more when not.
-    four, same = [x.tolist() * 4, y.tolist() * 4], list(range(400)) * 4
-    together, apart = rank_correlation(*four, same), rank_correlation(*four)
+    x4, y4, same = x.tolist() * 4, y.tolist() * 4, list(range(400)) * 4
+    together, apart = rank_correlation(x4, y4, same), rank_correlation(x4, y4)
     assert together[0] == pytest.approx(rho) and apart[2] - apart[1] < 0.6 * (high - low)
     assert together[2] - together[1] == pytest.approx(high - low, rel=0.15)
-    assert rank_correlation(*four, same) == together
+    assert rank_correlation(x4, y4, same) == together
     with pytest.raises(EditkitError, match="A rank correlation of 2 and 2 values"):
         rank_correlation([1, 2], [1, 2])
     with pytest.raises(EditkitError, match="of 3 and 4 values"):

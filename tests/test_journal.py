@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from editkit.runs.journal import Journal
 HEADER = {"config": {"seed": 0, "method": {"name": "rome", "lr": 0.5}}, "model": "abc"}
 
 
-def write(path, *lines, resume=False):
+def write(path: Path, *lines: dict[str, Any], resume: bool = False) -> list[dict[str, Any]]:
     with Journal(path, HEADER, resume=resume) as journal:
         for line in lines:
             journal.append(line)
@@ -25,7 +26,7 @@ def test_lines_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 5, 20])
-def test_a_line_cut_short_is_removed_and_written_again(tmp_path: Path, kept) -> None:
+def test_a_line_cut_short_is_removed_and_written_again(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "cases.jsonl"
     write(path, {"case": 1}, {"case": 2, "text": "x" * 30})
     whole = path.read_bytes()

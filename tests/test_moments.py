@@ -1,14 +1,16 @@
 """Second moments against a loop over single keys, in every family; the cache; health; refusals."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from editkit.corpora import running_text
 from editkit.errors import EditkitError, ModelError
+from editkit.models.architecture import Architecture
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment, packed_blocks, second_moments
 from editkit.settings import MomentSettings
@@ -33,25 +35,35 @@ def test_equal_to_one_key_at_a_time(family: str, tmp_path: Path) -> None:
         lm.model.float()
 
 
-def any_family_lm(family, dtype=torch.float32):
+def any_family_lm(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A LanguageModel of a family whether editkit has an entry for it or not."""
     tokenizer = byte_level_tokenizer()
     model = build(family, vocab_size=len(tokenizer), dtype=dtype)
     names = {id(module): name for name, module in model.named_modules()}
     embedding = names[id(model.get_input_embeddings())]
-    architecture = SimpleNamespace(embedding=embedding, down=SITES[family].down_projection.format)
+    sites = SITES[family]
+    assert sites.down_projection is not None
+    architecture = Architecture(
+        family,
+        embedding=embedding,
+        block=sites.block,
+        attention=sites.attention,
+        down_projection=sites.down_projection,
+        final_norm="",  # the collection never asks for it
+        mlp=sites.mlp,
+    )
     return LanguageModel(f"tiny-{family}", model, tokenizer, architecture)
 
 
 @contextmanager
-def keys_seen(lm, layers):
+def keys_seen(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
     """All keys that pass the down-projections meanwhile, by plain hooks: layer → list of [d_ff]."""
-    seen = {layer: [] for layer in layers}
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     handles = []
     for layer in layers:
-        module = lm.model.get_submodule(SITES[lm.name.removeprefix("tiny-")].down_projection.format(layer))
+        module = lm.model.get_submodule(SITES[lm.name.removeprefix("tiny-")].down_of(layer))
 
-        def keep(_, args, layer=layer) -> None:
+        def keep(_: nn.Module, args: tuple[Tensor], layer: int = layer) -> None:
             seen[layer].extend(args[0].detach().clone().flatten(0, -2))
 
         handles.append(module.register_forward_pre_hook(keep))
@@ -155,7 +167,7 @@ def test_the_effective_count_is_kishs(tmp_path: Path) -> None:
         moment = second_moments(lm, [0], SETTINGS, progress=False, cache=tmp_path)[0]
     weights = [sum(x**2 for x in k.double().tolist()) for k in seen[0]]
     assert moment.effective_count == pytest.approx(sum(weights) ** 2 / sum(w**2 for w in weights), rel=1e-10)
-    assert moment.effective_count < moment.count
+    assert moment.effective_count is not None and moment.effective_count < moment.count
 
 
 def test_the_digest_is_of_the_values(tmp_path: Path) -> None:
@@ -176,7 +188,7 @@ def test_too_few_keys_for_the_dimensions_is_a_warning_with_the_number_needed(tmp
         second_moments(lm, [1], few, progress=False, cache=tmp_path)
 
 
-def _text(folder, text):
+def _text(folder: Path, text: str) -> Path:
     path = folder / "text.txt"
     path.write_text(text, encoding="utf-8")
     return path
