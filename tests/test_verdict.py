@@ -31,7 +31,7 @@ def judge(atlas_lm: LanguageModel) -> Judge:
     @cache
     def judged(fact: Fact, method: str, options: tuple[tuple[str, Any], ...]) -> Verdict:
         found = get_method(method)
-        edit = found.load()(atlas_lm, fact, found.settings(**dict(options)), progress=False)
+        edit = found(atlas_lm, fact, found.settings(**dict(options)), progress=False)
         rows = measured(atlas_lm, make_case(fact), edit)
         return verdict(json.loads(json.dumps(rows)), json.loads(json.dumps(edit.provenance)))
 
@@ -144,7 +144,7 @@ def test_facts_of_one_edit_are_counted(atlas_lm: LanguageModel) -> None:
     method = get_method("r_rome")
     other = Fact("{} is located in the city of", "The Louvre", "Vienna or Cairo or London or Lisbon", "Paris")
     case = Case((FACT, other), make_case(FACT).probes + make_case(other).probes)
-    edit = method.load()(atlas_lm, list(case.facts), method.settings(), progress=False)
+    edit = method(atlas_lm, list(case.facts), method.settings(), progress=False)
     found = verdict(measured(atlas_lm, case, edit), edit.provenance)
     assert found.summary == "The edit did not land for 1 of 2 facts."
     assert "a shorter target_new" in found.try_
