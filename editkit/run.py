@@ -118,8 +118,8 @@ def _finish_sweep(folder: Path) -> None:
         page = report.write(folder)
     except EditkitError as error:
         _fail(error)
-    brief = table[table.attrs["brief"]]
-    print(f"\n{brief.to_string(index=False, float_format='%.3f', max_colwidth=30)}\n")
+    brief = table.loc[:, table.attrs["brief"]]
+    print(f"\n{brief.to_string(index=False, float_format='{:.3f}'.format, max_colwidth=30)}\n")
     for path in failed:
         print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
     print(page)

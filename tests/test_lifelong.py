@@ -21,6 +21,7 @@ SMALL = ["data.limit=6", "task.every=2", "task.retention=3", "task.untouched=2",
 
 Finished = tuple[Path, str]  # the folder of a run and what it printed
 
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "editkit.run", "task=lifelong", *FAST, *SMALL, *arguments]
 

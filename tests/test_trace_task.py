@@ -21,6 +21,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # bytes are compared
 
 Averaged = tuple[Path, str]  # the folder of a run and what it printed
 
+
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "editkit.run", "task=trace", *FAST, *arguments]
     return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
