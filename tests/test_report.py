@@ -33,7 +33,7 @@ class Parsed(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
         self.words: list[str] = []
         self.rows: list[list[str]] = []
         self.problems: list[str] = []
@@ -42,8 +42,8 @@ class Parsed(HTMLParser):
         self.close()
         self.problems += self._open
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._keep(tag, attrs)
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -51,8 +51,11 @@ class Parsed(HTMLParser):
         if tag not in VOID:
             self._open.append(tag)
 
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._keep(tag, attrs)
+
+    def _keep(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_endtag(self, tag: str) -> None:
         if tag in VOID:
@@ -80,7 +83,7 @@ def page(folder: Path) -> Parsed:
     return Parsed(report.write(folder).read_text(encoding="utf-8"))
 
 
-def texts(prompt: str, subject: str, answer: str) -> Callable[[dict[str, Any]], None]:
+def texts(prompt: str, subject: str, answer: str) -> Change:
     """A change of an edit's record: the texts of its fact, and what the model says."""
 
     def change(record: dict[str, Any]) -> None:
@@ -377,9 +380,7 @@ def test_unfinished_runs_are_listed_with_their_error(real_runs: dict[str, Path],
     assert shown.row("1")[1] == "Layer 77 was asked for" and "interrupted" in shown.row("2")[1]
 
 
-def like_a_paper(
-    model: str = "gpt2-xl", data: str = "counterfact", method: str = "rome"
-) -> Callable[[dict[str, Any]], None]:
+def like_a_paper(model: str = "gpt2-xl", data: str = "counterfact", method: str = "rome") -> Change:
     """A change of a record: as if it were of another model, data set and method."""
 
     def change(record: dict[str, Any]) -> None:
@@ -451,15 +452,14 @@ def test_the_command_runs_it_again(
 
 
 def test_an_average_s_interval_holds_the_mean_and_is_the_same_twice() -> None:
-    found = aggregate.average([0.0, 1.0, 1.0, None, float("nan"), 1.0])
-    assert found is not None and found.interval is not None
-    low, high = found.interval
+    found = present(aggregate.average([0.0, 1.0, 1.0, None, float("nan"), 1.0]))
+    low, high = present(found.interval)
     assert (found.mean, found.n) == (0.75, 4) and 0 <= low <= 0.75 <= high <= 1
     assert found == aggregate.average([0.0, 1.0, 1.0, 1.0]) and aggregate.average([None]) is None
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "editkit.report", *map(str, arguments)], cwd=cwd, capture_output=True,
+    return subprocess.run([sys.executable, "-m", "editkit.report", *arguments], cwd=cwd, capture_output=True,
                           text=True, timeout=60)  # fmt: skip
 
 

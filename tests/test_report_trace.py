@@ -6,10 +6,10 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -25,13 +25,14 @@ from tests.test_report import Parsed, page
 TOKENS = ["The", " <b>Eiffel</b>", " $Tower", "\n", " is"]
 
 
-Writer = Callable[..., Path]
+class Written(Protocol):
+    """A copy of a trace's real run, with the arrays of `found` in place of its own. Returns its folder."""
+
+    def __call__(self, folder: Path, found: Traced | AverageTrace, name: str, **trace: Any) -> Path: ...
 
 
 @pytest.fixture
-def written(real_runs: dict[str, Path]) -> Writer:
-    """A function: a copy of a trace's real run, with the arrays of `found` in place of its own."""
-
+def written(real_runs: dict[str, Path]) -> Written:
     def write(folder: Path, found: Traced | AverageTrace, name: str, **trace: Any) -> Path:
         copied(real_runs[name], folder, setting("trace", trace))
         found.save(folder / name)
@@ -40,7 +41,7 @@ def written(real_runs: dict[str, Path]) -> Writer:
     return write
 
 
-def traced(kinds: tuple[str, ...] = ("state", "mlp")) -> Traced:
+def traced(kinds: Sequence[str] = ("state", "mlp")) -> Traced:
     draw = torch.Generator().manual_seed(0)
     tables = {kind: 0.1 + 0.8 * torch.rand(5, 3, generator=draw, dtype=torch.float64) for kind in kinds}
     how = {"prompt": "{} is", "subject": "The <b>Eiffel</b> $Tower\n"}
@@ -62,16 +63,17 @@ def cells(text: str) -> dict[tuple[str, str], tuple[str, str | None]]:
     """{(map, "row, column"): value} of every cell with its colour, from the titles in the drawings."""
     found = {}
     for figure in re.findall(r"<figure>(.*?)</figure>", text, re.S):
-        ((title, drawn),) = re.findall(r"<figcaption>(.*?)</figcaption>.*?(<svg.*?</svg>)", figure, re.S)
-        for box in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}rect"):
+        title = present(re.search(r"<figcaption>(.*?)</figcaption>", figure)).group(1)
+        drawing = ET.fromstring(present(re.search(r"<svg.*?</svg>", figure, re.S)).group(0))
+        for box in drawing.iter("{http://www.w3.org/2000/svg}rect"):
             tip = box.find("{http://www.w3.org/2000/svg}title")
-            if tip is not None and tip.text is not None:
-                place, _, value = tip.text.rpartition(": ")
+            if tip is not None:
+                place, _, value = present(tip.text).rpartition(": ")
                 found[title, place] = (value, box.get("fill"))
     return found
 
 
-def test_every_cell_of_a_prompt_s_maps_says_its_probability(written: Writer, tmp_path: Path) -> None:
+def test_every_cell_of_a_prompt_s_maps_says_its_probability(written: Written, tmp_path: Path) -> None:
     one = traced()
     text = report.write(written(tmp_path / "run", one, "trace", kind="one")).read_text(encoding="utf-8")
     found = cells(text)
@@ -92,7 +94,7 @@ def test_every_cell_of_a_prompt_s_maps_says_its_probability(written: Writer, tmp
     assert len(rows) == 15 and rows[0][4].strip() == number(one.probability["mlp"][0, 0].item())
 
 
-def test_rows_are_reached_by_the_keyboard_and_say_their_most(written: Writer, tmp_path: Path) -> None:
+def test_rows_are_reached_by_the_keyboard_and_say_their_most(written: Written, tmp_path: Path) -> None:
     one = traced(("state",))
     shown = page(written(tmp_path / "run", one, "trace", kind="one"))
     stops = [a["aria-label"] for tag, a in shown.tags if tag == "g" and a.get("tabindex") == "0"]
@@ -104,7 +106,7 @@ def test_rows_are_reached_by_the_keyboard_and_say_their_most(written: Writer, tm
     assert [a["role"] for tag, a in shown.tags if tag == "svg"] == ["group"]
 
 
-def test_an_average_s_page_has_its_proposal_means_and_bounds(written: Writer, tmp_path: Path) -> None:
+def test_an_average_s_page_has_its_proposal_means_and_bounds(written: Written, tmp_path: Path) -> None:
     average = averaged()
     proposal = propose_layers(average)
     told = asdict(proposal) | {"text": str(proposal)}
@@ -128,13 +130,13 @@ def test_an_average_s_page_has_its_proposal_means_and_bounds(written: Writer, tm
     assert sum(a.get("class", "").endswith("band") for tag, a in shown.tags if tag == "path") == 4
 
 
-def test_an_average_without_a_proposal(written: Writer, tmp_path: Path) -> None:
+def test_an_average_without_a_proposal(written: Written, tmp_path: Path) -> None:
     folder = written(tmp_path / "run", averaged(), "average", kind="average", proposal=None)
     shown = page(folder)
     assert "Blocks to edit" not in shown.text and "Over blocks" in shown.text
 
 
-def test_the_page_needs_no_torch_and_stands_beside_others(written: Writer, tmp_path: Path) -> None:
+def test_the_page_needs_no_torch_and_stands_beside_others(written: Written, tmp_path: Path) -> None:
     written(tmp_path / "x" / "a", traced(), "trace", kind="one")
     written(tmp_path / "x" / "b", averaged(), "average", kind="average", proposal=None)
     code = "import sys; sys.modules.update(torch=None, pandas=None, transformers=None, matplotlib=None)\n"
@@ -145,7 +147,7 @@ def test_the_page_needs_no_torch_and_stands_beside_others(written: Writer, tmp_p
 
 @pytest.mark.parametrize("name", ["trace.npz", "trace.json"])
 @pytest.mark.parametrize("damage", ["gone", "half", "foreign"])
-def test_damaged_arrays_are_named(written: Writer, tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_arrays_are_named(written: Written, tmp_path: Path, name: str, damage: str) -> None:
     folder = written(tmp_path / "run", traced(), "trace", kind="one")
     path = folder / name
     if damage == "gone":
