@@ -47,7 +47,7 @@ def collect(folder: Path) -> "pandas.DataFrame":
     by_method = table.astype(str).groupby(table["method.name"])
     differ = []
     for name in configured:
-        within = max(int(group[name].nunique()) for _, group in by_method)
+        within = max(_distinct(group[name]) for _, group in by_method)
         if within > 1 or (name == "method.name" and len(by_method) > 1):
             differ.append(name)
     found = table.loc[:, ["run", *differ, *(c for c in table.columns[1:] if c not in configured)]]
@@ -115,3 +115,8 @@ def _without_shard(record: dict[str, Any]) -> str:
 def _column(score: Score) -> str:
     """The column of a score; of a lifelong run, with which cases were asked in front."""
     return ".".join(part for part in (score.asked, score.metric.column(score.when)) if part)
+
+
+def _distinct(column: Any) -> int:
+    """How many different values a column [runs] holds."""
+    return int(column.nunique())  # Any, because by pandas' types table[name] may be a table too
