@@ -19,7 +19,6 @@ from tests.run_folders import score_of
 FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
 SMALL = ["data.limit=6", "task.every=2", "task.retention=3", "task.untouched=2", "task.measure.generate=0"]
 
-Finished = tuple[Path, str]  # the folder of a run and what it printed
 
 
 def command(*arguments: str) -> list[str]:

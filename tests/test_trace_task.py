@@ -19,7 +19,6 @@ from tests.run_folders import score_of
 FAST = ["task.trace.samples=1", "task.trace.kinds=[state,mlp]"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # bytes are compared
 
-Averaged = tuple[Path, str]  # the folder of a run and what it printed
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
