@@ -20,7 +20,6 @@ FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
 SMALL = ["data.limit=6", "task.every=2", "task.retention=3", "task.untouched=2", "task.measure.generate=0"]
 
 
-
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "editkit.run", "task=lifelong", *FAST, *SMALL, *arguments]
 

@@ -20,7 +20,6 @@ FAST = ["task.trace.samples=1", "task.trace.kinds=[state,mlp]"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # bytes are compared
 
 
-
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "editkit.run", "task=trace", *FAST, *arguments]
     return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
