@@ -52,7 +52,7 @@ def test_edits_add_and_scale_like_their_matrices(dense: bool) -> None:
     assert [part["factor"] for part in both.provenance["of"]] == [1.0, -1.0]
     torch.testing.assert_close(change(-a, 0), -change(a, 0))
     with pytest.raises(EditkitError, match="different bases cannot be added"):
-        a + made(tiny_lm("gpt2", seed=1), 0)
+        _ = a + made(tiny_lm("gpt2", seed=1), 0)
 
 
 @pytest.mark.parametrize("dense", [False, True])
