@@ -3,8 +3,9 @@
 Each method's own settings are in its file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from editkit.errors import ConfigError
 from editkit.settings.checks import require, require_one_of
@@ -13,6 +14,8 @@ from editkit.settings.constants import Constants
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
 TRANSFORMS = ("rect", "prune")
 ENGINES = ("replay", "full")
+SOLVERS = ("adam", "descent")
+ADAMS = ("lr", "weight_decay")  # settings of a value that Adam alone has
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -73,8 +76,11 @@ class MethodSettings:
 
     def resolved(self, model_name: str, layers: int) -> Self:
         """These settings with the constants of the model where they say None."""
-        found = self.constants.of(model_name, layers)
-        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
+        return self.filled(self.constants.of(model_name, layers))
+
+    def filled(self, constants: Mapping[str, Any]) -> Self:
+        """These settings with `constants` where they say None."""
+        return replace(self, **{name: value for name, value in constants.items() if getattr(self, name) is None})
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -85,12 +91,13 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class ValueSettings(MethodSettings):
-    """The optimisation of a value: δ by Adam over rows = contexts × prompt (ROME section 3.1)."""
+    """The optimisation of a value: δ over rows = contexts × prompt (ROME section 3.1)."""
 
     fact_token: str = "subject_last"  # lookup token: subject_last, subject_first, subject_first_after_last, last
-    steps: int | None = None  # optimisation steps of the value
+    solver: str | None = None  # adam: the authors'; descent: Polyak's step. None: the model's, adam where lr is set
+    steps: int | None = None  # evaluations of the value's loss, at most
     lr: float | None = None  # Adam's learning rate
-    weight_decay: float | None = None  # factor of ‖δ‖/‖v0‖²
+    weight_decay: float | None = None  # Adam's factor of ‖δ‖/‖v0‖²
     kl_factor: float = 0.0625  # factor of KL(edited ‖ clean) at the subject in "{subject} is a"
     clamp: float | None = None  # ‖δ‖ is held under clamp · ‖v0‖
     stop_loss: float = 0.05  # stop when the loss falls under this
@@ -100,6 +107,8 @@ class ValueSettings(MethodSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of(self.engine, "method.engine", ENGINES)
+        if self.solver is not None:
+            require_one_of(self.solver, "method.solver", SOLVERS)
         require_one_of(self.fact_token, "method.fact_token", LOOKUP_TOKENS)
         require(self.steps is None or self.steps > 0, "method.steps", self.steps, "positive")
         require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
@@ -108,6 +117,23 @@ class ValueSettings(MethodSettings):
         require(
             self.weight_decay is None or self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "0 or more"
         )
+        given = [name for name in ADAMS if getattr(self, name) is not None]
+        if self.solver == "descent" and given:
+            raise ConfigError(
+                f"method.{given[0]} belongs to Adam, and method.solver=descent has no use for it. Leave it out, or use "
+                "method.solver=adam."
+            )
+
+    def resolved(self, model_name: str, layers: int) -> Self:
+        """These settings with the constants of the model where they say None.
+
+        A learning rate or a weight decay that is set asks for Adam; descent has neither.
+        """
+        found = self.constants.of(model_name, layers)
+        set_for_adam = any(getattr(self, name) is not None for name in ADAMS)
+        solver = self.solver or ("adam" if set_for_adam else found.get("solver", "adam"))
+        kept = {k: v for k, v in found.items() if solver == "adam" or k not in ADAMS} | {"solver": solver}
+        return self.filled(kept)
 
 
 @dataclass(frozen=True)

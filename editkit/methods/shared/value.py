@@ -5,8 +5,9 @@ of every row, and minimises, over rows = contexts × prompt and one row "{subjec
 
     −mean log p(target) + kl_factor · KL(edited ‖ clean, at the subject) + weight_decay · ‖δ‖ / ‖v0‖²
 
-with Adam; ‖δ‖ is held under clamp · ‖v0‖ after each step (ROME section 3.1 and the authors' code). The δ of many
-facts are optimised side by side, each with its own rows, clamp and stop; an engine (engine.py) runs the model.
+until that loss is under stop_loss; ‖δ‖ is held under clamp · ‖v0‖ after each step (ROME section 3.1 and the authors'
+code). A solver takes the steps (solvers.py): Adam, or descent, which needs no weight decay. The δ of many facts are
+optimised side by side, each with its own rows, clamp and stop; an engine (engine.py) runs the model.
 """
 
 import warnings
@@ -22,9 +23,10 @@ from tqdm import tqdm
 
 from editkit.facts import Fact
 from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
+from editkit.methods.shared.solvers import Solver, solver
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
-from editkit.models.precision import wide, widened
+from editkit.models.precision import widened
 from editkit.models.replay import CannotReplay
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, requires_grad
@@ -94,7 +96,9 @@ def compute_deltas(
     nll_weight: float = 1.0,
     stop_kl: float | None = None,
 ) -> list[Optimised]:
-    """For each fact a δ [sites, d_model], by Adam. A half model on the CPU runs in float32 (models/precision.py).
+    """For each fact a δ [sites, d_model], by the solver that the settings name.
+
+    A half model on the CPU runs in float32 (models/precision.py).
 
     - `layer`, `sites`: the edited block, and its modules to whose outputs a δ is added.
     - `jobs`: the rows of each fact.
@@ -138,7 +142,7 @@ def _in_batches(
                     ready = engine(lm, layer, sites, Batch([jobs[i] for i in part]))
                 clean = ready.clean() if norms is None else None
                 v0_norms = norms[part] if norms is not None else torch.stack([_bare_norm(at) for at in clean or ()])
-                # 3) The loop of Adam.
+                # 3) The solver's loop.
                 done = _together(lm, ready, v0_norms, loss, bar.show)
             # 4) Where that fails: again at full depth, or with half of the facts.
             except CannotReplay as error:
@@ -188,9 +192,8 @@ class _Loss:
     """The loss of each fact and its end, from resolved `settings`. The other arguments are those of compute_deltas."""
 
     def __init__(self, settings: ValueSettings, nll_weight: float, stop_kl: float | None) -> None:
-        steps, lr, clamp, decay = settings.steps, settings.lr, settings.clamp, settings.weight_decay
-        assert steps and lr and clamp and decay is not None  # resolved by the method
-        self.settings, self.steps, self.lr, self.clamp, self.weight_decay = settings, steps, lr, clamp, decay
+        assert settings.steps and settings.solver  # resolved by the method
+        self.settings, self.steps = settings, settings.steps
         self._nll_weight, self._stop_kl = nll_weight, stop_kl
 
     def of(self, nll: Tensor, kl: Tensor, decay: Tensor, likeliest: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,50 +209,6 @@ class _Loss:
         return low if self._stop_kl is None else low | (likeliest & (kl.detach() <= self._stop_kl))
 
 
-class _Deltas:
-    """δ of the facts that are in the batch now, and Adam's state of each. Every tensor has a place for each fact."""
-
-    def __init__(self, lm: LanguageModel, norms: Tensor, loss: _Loss) -> None:
-        count, device, dtype = len(norms), lm.device, wide(lm.dtype)
-        self._loss = loss
-        self._v0 = norms.T[..., None].to(device, dtype)  # ‖v0‖ [sites, facts, 1]
-        width = lm.model.config.get_text_config().hidden_size
-        self.delta = torch.zeros(*self._v0.shape[:2], width, dtype=dtype, device=device)  # [sites, facts, d_model]
-        self._norm = torch.zeros_like(self._v0)  # ‖δ‖ before the next step
-        self._adam = torch.optim.Adam([self.delta], lr=loss.lr)
-        self.facts = list(range(count))  # which fact of the first batch has each place
-        self.alive = torch.ones(count, dtype=torch.bool, device=device)  # False: it has ended, and δ stays as it is
-        self.hit = torch.zeros_like(self.alive)  # whether the clamp has held δ back
-
-    def decay(self) -> Tensor:
-        """weight_decay · ‖δ‖ / ‖v0‖² [facts], summed over sites."""
-        self._norm = self.delta.norm(dim=-1, keepdim=True)
-        return (self._loss.weight_decay * self._norm / self._v0**2).sum((0, 2))
-
-    def keep(self, places: list[int]) -> None:
-        """Go on with the facts at these places alone."""
-        state = self._adam.state[self.delta]
-        self.delta, self._v0, self._norm = (each[:, places] for each in (self.delta, self._v0, self._norm))
-        self.hit, self.alive = self.hit[places], self.alive[places]
-        self.facts = [self.facts[i] for i in places]
-        self._adam = torch.optim.Adam([self.delta], lr=self._loss.lr)
-        if state:  # empty before the first step; the count of steps has no dimensions
-            self._adam.state[self.delta] = {k: v if v.ndim == 0 else v[:, places] for k, v in state.items()}
-
-    def step(self, gradient: Tensor) -> None:
-        """One step of Adam and the clamp, for the facts that are alive. `gradient` [sites, facts, d_model] is that of
-        the loss without weight decay, whose own is added here."""
-        # The norm has no gradient at 0; torch takes 0 there.
-        of_decay = self._loss.weight_decay / self._v0**2 * self.delta / torch.where(self._norm > 0, self._norm, 1.0)
-        self.delta.grad = gradient + of_decay
-        before = self.delta.clone()
-        self._adam.step()
-        over_limit = self.delta.norm(dim=-1, keepdim=True) / (self._loss.clamp * self._v0)
-        self.delta.div_(over_limit.clamp_min(1.0))
-        torch.where(self.alive[:, None], self.delta, before, out=self.delta)
-        self.hit = self.hit | (self.alive & (over_limit[..., 0] > 1).any(0))
-
-
 def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, show: Show) -> list[Optimised]:
     """Optimise the δ of one batch side by side.
 
@@ -260,7 +219,8 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
     A fact that has ended is frozen at once, and leaves the batch when the losses are read: each reading waits for an
     accelerator, so there they are read every few steps.
     """
-    batch = _Deltas(lm, norms, loss)
+    assert loss.settings.solver  # resolved by the method
+    batch = solver(loss.settings.solver, lm, norms, loss.settings)
     results = [Optimised(batch.delta[:, i]) for i in batch.facts]
     unread: list[tuple[Tensor, Tensor]] = []  # of each step: loss terms [4, facts], and which facts were alive
     every = READ_EVERY.get(lm.device.type, 5)
@@ -278,7 +238,7 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
         unread.append((terms, batch.alive))
 
         # 3) Which facts have ended: their δ no longer changes.
-        batch.alive = batch.alive & ~loss.ended(terms, kl, likeliest)
+        batch.alive = batch.alive & ~loss.ended(terms, kl, likeliest) & ~batch.stuck()
         last = step == loss.steps - 1
         if last or (step + 1) % every == 0:
             kept = [] if last else [i for i, alive in enumerate(batch.alive.tolist()) if alive]
@@ -290,14 +250,14 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
             gradient = engine.gradient(losses[kept].sum())[:, kept]
             if len(kept) < len(batch.facts):  # the others leave
                 batch.keep(kept)
-                clean = clean[kept]
+                clean, terms = clean[kept], terms[:, kept]
                 with torch.no_grad():
                     engine = engine.some(kept)
         else:
             gradient = engine.gradient(losses.sum())
 
-        # 4) A step of Adam, and 5) the clamp.
-        batch.step(gradient)
+        # 4) A step, under the clamp.
+        batch.step(terms[0], gradient)
     return results
 
 
@@ -348,7 +308,7 @@ def _answers(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return -logits.new_zeros(count).index_add(0, batch.fact, of_token * share), after, missed == 0
 
 
-def _read(unread: list[tuple[Tensor, Tensor]], batch: _Deltas, kept: list[int], results: list[Optimised]) -> float:
+def _read(unread: list[tuple[Tensor, Tensor]], batch: Solver, kept: list[int], results: list[Optimised]) -> float:
     """Bring the losses of the latest steps, and the δ of facts that leave, into `results`. The latest mean loss.
 
     - `unread`: of each step, the loss terms [4, facts] and which facts were alive [facts].
@@ -356,7 +316,8 @@ def _read(unread: list[tuple[Tensor, Tensor]], batch: _Deltas, kept: list[int], 
     """
     values = torch.stack([terms for terms, _ in unread]).tolist()  # [steps, 4, facts]
     was_alive = torch.stack([alive for _, alive in unread]).tolist()
-    deltas, hits = batch.delta.detach().double().cpu(), batch.hit.tolist()
+    found, hit = batch.result(unread[-1][0][0])
+    deltas, hits = found.detach().double().cpu(), hit.tolist()
     for place, fact in enumerate(batch.facts):
         for terms, alive in zip(values, was_alive, strict=True):
             if alive[place]:
