@@ -1,6 +1,7 @@
 """Slow, plain versions written from the papers, in float64. They share no code with editkit."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,81 @@ def moment_of(keys: Sequence[Tensor]) -> Tensor:
     return total / len(keys)
 
 
+def adam(
+    loss_of: Callable[[Tensor], Tensor],
+    v0: Tensor,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    clamp: float,
+    stop_loss: float,
+) -> tuple[Tensor, list[float]]:
+    """δ by Adam on loss_of(δ) + weight decay, as the authors' code takes its steps; the loss of each evaluation."""
+    delta = torch.zeros_like(v0, requires_grad=True)
+    first_moment, second = torch.zeros_like(v0), torch.zeros_like(v0)
+    losses: list[float] = []
+    for step in range(steps):
+        # The norm's gradient at 0 is taken as 0.
+        size = delta.norm() if delta.detach().abs().sum() > 0 else (delta * 0).sum()
+        loss = loss_of(delta) + weight_decay * size / v0.norm() ** 2
+        losses.append(loss.item())
+        if loss.item() < stop_loss or step == steps - 1:
+            break
+        (gradient,) = torch.autograd.grad(loss, delta)
+        first_moment = 0.9 * first_moment + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        corrected = first_moment / (1 - 0.9 ** (step + 1))
+        scale = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+        moved = delta.detach() - lr * corrected / scale
+        bound = clamp * v0.norm()
+        if moved.norm() > bound:
+            moved = moved * bound / moved.norm()
+        delta = moved.requires_grad_(True)
+    return delta.detach(), losses
+
+
+def descent(
+    loss_of: Callable[[list[Tensor]], Tensor],
+    norms: Sequence[Tensor],
+    width: int,
+    steps: int,
+    clamp: float,
+    stop_loss: float,
+) -> tuple[list[Tensor], list[float]]:
+    """δ of each site by Polyak's step under a trust radius, in plain numbers for one fact; the loss of each evaluation.
+
+    `norms`: ‖v0‖ of each site.
+    """
+    sites = range(len(norms))
+    best = [torch.zeros(width, dtype=norms[0].dtype) for _ in sites]
+    best_loss, slopes, radius = math.inf, list(best), 1.0
+    tried, losses = best, list[float]()
+    for step in range(steps):
+        here = [each.clone().requires_grad_(True) for each in tried]
+        loss = loss_of(here)
+        losses.append(loss.item())
+        if loss.item() < stop_loss or radius < 1e-3:
+            break
+        if step == steps - 1:
+            break
+        gradients = torch.autograd.grad(loss, here)
+        moved = [a - b for a, b in zip(tried, best, strict=True)]
+        length = max((m.norm() / n).item() for m, n in zip(moved, norms, strict=True))
+        if loss.item() < best_loss:
+            promised = -sum((g * m).sum().item() for g, m in zip(slopes, moved, strict=True))
+            if best_loss - loss.item() > 0.3 * promised:
+                radius = max(radius, 2 * length)
+            best, best_loss, slopes = tried, loss.item(), list(gradients)
+        else:
+            radius = 0.4 * length
+        steep = sum(g.square().sum().item() for g in slopes)
+        wanted = [-(best_loss - stop_loss / 2) / steep * g for g in slopes]
+        longest = max((w.norm() / n).item() for w, n in zip(wanted, norms, strict=True))
+        goal = [b + min(1.0, radius / longest) * w for b, w in zip(best, wanted, strict=True)]
+        tried = [g * min(1.0, clamp * n.item() / g.norm().item()) for g, n in zip(goal, norms, strict=True)]
+    return (tried if losses[-1] < best_loss else best), losses
+
+
 def rome_update(
     model: nn.Module,
     module_name: str,
@@ -77,13 +153,14 @@ def rome_update(
     *,
     mixed: bool,
     steps: int,
-    lr: float,
-    weight_decay: float,
+    lr: float = 0.0,
+    weight_decay: float = 0.0,
     kl_factor: float,
     clamp: float,
     stop_loss: float,
+    solver: str = "adam",
 ) -> tuple[Tensor, list[float]]:
-    """ΔW [d_model, d_ff] and the loss before each step, one row at a time at full depth.
+    """ΔW [d_model, d_ff] and the loss of each evaluation, one row at a time at full depth.
 
     `rows`: the bare prompt's first.
     """
@@ -100,13 +177,13 @@ def rome_update(
         values.append(m[at])
     v0 = values[0]
 
-    delta = torch.zeros_like(v0, requires_grad=True)
-    first_moment, second = torch.zeros_like(v0), torch.zeros_like(v0)
     before: Tensor | None = None
-    losses: list[float] = []
-    for step in range(steps):
 
-        def at_position(at: int, delta: Tensor = delta) -> Change:
+    def loss_of(delta: Tensor) -> Tensor:
+        """NLL + KL, one row at a time."""
+        nonlocal before
+
+        def at_position(at: int) -> Change:
             def change(output: Tensor) -> Tensor:
                 added = torch.zeros_like(output)
                 added[0, at] = 1.0
@@ -125,24 +202,12 @@ def rome_update(
         after = F.log_softmax(logits[at], -1)
         before = after.detach() if before is None else before
         kl = (after.exp() * (after - before)).sum()  # KL(edited ‖ clean): equation 4 and the authors' code
-        # The norm's gradient at 0 is taken as 0.
-        size = delta.norm() if delta.detach().abs().sum() > 0 else (delta * 0).sum()
-        loss = nll + kl_factor * kl + weight_decay * size / v0.norm() ** 2
-        losses.append(loss.item())
-        if loss.item() < stop_loss or step == steps - 1:
-            break
-        (gradient,) = torch.autograd.grad(loss, delta)
-        first_moment = 0.9 * first_moment + 0.1 * gradient
-        second = 0.999 * second + 0.001 * gradient**2
-        corrected = first_moment / (1 - 0.9 ** (step + 1))
-        scale = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-        moved = delta.detach() - lr * corrected / scale
-        bound = clamp * v0.norm()
-        if moved.norm() > bound:
-            moved = moved * bound / moved.norm()
-        delta = moved.requires_grad_(True)
+        return nll + kl_factor * kl
 
-    delta = delta.detach()
+    if solver == "descent":
+        (delta,), losses = descent(lambda deltas: loss_of(deltas[0]), [v0.norm()], len(v0), steps, clamp, stop_loss)
+    else:
+        delta, losses = adam(loss_of, v0, steps, lr, weight_decay, clamp, stop_loss)
     k_mean = torch.stack(keys).mean(0)
     u = torch.linalg.inv(C) @ k_mean
     bias: Tensor | int = 0 if getattr(module, "bias", None) is None else module.get_parameter("bias")
@@ -209,10 +274,12 @@ def _values(
     sites = {name: start} | (
         {attention.format(layer): seen[attention.format(layer), "out"]} if method == "pmet" else {}
     )
-    deltas = {site: torch.zeros_like(start, requires_grad=True) for site in sites}
-    adam = {site: (torch.zeros_like(start), torch.zeros_like(start)) for site in sites}
     before: Tensor | None = None
-    for step in range(settings.steps):
+
+    def loss_of(found: Sequence[Tensor]) -> Tensor:
+        """The method's NLL + KL, one row at a time. `found`: δ of each site."""
+        nonlocal before
+        deltas = dict(zip(sites, found, strict=True))
         nll, said = torch.zeros((), dtype=start.dtype), True
         for ids, at, targets in rows:
             logits, _ = run(ids, at, add=deltas)
@@ -224,24 +291,30 @@ def _values(
         after = F.log_softmax(logits[kl_at], -1)
         before = after.detach() if before is None else before
         kl = (after.exp() * (after - before)).sum()  # KL(edited ‖ clean): equation 4 and the authors' code
-        weight = 0.1 if method == "pmet" and said else 1.0
-        loss = weight * nll + settings.kl_factor * kl
-        for site, norm in ((s, v.norm()) for s, v in sites.items()):
-            if deltas[site].detach().abs().sum() > 0:
-                loss = loss + settings.weight_decay * deltas[site].norm() / norm**2
+        return (0.1 if method == "pmet" and said else 1.0) * nll + settings.kl_factor * kl
+
+    norms = [value.norm() for value in sites.values()]
+    if settings.solver == "descent":
+        found, _ = descent(loss_of, norms, len(start), settings.steps, settings.clamp, settings.stop_loss)
+        return start + found[list(sites).index(name)]
+    deltas = [torch.zeros_like(start, requires_grad=True) for _ in sites]
+    state = [(torch.zeros_like(start), torch.zeros_like(start)) for _ in sites]
+    for step in range(settings.steps):
+        loss = loss_of(deltas)
+        for delta, norm in zip(deltas, norms, strict=True):
+            if delta.detach().abs().sum() > 0:
+                loss = loss + settings.weight_decay * delta.norm() / norm**2
         if step == settings.steps - 1:
             break
-        gradients = torch.autograd.grad(loss, list(deltas.values()))
-        for (site, delta), gradient in zip(list(deltas.items()), gradients, strict=True):
-            m, v = adam[site]
+        for i, gradient in enumerate(torch.autograd.grad(loss, deltas)):
+            m, v = state[i]
             m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
-            adam[site] = m, v
+            state[i] = m, v
             scale = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-            moved = delta.detach() - settings.lr * m / (1 - 0.9 ** (step + 1)) / scale
-            bound = settings.clamp * sites[site].norm()
-            moved = moved * min(1.0, bound / moved.norm())
-            deltas[site] = moved.requires_grad_(True)
-    return start + deltas[name].detach()
+            moved = deltas[i].detach() - settings.lr * m / (1 - 0.9 ** (step + 1)) / scale
+            bound = settings.clamp * norms[i]
+            deltas[i] = (moved * min(1.0, bound / moved.norm())).requires_grad_(True)
+    return start + deltas[list(sites).index(name)].detach()
 
 
 def spread_updates(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,19 +30,24 @@ FACTS = [
 FEW = ContextSettings(starts=("The", "I"), lengths=(6,), counts=(1,))
 MOMENTS = MomentSettings(tokens=4000)
 SETTINGS = {
-    "memit": MemitSettings(mom2_update_weight=30.0, weight_decay=1e-3),
-    "emmet": EmmetSettings(mom2_update_weight=2.0, weight_decay=1e-3),
-    "pmet": PmetSettings(mom2_update_weight=30.0, weight_decay=1e-3, kl_factor=0.5, stop_kl=0.0),
-    "alphaedit": AlphaEditSettings(fraction=0.5, l2=0.5, weight_decay=1e-3),
+    "memit": MemitSettings(mom2_update_weight=30.0),
+    "emmet": EmmetSettings(mom2_update_weight=2.0),
+    "pmet": PmetSettings(mom2_update_weight=30.0, kl_factor=0.5, stop_kl=0.0),
+    "alphaedit": AlphaEditSettings(fraction=0.5, l2=0.5),
+}
+SOLVERS: dict[str, dict[str, Any]] = {
+    "adam": {"solver": "adam", "lr": 0.02, "weight_decay": 1e-3},
+    "descent": {"solver": "descent"},
 }
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "falcon", "opt"])
-def test_equal_to_the_oracle(family: str, method: str) -> None:
+def test_equal_to_the_oracle(family: str, method: str, solver: str) -> None:
     lm = tiny_lm(family, dtype=torch.float64)
     layers = [1] if method == "emmet" else [0, 1]
-    settings = replace(SETTINGS[method], layers=layers, steps=4, lr=0.02, clamp=0.75, stop_loss=0.0)
+    settings = replace(SETTINGS[method], layers=layers, steps=4, clamp=0.75, stop_loss=0.0, **SOLVERS[solver])
     templates = ["{}", "The old man went. {}", "I was. {}"]
     moments = second_moments(lm, layers, MOMENTS, progress=False)
     edit = get_method(method)(lm, FACTS, settings, moments=moments, contexts=templates, progress=False)

@@ -1,7 +1,7 @@
 """Adam and descent on the same facts: write the rows of one part of the study. See README.md.
 
-    python experiments/solver/solver.py --out ROWS.jsonl                       # all of it; goes on where it was stopped
-    python experiments/solver/solver.py --out ROWS.jsonl --model FOLDER --name seed1   # a model of another training seed
+    python experiments/solver/solver.py --out ROWS.jsonl          # goes on where it was stopped
+    python experiments/solver/solver.py --out ROWS.jsonl --model FOLDER --name "training seed 1"
     python experiments/solver/solver.py --out ROWS.jsonl --n 20 --blocks 4 --methods r_rome   # a quick look
 
 One line a cell: its settings, and for each fact the evaluations, the losses, ‖δ‖ / ‖v0‖, the clamp and its scores.
@@ -45,7 +45,7 @@ def study_cases(n: int, seed: int) -> list[Case]:
 
 
 def batches(cases: Sequence[Case], size: int) -> Iterator[list[int]]:
-    """Indices of `cases`, in order, in parts of about `size` that hold no subject twice: one cannot be written twice."""
+    """Indices of `cases`, in parts of at most `size` that hold no subject twice: one edit cannot write it twice."""
     waiting = list(range(len(cases)))
     while waiting:
         part: dict[str, int] = {}

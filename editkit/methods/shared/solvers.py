@@ -166,13 +166,16 @@ class Descent(_Places):
         self._gradient = torch.where(better[:, None], gradient, self._gradient)
         self._loss = torch.where(better, losses, self._loss)
 
-        # 2) Polyak's step from there, under the radius and the clamp.
-        steep = self._gradient.square().sum((0, 2))
-        step = ((self._aim - self._loss) / steep)[:, None] * self._gradient
+        # 2) A step from there, under the radius and the clamp.
+        step = -self._length()[:, None] * self._gradient
         step = step * (self._radius / self._relative(step)).clamp_max(1.0)[:, None]
         goal = self._best + step
         goal = goal / self._over_limit(goal).clamp_min(1.0)
         self.delta = torch.where(self.alive[:, None], goal, self.delta)
+
+    def _length(self) -> Tensor:
+        """Polyak's step from the best δ, in units of g [facts]: to where the loss would be the aim, were it linear."""
+        return (self._loss - self._aim) / self._gradient.square().sum((0, 2))
 
     def _relative(self, step: Tensor) -> Tensor:
         """The length of a step [facts], in units of ‖v0‖; the largest of all sites."""
