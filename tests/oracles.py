@@ -296,7 +296,8 @@ def _values(
     norms = [value.norm() for value in sites.values()]
     if settings.solver == "descent":
         found, _ = descent(loss_of, norms, len(start), settings.steps, settings.clamp, settings.stop_loss)
-        return start + found[list(sites).index(name)]
+        z: Tensor = start + found[list(sites).index(name)]
+        return z
     deltas = [torch.zeros_like(start, requires_grad=True) for _ in sites]
     state = [(torch.zeros_like(start), torch.zeros_like(start)) for _ in sites]
     for step in range(settings.steps):

@@ -52,8 +52,8 @@ def test_equal_to_the_oracle(name: str, keys: str, solver: str, request: pytest.
         settings = replace(settings, stop_loss=0.0)
     if solver == "adam":
         # A tiny random model has v0 near nothing: its decay would dwarf the rest, and rounding the update.
-        constants = {"lr": 0.5, "weight_decay": 0.5} if name == "atlas" else {"lr": 0.02, "weight_decay": 1e-4}
-        settings = replace(settings, **constants)
+        lr, weight_decay = (0.5, 0.5) if name == "atlas" else (0.02, 1e-4)
+        settings = replace(settings, lr=lr, weight_decay=weight_decay)
     templates = context_templates(lm, FEW, seed=0)
     moment = second_moments(lm, [layer], MOMENTS, progress=False)[layer]
     edit = rome(lm, FACT, settings, moments={layer: moment}, contexts=templates, progress=False)

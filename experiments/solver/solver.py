@@ -119,14 +119,17 @@ def main() -> None:
         cases, befores = study_cases(options.n, seed), list[Look]()
         for method in options.methods.split(","):
             kind = get_method(method).settings
-            blocks = [{"layer": int(b)} for b in options.blocks.split(",")] if method == "r_rome" else [{}]
+            blocks: list[dict[str, Any]] = [{}]
+            if method == "r_rome":
+                blocks = [{"layer": int(b)} for b in options.blocks.split(",")]
             for where in blocks:
                 for solver in SOLVERS:
                     about = {"model": name, "seed": seed, "method": method, **where, "solver": solver, "n": options.n}
                     if json.dumps(about) in done:
                         continue
                     befores = befores or [look(lm, case, MEASURE) for case in tqdm(cases, desc="before", mininterval=5)]
-                    settings = kind(**where, solver=solver)
+                    chosen: dict[str, Any] = where | {"solver": solver}
+                    settings = kind(**chosen)
                     rows = cell(lm, method, cases, settings, befores, seed)
                     line = {"cell": about, "digest": lm.digest, "rows": rows}
                     with options.out.open("a", encoding="utf-8") as file:

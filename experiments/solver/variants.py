@@ -67,7 +67,8 @@ class Variant:
     @contextmanager
     def made(self) -> Iterator[None]:
         """In the body descent is this."""
-        with patch.multiple(solvers, Descent=self.kind, **self.constants):
+        changed: dict[str, Any] = {"Descent": self.kind, **self.constants}
+        with patch.multiple(solvers, **changed):
             yield
 
 
@@ -114,7 +115,7 @@ def main() -> None:
         for name, variant in VARIANTS.items():
             if name in found.setdefault(place, {}):
                 continue
-            where = {"layer": int(block[0])} if block else {}
+            where: dict[str, Any] = {"layer": int(block[0])} if block else {}
             settings = get_method(method).settings(**where, **variant.settings)
             with variant.made():
                 rows = cell(lm, method, cases, settings, befores, DRAWN_WITH)

@@ -68,7 +68,7 @@ class Solver(Protocol):
 
 def solver(name: str, lm: LanguageModel, norms: Tensor, settings: ValueSettings) -> Solver:
     """The solver of this name at δ = 0. `norms` [facts, sites]: ‖v0‖. `settings`: resolved."""
-    return {"adam": Adam, "descent": Descent}[name](lm, norms, settings)
+    return (Descent if name == "descent" else Adam)(lm, norms, settings)
 
 
 class _Places:
@@ -86,7 +86,8 @@ class _Places:
 
     def _over_limit(self, delta: Tensor) -> Tensor:
         """‖δ‖ / (clamp · ‖v0‖) [sites, facts, 1]."""
-        return delta.norm(dim=-1, keepdim=True) / (self._clamp * self._v0)
+        size: Tensor = delta.norm(dim=-1, keepdim=True)
+        return size / (self._clamp * self._v0)
 
     def keep(self, places: list[int]) -> None:
         self.delta, self._v0 = self.delta[:, places], self._v0[:, places]
@@ -179,7 +180,8 @@ class Descent(_Places):
 
     def _relative(self, step: Tensor) -> Tensor:
         """The length of a step [facts], in units of ‖v0‖; the largest of all sites."""
-        return (step.norm(dim=-1) / self._v0[..., 0]).amax(0)
+        sizes: Tensor = step.norm(dim=-1) / self._v0[..., 0]
+        return sizes.amax(0)
 
     def result(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         delta = torch.where((losses < self._loss)[:, None], self.delta, self._best)

@@ -1,6 +1,6 @@
 """The study's figures, table and picture, from its rows. See README.md.
 
-python experiments/solver/report.py ROWS.jsonl [MORE.jsonl]   # writes results.json, curves.png and README's tables
+python experiments/solver/figures.py ROWS.jsonl [MORE.jsonl]   # writes results.json, curves.png and README's tables
 """
 
 import argparse
@@ -20,7 +20,7 @@ Table = dict[str, numpy.ndarray]  # by name, a value of each case; NaN where the
 Cell = tuple[str, str, str]  # model, method, block
 # The five measures of the rule: of a table and the cases drawn [resamples, cases], a value of each resample.
 MEASURES: dict[str, Callable[[Table, numpy.ndarray], numpy.ndarray]] = {
-    "S": lambda t, drawn: 3 / sum(1 / _mean(t[name], drawn) for name in ("ES", "PS", "NS")),
+    "S": lambda t, drawn: 3 / (1 / _mean(t["ES"], drawn) + 1 / _mean(t["PS"], drawn) + 1 / _mean(t["NS"], drawn)),
     "unseen PS": lambda t, drawn: _mean(t["unseen_PS"], drawn),
     "NS": lambda t, drawn: _mean(t["NS"], drawn),
     "same subject": lambda t, drawn: _mean(t["same_subject"], drawn),
