@@ -291,7 +291,8 @@ def _values(
         after = F.log_softmax(logits[kl_at], -1)
         before = after.detach() if before is None else before
         kl = (after.exp() * (after - before)).sum()  # KL(edited ‖ clean): equation 4 and the authors' code
-        return (0.1 if method == "pmet" and said else 1.0) * nll + settings.kl_factor * kl
+        loss: Tensor = (0.1 if method == "pmet" and said else 1.0) * nll + settings.kl_factor * kl
+        return loss
 
     norms = [value.norm() for value in sites.values()]
     if settings.solver == "descent":
