@@ -7,6 +7,7 @@ An EditkitError is one line on stderr and exit code 1 (2 for a wrong configurati
 jobs go on, the table holds those that finished, and the exit code is 1.
 """
 
+import contextlib
 import os
 import sys
 import traceback
@@ -20,11 +21,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from editkit import start
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
 from editkit.files import make_folder, write_text
 from editkit.runs import collect, names
 from editkit.tasks import get_task
+
+_starting = contextlib.ExitStack()  # open from the beginning until everything is imported
 
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
 _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
@@ -32,6 +36,8 @@ _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun
 
 def main() -> None:
     """Entry point of `python -m editkit.run` and of the command `editkit`."""
+    if start.wanted():
+        _starting.enter_context(start.collector_paused())
     try:
         flags, overrides = _split(sys.argv[1:])
         sweep = "-m" in flags or "--multirun" in flags
@@ -49,6 +55,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: weights are restored; finished results are kept", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _starting.close()
     if sweep and not helping:
         _finish_sweep(folder)
 
@@ -73,7 +81,11 @@ _hydra_main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_n
 def _run(composed: DictConfig, folder: Path) -> None:
     config = to_config(composed)  # torch is not imported before the configuration has been checked
     write_text(folder / names.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
-    get_task(config.task.name).load()(config, folder)
+    run = get_task(config.task.name).load()
+    if start.wanted():
+        start.import_libraries()
+    _starting.close()
+    run(config, folder)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

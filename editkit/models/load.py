@@ -5,17 +5,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
 from editkit.models.snapshot import model_digest
 from editkit.nethook import get_parameter
+
+if TYPE_CHECKING:  # transformers is imported when a model is loaded: its import takes longer than torch's
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = {"atlas": Path(__file__).parent / "atlas"}
 
@@ -30,8 +31,8 @@ class LanguageModel:
     """
 
     name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     architecture: Architecture
 
     @property
@@ -87,6 +88,8 @@ def load(
 
     Raises ModelError when the model is not found or not of a family editkit knows.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     path = Path(name_or_path).expanduser()
     source: str | Path = BUNDLED.get(str(name_or_path), path if path.is_dir() else str(name_or_path))
     device = _resolve_device(device)
@@ -126,6 +129,8 @@ def load(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers' progress bar off: the bundled model loads in a moment."""
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
