@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
@@ -99,7 +100,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         architecture = architecture_of(config.model_type)
-        with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext():
+        with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext(), _NoFirstWeights():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -124,6 +125,22 @@ def load(
         )
     model.eval()
     return LanguageModel(str(name_or_path), model.to(device), tokenizer, architecture)
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    """torch.nn.init does nothing to a tensor on the meta device, which has no values.
+
+    transformers builds a model there before it reads the weights, and each layer asks for first weights. Torch would
+    import its symbolic shapes, and with them sympy, to find that the result has the shape of the tensor.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
