@@ -7,7 +7,6 @@ An EditkitError is one line on stderr and exit code 1 (2 for a wrong configurati
 jobs go on, the table holds those that finished, and the exit code is 1.
 """
 
-import contextlib
 import os
 import sys
 import traceback
@@ -28,16 +27,13 @@ from editkit.files import make_folder, write_text
 from editkit.runs import collect, names
 from editkit.tasks import get_task
 
-_starting = contextlib.ExitStack()  # open from the beginning until everything is imported
-
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
 _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
 
 
 def main() -> None:
     """Entry point of `python -m editkit.run` and of the command `editkit`."""
-    if start.wanted():
-        _starting.enter_context(start.collector_paused())
+    start.pause_collector()
     try:
         flags, overrides = _split(sys.argv[1:])
         sweep = "-m" in flags or "--multirun" in flags
@@ -56,7 +52,7 @@ def main() -> None:
         print("interrupted: weights are restored; finished results are kept", file=sys.stderr)
         sys.exit(130)
     finally:
-        _starting.close()
+        start.resume_collector()
     if sweep and not helping:
         _finish_sweep(folder)
 
@@ -82,9 +78,8 @@ def _run(composed: DictConfig, folder: Path) -> None:
     config = to_config(composed)  # torch is not imported before the configuration has been checked
     write_text(folder / names.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
     run = get_task(config.task.name).load()
-    if start.wanted():
-        start.import_libraries()
-    _starting.close()
+    start.import_libraries()
+    start.resume_collector()
     run(config, folder)
 
 

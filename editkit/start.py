@@ -31,31 +31,39 @@ COMPILER = "torch._dynamo"
 _USED_EARLY = f"{COMPILER}._trace_wrapped_higher_order_op"
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by torchrun and the like: this process is one of several
 
+_paused = False  # whether the collector was turned off here
+
 
 def wanted() -> bool:
     """Whether this is a process of the command's own: no model can be loaded yet."""
     return "transformers.modeling_utils" not in sys.modules and not os.environ.get("EDITKIT_PLAIN_IMPORTS")
 
 
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection in the body. What the body leaves is never looked at again.
+def pause_collector() -> None:
+    """No garbage collection until `resume_collector`, in a process of the command's own.
 
     Modules make a million objects and next to no garbage. The collector walks through all of them several times while
     they are made, and would do so again at every full pass of the run.
     """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
+    global _paused
+    if wanted() and gc.isenabled():
+        gc.disable()
+        _paused = True
+
+
+def resume_collector() -> None:
+    """End a pause. What was made in it is never looked at again. Does nothing where there is none."""
+    global _paused
+    if _paused:
         gc.freeze()
-        if was_on:
-            gc.enable()
+        gc.enable()
+        _paused = False
 
 
 def import_libraries() -> None:
-    """Import torch, and what every run needs of transformers."""
+    """Import torch, and what every run needs of transformers, in a process of the command's own."""
+    if not wanted():
+        return
     with compiler_later(), _without_distributed():
         from transformers import (  # noqa: F401
             AutoConfig,
@@ -156,7 +164,7 @@ class _Later(ModuleType):
         finally:
             self._running = False
         waiting = self._waiting
-        self.__class__ = ModuleType
+        object.__setattr__(self, "__class__", ModuleType)
         for name in ("_waiting", "_lock", "_running", "_stand_ins"):
             del self.__dict__[name]
         for pass_on in waiting:

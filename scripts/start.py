@@ -4,8 +4,8 @@
     python scripts/start.py --against ../other-checkout  # the two in turn, and their ratio
 
 The total is that of the plain command. The parts are from runs of their own, in which each import of a library and each
-call of a function named in PHASES is timed without what is timed inside it; they sum to that run's total. Whatever torch
-or transformers imports counts as theirs. Before anything is counted each checkout runs once, so that its files are
+call of a function named in PHASES is timed without what is timed inside it; they sum to that run's total. What torch or
+transformers imports counts as theirs. Each checkout runs once before anything is counted, so that its files are
 compiled and the second moments are in the cache. Compare ratios within one output only, and on idle cores.
 """
 
@@ -97,16 +97,21 @@ class Watch(MetaPathFinder):
         if library is not None:
             loader.exec_module = self.timed(execute, library)
         else:
-            loader.exec_module = lambda module: (execute(module), self.wrap(module))
+            loader.exec_module = self.wrapped(execute)
         return spec
 
-    def wrap(self, module: ModuleType) -> None:
-        """Time the calls of the module's functions; one that this checkout has not is left out."""
-        for name, phase in PHASES[module.__name__].items():
-            *owner, last = name.split(".")
-            place: Any = getattr(module, owner[0], None) if owner else module
-            if hasattr(place, last):
-                setattr(place, last, self.timed(getattr(place, last), phase))
+    def wrapped(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        """Run a module, then time the calls of its functions; one that this checkout has not is left out."""
+
+        def run(module: ModuleType) -> None:
+            execute(module)
+            for name, phase in PHASES[module.__name__].items():
+                *owner, last = name.split(".")
+                place: Any = getattr(module, owner[0], None) if owner else module
+                if hasattr(place, last):
+                    setattr(place, last, self.timed(getattr(place, last), phase))
+
+        return run
 
 
 def watched(out: Path, tree: str, arguments: list[str]) -> None:
@@ -153,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", help="of the command; default: edit=gpt2_fact")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, measured in turn with this one")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, measured in turn with this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
     arguments = options.arguments or ["edit=gpt2_fact"]

@@ -187,16 +187,26 @@ print(is_torch_distributed_available(), torch.distributed.is_available())
     assert python(code, tmp_path, **environment) == expected
 
 
-def test_the_collector_is_on_again_after_an_error() -> None:
-    assert gc.isenabled()
-    with pytest.raises(ValueError, match="wrong"), start.collector_paused():
-        assert not gc.isenabled()
-        raise ValueError("wrong")
-    assert gc.isenabled() and gc.get_freeze_count() > 0
-    gc.unfreeze()
+@pytest.mark.parametrize("arguments", [["task=trice"], [*FAST, "edit.subject=Nobody"], FAST])
+def test_the_collector_is_on_again_whatever_happened(arguments: list[str], tmp_path: Path) -> None:
+    code = """
+import gc
+from editkit.run import main
+try:
+    main()
+except SystemExit:
+    pass
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+    assert python(code, tmp_path, arguments).splitlines()[-1] == "True True"
 
 
 def test_a_process_that_has_transformers_is_left_as_it_is() -> None:
     import transformers.modeling_utils  # noqa: F401
 
     assert not start.wanted()
+    start.pause_collector()
+    assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    start.resume_collector()
+    assert gc.get_freeze_count() == frozen
