@@ -183,7 +183,8 @@ def _check(overrides: list[Override], folders: Sequence[Path]) -> None:
     # 2) Keys.
     first = {o.key_or_group: _values(o)[0] for o in own}
     groups = {key: value for key, value in first.items() if key in GROUPS}
-    paths = set(_keys(_composed(groups, folders)))
+    of_groups = _composed(groups, folders)
+    paths = set(_keys(of_groups))
     for key in first:
         if key not in GROUPS and key not in paths:
             raise ConfigError(f"No key '{key}': {did_you_mean(key, [*GROUPS, *paths])}")
@@ -192,7 +193,7 @@ def _check(overrides: list[Override], folders: Sequence[Path]) -> None:
     values += [first | {override.key_or_group: value} for override in own for value in _values(override)[1:]]
     for each in values:
         ours = each.get("method", "") in ("", *options("method")) and not any(key.startswith("method.") for key in each)
-        to_config(_composed(each, folders), with_method=not ours)
+        to_config(of_groups if each == groups else _composed(each, folders), with_method=not ours)
 
 
 def _offer(group: str, option: str, folders: Sequence[Path]) -> None:

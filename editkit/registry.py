@@ -58,6 +58,8 @@ class Registry(Generic[Entry]):
 
     def check(self, name: str) -> None:
         """Raise ConfigError, with the near match, for a name that is not there. Imports nothing."""
+        if name in self._entries or name in self._own():
+            return  # without a look at the entry points of everything that is installed
         if name not in (known := self.names()):
             raise ConfigError(f"No {self.noun} '{name}': {did_you_mean(name, known)}")
 

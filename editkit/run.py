@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from editkit import start
 from editkit.config import CONF_DIR, prepare, to_config
 from editkit.errors import EditkitError
 from editkit.files import make_folder, write_text
@@ -32,6 +33,7 @@ _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun
 
 def main() -> None:
     """Entry point of `python -m editkit.run` and of the command `editkit`."""
+    start.pause_collector()
     try:
         flags, overrides = _split(sys.argv[1:])
         sweep = "-m" in flags or "--multirun" in flags
@@ -49,6 +51,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: weights are restored; finished results are kept", file=sys.stderr)
         sys.exit(130)
+    finally:
+        start.resume_collector()
     if sweep and not helping:
         _finish_sweep(folder)
 
@@ -73,7 +77,10 @@ _hydra_main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_n
 def _run(composed: DictConfig, folder: Path) -> None:
     config = to_config(composed)  # torch is not imported before the configuration has been checked
     write_text(folder / names.CONFIG, OmegaConf.to_yaml(composed, resolve=True))
-    get_task(config.task.name).load()(config, folder)
+    run = get_task(config.task.name).load()
+    start.import_libraries()
+    start.resume_collector()
+    run(config, folder)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

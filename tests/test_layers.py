@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "editkit"
 
 # Bottom first; rooms on one line do not know each other.
 LAYERS = [
-    {"editkit", "errors", "nethook", "numbers"},
+    {"editkit", "errors", "nethook", "numbers", "start"},
     {"corpora", "files", "registry", "settings"},
     {"tensorfiles"},
     {"models"},

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from editkit import load
 from editkit.errors import ModelError
 from editkit.models.architecture import architecture_of, families, orientation
-from editkit.models.load import BUNDLED, LanguageModel
+from editkit.models.load import BUNDLED, LanguageModel, _NoFirstWeights
+from editkit.models.snapshot import digests, tensors_of
 from tests.conftest import tiny_lm
 from tests.families import SITES, build
 
@@ -51,6 +53,28 @@ def test_the_bundled_model(atlas_lm: LanguageModel) -> None:
     assert all(t.dtype == torch.float16 for t in weights.values())
     assert (BUNDLED["atlas"] / "model.safetensors").stat().st_size <= 25 << 20
     assert sum(p.numel() for p in atlas_lm.model.parameters()) <= 12_000_000
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "bloom"])
+def test_it_is_the_model_that_transformers_loads(family: str, tmp_path: Path) -> None:
+    """Bits, buffers that are in no file among them; and no random number was drawn."""
+    folder = saved(tmp_path, family)
+    before = torch.random.get_rng_state()
+    ours = load(folder, device="cpu").model
+    assert torch.equal(torch.random.get_rng_state(), before)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(ours) is type(theirs) and ours.config.to_dict() == theirs.config.to_dict()
+    assert digests(tensors_of(ours)) == digests(tensors_of(theirs))
+
+
+def test_first_weights_are_left_out_on_the_meta_device_alone() -> None:
+    with _NoFirstWeights():
+        torch.manual_seed(0)
+        real = torch.nn.Linear(3, 2)
+        assert torch.nn.init.zeros_(torch.ones(2)).tolist() == [0, 0]
+        empty = torch.nn.Linear(3, 2, device="meta")
+    torch.manual_seed(0)
+    assert torch.equal(real.weight, torch.nn.Linear(3, 2).weight) and empty.weight.is_meta
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "auto"])

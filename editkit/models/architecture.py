@@ -11,7 +11,6 @@ own with the same call, and an entry point `model_type = "its.module"` in the gr
 from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from editkit.errors import ModelError, did_you_mean
 from editkit.registry import Registry
@@ -147,6 +146,8 @@ def orientation(module: nn.Module, name: str) -> str:
 
     Decided by type: a square weight has no shape to tell by. Raises ModelError for any other module.
     """
+    from transformers.pytorch_utils import Conv1D
+
     if isinstance(module, Conv1D):
         return "in_out"
     if isinstance(module, nn.Linear):

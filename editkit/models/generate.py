@@ -2,22 +2,26 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
 
 from editkit.errors import FactError
 from editkit.models.load import LanguageModel
 from editkit.models.precision import widened
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextlib.contextmanager
-def _plainly(model: PreTrainedModel) -> Iterator[None]:
+def _plainly(model: "PreTrainedModel") -> Iterator[None]:
     """Generation as the caller asks for it: a checkpoint's own habits (a repetition penalty, beams) are set aside.
 
     They come with many instruction-tuned models, and with them "greedy" would not be the likeliest token each time.
     """
+    from transformers import GenerationConfig
+
     kept = model.generation_config
     if kept is not None:
         marks = {name: getattr(kept, f"{name}_token_id") for name in ("bos", "eos", "pad")}

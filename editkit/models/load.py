@@ -5,17 +5,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from torch.overrides import TorchFunctionMode
 
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
 from editkit.models.snapshot import model_digest
 from editkit.nethook import get_parameter
+
+if TYPE_CHECKING:  # transformers is imported when a model is loaded: its import takes longer than torch's
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = {"atlas": Path(__file__).parent / "atlas"}
 
@@ -30,8 +32,8 @@ class LanguageModel:
     """
 
     name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     architecture: Architecture
 
     @property
@@ -87,6 +89,8 @@ def load(
 
     Raises ModelError when the model is not found or not of a family editkit knows.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     path = Path(name_or_path).expanduser()
     source: str | Path = BUNDLED.get(str(name_or_path), path if path.is_dir() else str(name_or_path))
     device = _resolve_device(device)
@@ -96,7 +100,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         architecture = architecture_of(config.model_type)
-        with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext():
+        with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext(), _NoFirstWeights():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -123,9 +127,27 @@ def load(
     return LanguageModel(str(name_or_path), model.to(device), tokenizer, architecture)
 
 
+class _NoFirstWeights(TorchFunctionMode):
+    """torch.nn.init does nothing to a tensor on the meta device, which has no values.
+
+    transformers builds a model there before it reads the weights, and each layer asks for first weights. Torch would
+    import its symbolic shapes, and with them sympy, to find that the result has the shape of the tensor.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0] if args else None
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers' progress bar off: the bundled model loads in a moment."""
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

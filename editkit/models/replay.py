@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
@@ -271,6 +270,8 @@ def _first_column(record: Record, rows: int) -> tuple[Tensor, Tensor]:
 def _first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Any]:
     """Run each distinct text once. Returns which of them each row has [rows], their mask [distinct, tokens], and the
     output with its cache (None where all texts are empty). Raises CannotReplay for a model without such a cache."""
+    from transformers import DynamicCache
+
     number = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
     which = torch.tensor([number[tuple(text)] for text in texts])
     ids, seen = _padded(list(number), left=True)

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE
 from editkit.edits.edit import Edit
@@ -17,7 +17,9 @@ from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal
 from editkit.runs.read import Sides, sides_of
 from editkit.settings import Config
-from editkit.tracing import PARTS, AverageTrace, Traced
+
+if TYPE_CHECKING:  # an edit needs no tracing
+    from editkit.tracing import AverageTrace, Traced
 
 WIDTH = 80
 AUDITED = 10  # changed facts shown
@@ -163,7 +165,7 @@ def trace_heading(lm: LanguageModel, what: str) -> str:
     return "\n".join([*_wrapped("trace   ", what), *_wrapped("model   ", _about(lm))])
 
 
-def traced(found: Traced) -> str:
+def traced(found: "Traced") -> str:
     """One prompt: what the corruption takes, and where most of it comes back."""
     lines = [
         *_wrapped("answer  ", f"{found.answer.strip()!r}: P {found.clean:.4f}, {found.corrupted:.4f} corrupted"),
@@ -185,8 +187,10 @@ def traced(found: Traced) -> str:
     return "\n".join(lines)
 
 
-def average(found: AverageTrace, proposal: str) -> str:
+def average(found: "AverageTrace", proposal: str) -> str:
     """Many facts: for each kind of token the block at which most comes back; and the proposal."""
+    from editkit.tracing import PARTS
+
     text = f"P {found.clean.mean():.4f}, {found.corrupted.mean():.4f} corrupted; {len(found.texts)} facts"
     lines = [*_wrapped("answers ", text + (f", {len(found.skipped)} left out" if found.skipped else "")), ""]
     lines.append(f"{'average indirect effect':24}{'at':24}{'block':>6}{'AIE':>7}{'95 % interval':>19}")

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any, Generic, TypeVar
 
 import torch
-import transformers
 
 from editkit.edits.edit import Base, base_of
 from editkit.errors import EditkitError, FactError, ModelError
@@ -137,7 +137,7 @@ def provenance(method: str, settings: MethodSettings, facts: Sequence[Fact], **m
         "method": method,
         "settings": asdict(settings),
         "facts": [asdict(fact) for fact in facts],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
         **more,
     }
 
