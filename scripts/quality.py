@@ -85,9 +85,10 @@ def _edit_one(case: Case, *, name: str, method: str, layer: int) -> list[tuple[s
     lm = _MODELS[name]
     registered = get_method(method)
     before = score_probes(lm, case.probes)
-    constants = registered.settings.constants.of("atlas", lm.layers)  # also where the model is a folder's
+    constants = registered.settings.constants.of("atlas", lm.layers)
     where: dict[str, Any] = {"layer": layer} if "layer" in constants else {"layers": [layer]}
-    edit = registered(lm, case.fact, registered.settings(**constants | where), progress=False)
+    settings = registered.settings(**where).resolved("atlas", lm.layers)  # also where the model is a folder's
+    edit = registered(lm, case.fact, settings, progress=False)
     with edit.applied(lm):
         after = score_probes(lm, case.probes)
     rows: list[tuple[str, str, float]] = []
