@@ -172,7 +172,7 @@ def test_a_text_before_the_change_is_run_once() -> None:
     handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     replay(lm, rows, [4, 4, 5], [6, 6, 6], 1)
     handle.remove()
-    assert seen[:2] == [(2, 5), (3, 3)]  # two distinct prefixes, then the columns of every row
+    assert seen[:2] == [(1, 5), (3, 3)]  # the longer prefix holds the shorter one; then the columns of every row
 
 
 def test_a_model_that_does_something_between_its_parts_is_refused() -> None:

@@ -16,7 +16,8 @@ import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Rows, unflatten
+from editkit.models.tree import Tree, room
 from editkit.nethook import Record, Trace, get_module, hidden, with_input
 
 # How far a replayed row may be from the whole model, relative to its largest logit; some families attend in float32.
@@ -54,6 +56,20 @@ class _Prefix:
         if self._seen is not None:
             self._seen[layer] = keys, values
         return keys, values
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A clean run over a tree of texts. `final`: [packs, nodes, d_model] after the final norm."""
+
+    lm: LanguageModel
+    tree: Tree
+    final: Tensor
+
+    def at(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """(pack, node) of token `position` of text `row`."""
+        pack, node = self.tree.at(row, position)
+        return pack.to(self.final.device), node.to(self.final.device)
 
 
 @dataclass(frozen=True)
@@ -179,13 +195,38 @@ def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
     return plain and not learns and float32 and final.device.type == "cpu" and final.ndim == 2
 
 
-@torch.no_grad()
-def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns:
-    """One clean run of `rows` up to token `last[row]`, which runs each distinct text before token `first[row]` once.
+def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns | Packed:
+    """One clean run of `rows` up to token `last[row]`, in which what they share from their beginning is run once.
 
-    `first[row]` is 1 or more, and column 0 is the token before it. Raises CannotReplay for a model that gives other
-    logits this way.
+    Where the model takes packs (tree.py), a tree of the rows; else the texts before token `first[row]`, each distinct
+    one once, and then the tokens behind them. `first[row]` is 1 or more; the places that can be read are those of
+    token `first[row] − 1` to `last[row]`. Raises CannotReplay for a model that gives other logits either way.
     """
+    ids = [row[: end + 1] for row, end in zip(rows.ids.tolist(), last, strict=True)]
+    return _packed_or_not(lm, ids, lambda most: _tree(lm, rows, ids, most) if most else _columns(lm, rows, first, last))
+
+
+@torch.no_grad()
+def _tree(lm: LanguageModel, rows: Rows, ids: Sequence[Sequence[int]], most: int) -> Packed:
+    """One clean run of the texts `ids` as a tree, in packs of at most `most` tokens."""
+    tree = Tree.of(ids, most)
+    clean = Packed(lm, tree, lm.model.base_model(**tree.inputs(lm), use_cache=False).last_hidden_state)
+    last = [len(text) - 1 for text in ids]
+    # The text that lies behind the most tokens of others. It costs a tenth of an evaluation, so a model as it is now is
+    # checked once for each larger size.
+    row = int((tree.nodes[:, -1] - torch.tensor(last)).argmax())
+    sizes, state = (max(last), tree.ids.shape[1]), _state(lm)
+    known, checked = _checked.get(lm.model, (state, (0, 0)))
+    if known != state or any(mine > largest for mine, largest in zip(sizes, checked, strict=True)):
+        _check(clean, rows, last, row, clean.final[clean.at(torch.tensor(row), torch.tensor(last[row]))])
+        larger = sizes if known != state else (max(sizes[0], checked[0]), max(sizes[1], checked[1]))
+        _checked[lm.model] = state, larger
+    return clean
+
+
+@torch.no_grad()
+def _columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns:
+    """The same for a model that does not take packs."""
     ids = rows.ids.tolist()
 
     # 1) The texts up to column 0, each distinct one once.
@@ -209,7 +250,6 @@ def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[
     return clean
 
 
-@torch.no_grad()
 def replay(
     lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int], start: int, sites: Sequence[str] = ()
 ) -> Replay:
@@ -221,14 +261,27 @@ def replay(
 
     Raises CannotReplay for a model that gives other logits this way.
     """
+    before = [row[:begin] for row, begin in zip(rows.ids.tolist(), first, strict=True)]
+    return _packed_or_not(lm, before, lambda most: _replay(lm, rows, first, last, start, sites, most))
+
+
+@torch.no_grad()
+def _replay(
+    lm: LanguageModel,
+    rows: Rows,
+    first: Sequence[int],
+    last: Sequence[int],
+    start: int,
+    sites: Sequence[str],
+    most: int,
+) -> Replay:
+    """`replay`, with the texts before column 0 in packs of at most `most` tokens, or not in packs: 0."""
     ids = rows.ids.tolist()
 
-    # 1) Clean pass over the texts before column 0, each distinct one once: keys and values of every block.
-    which, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
-    cache, kept = None, {}
-    if before is not None:
-        cache = before.past_key_values
-        cache.batch_select_indices(which.to(lm.device))
+    # 1) Clean pass over the texts before column 0: keys and values of every block.
+    seen, cache = _earlier(lm, [ids[row][:begin] for row, begin in enumerate(first)], most)
+    kept = {}
+    if cache is not None:
         kept = {layer: (each.keys, each.values) for layer, each in enumerate(cache.layers) if layer >= start}
 
     # 2) Clean pass over columns 0, 1, … behind them, with the arguments of each block's call.
@@ -237,7 +290,7 @@ def replay(
     # Copies, since Falcon adds to an output in place.
     captured = Trace(lm.model, sites, inputs=True, clone=True) if sites else None
     parts = [ids[row][begin : end + 1] for row, (begin, end) in enumerate(zip(first, last, strict=True))]
-    final = _while_traced([trace, captured], lambda: _second_pass(lm, parts, first, seen[which], cache))
+    final = _while_traced([trace, captured], lambda: _second_pass(lm, parts, first, seen, cache))
 
     # 3) What a replay needs: the stream that enters the first block, the calls without it and without the cache.
     stream = trace[next(iter(trace))].input
@@ -265,6 +318,53 @@ def _while_traced(traces: Sequence[Trace | None], run: Callable[[], Tensor]) -> 
 def _first_column(record: Record, rows: int) -> tuple[Tensor, Tensor]:
     """A module's input and output at column 0, [rows, d] each."""
     return unflatten(record.input, rows)[:, 0], unflatten(record.output, rows)[:, 0]
+
+
+Found = TypeVar("Found")
+_checked: WeakKeyDictionary[Any, tuple[object, tuple[int, int]]] = WeakKeyDictionary()  # longest text, widest pack
+_refused: WeakKeyDictionary[Any, object] = WeakKeyDictionary()  # models that gave other logits in packs, as they were
+
+
+def _packed_or_not(lm: LanguageModel, texts: Sequence[Sequence[int]], run: Callable[[int], Found]) -> Found:
+    """`run(most)` with packs of at most `most` tokens where the model takes them; else, or where that raises
+    CannotReplay, `run(0)`. A model that was refused is not asked again until something about it changes."""
+    most, state = room(lm, max(map(len, texts))), _state(lm)
+    if most and any(texts) and _refused.get(lm.model) != state:
+        try:
+            return run(most)
+        except CannotReplay:
+            found = run(0)  # raises where packs are not to blame
+            _refused[lm.model] = state
+            return found
+    return run(0)
+
+
+def _state(lm: LanguageModel) -> object:
+    """What decides how a model runs, but for its weights: attention, precision, and every hook that is on it."""
+    hooks = [
+        number
+        for module in lm.model.modules()
+        for each in (module._forward_hooks, module._forward_pre_hooks)
+        for number in each
+    ]
+    return lm.model.config._attn_implementation, lm.dtype, lm.device, lm.model.training, tuple(hooks)
+
+
+def _earlier(lm: LanguageModel, texts: Sequence[Sequence[int]], most: int) -> tuple[Tensor, DynamicCache | None]:
+    """Run the texts once, and what they share once. Returns their mask [rows, tokens], padded on the left, and their
+    keys and values; None where all are empty."""
+    if not most:
+        which, seen, output = _first_pass(lm, texts)
+        if output is not None:
+            output.past_key_values.batch_select_indices(which.to(lm.device))
+        return seen[which], None if output is None else output.past_key_values
+    tree, found = Tree.of(texts, most), DynamicCache()
+    lm.model.base_model(**tree.inputs(lm), past_key_values=found, use_cache=True)
+    cache = DynamicCache(config=lm.model.config)  # which knows of windows
+    for layer, each in enumerate(found.layers):
+        cache.update(tree.of_texts(each.keys), tree.of_texts(each.values), layer)
+    tokens = torch.arange(tree.nodes.shape[1])
+    return (tokens >= len(tokens) - tree.lengths[:, None]).long(), cache
 
 
 def _first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Any]:
@@ -315,14 +415,14 @@ def _padded(texts: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tens
     return ids, mask
 
 
-def _check(clean: Columns, rows: Rows, last: Sequence[int], row: int, final: Tensor) -> None:
+def _check(clean: Columns | Packed, rows: Rows, last: Sequence[int], row: int, final: Tensor) -> None:
     """Raise CannotReplay unless one row is as in the whole model and every row is finite (a softmax over padding alone
     gives NaN).
 
     - `clean`: the run to check. `rows`, `last`: as it was given them.
     - `row`, `final`: the row to compare, and its last token after the final norm [d_model].
     """
-    at = clean.at(torch.arange(len(last), device=clean.first.device), torch.tensor(last, device=clean.first.device))
+    at = clean.at(*(torch.tensor(each, device=clean.final.device) for each in (range(len(last)), last)))
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(clean.lm.model.forward).parameters else {}
     wanted = clean.lm.model(input_ids=rows.ids[row : row + 1, : last[row] + 1], use_cache=False, **few).logits[0, -1]
     apart = ((logits_of(clean.lm, final) - wanted).abs().max() / wanted.abs().max()).item()
