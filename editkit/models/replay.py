@@ -15,7 +15,7 @@ here. Whether that holds for a model is measured each time: one row is compared 
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -51,11 +51,42 @@ class _Prefix:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if layer in self._kept:
-            before = self._kept[layer]
-            keys, values = torch.cat((before[0], keys), -2), torch.cat((before[1], values), -2)
+            keys, values = map(_behind, self._kept[layer], (keys, values))
         if self._seen is not None:
             self._seen[layer] = keys, values
         return keys, values
+
+
+def _behind(before: Tensor, states: Tensor) -> Tensor:
+    """`states` [n · rows, heads, tokens, d_head] behind those of earlier tokens, [rows, heads, earlier, d_head]."""
+    if len(before) == len(states):
+        return torch.cat((before, states), -2)
+    each = states.unflatten(0, (-1, len(before)))
+    return torch.cat((before.expand(len(each), *before.shape), each), -2).flatten(0, 1)
+
+
+class _KeysAreMade(Exception):
+    """Ends the run of a block of which only keys and values are wanted."""
+
+
+class _KeysAlone(_Prefix):
+    """The same, and the block's run ends here."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        super().update(keys, values, layer)
+        raise _KeysAreMade
+
+
+class _Recorded(DynamicCache):
+    """A cache that also keeps what it handed out last, which a window does not cut: all tokens' keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(config=model.config)
+        self.seen: KeysAndValues = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.seen[layer] = super().update(keys, values, layer, *args, **kwargs)
+        return self.seen[layer]
 
 
 @dataclass(frozen=True)
@@ -97,6 +128,8 @@ class Replay(Columns):
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # arguments of the blocks from `start` on
     kept: KeysAndValues  # before column 0
     column0: dict[str, tuple[Tensor, Tensor]]  # of the modules that were asked for: input and output, [rows, d] each
+    streams: tuple[Tensor, ...] = ()  # as `stream`, for each of these blocks, and what entered the final norm
+    seen: KeysAndValues = field(default_factory=dict)  # of all columns of the clean run, those before them in front
 
     def run(self, stream: Tensor, seen: KeysAndValues | None = None) -> Tensor:
         """[rows, columns, d_model] after the final norm, from the stream entering block `start`. Differentiable.
@@ -108,7 +141,16 @@ class Replay(Columns):
 
     def through(self, stream: Tensor, seen: KeysAndValues | None = None) -> Tensor:
         """The same before the final norm: what leaves the last of the blocks."""
-        prefix = _Prefix(self.kept, seen)
+        return self._through(stream, _Prefix(self.kept, seen))
+
+    def keys_alone(self, stream: Tensor) -> KeysAndValues:
+        """What `through` puts into `seen` for the first of the blocks, whose attention and MLP are not run."""
+        seen: KeysAndValues = {}
+        with contextlib.suppress(_KeysAreMade):
+            self._through(stream, _KeysAlone(self.kept, seen))
+        return seen
+
+    def _through(self, stream: Tensor, prefix: _Prefix) -> Tensor:
         for number, (args, kwargs) in enumerate(self.calls):
             block = get_module(self.lm.model, self.lm.architecture.block.format(self.start + number))
             args, kwargs = _mapped((args, kwargs), lambda value: prefix if value is _CACHE else value)
@@ -120,7 +162,7 @@ class Replay(Columns):
         """Block `start` alone, ready to run on a stream of the caller's; `final` and `stream` have no columns."""
         kept = {self.start: self.kept[self.start]} if self.start in self.kept else {}
         nothing = self.final[:, :0]
-        return replace(self, calls=self.calls[:1], kept=kept, final=nothing, stream=nothing)
+        return replace(self, calls=self.calls[:1], kept=kept, final=nothing, stream=nothing, streams=(), seen={})
 
     def of(self, rows: Tensor) -> "Replay":
         """The replay of the rows with these indices, [kept]."""
@@ -139,8 +181,15 @@ class Replay(Columns):
         calls = [_mapped(call, pick) for call in self.calls]
         kept = {layer: (pick(keys), pick(values)) for layer, (keys, values) in self.kept.items()}
         column0 = {site: (given[rows], gave[rows]) for site, (given, gave) in self.column0.items()}
+        streams = tuple(stream[rows] for stream in self.streams)
+        seen = {layer: (pick(keys), pick(values)) for layer, (keys, values) in self.seen.items()}
         picked = replace(self, first=self.first[rows], final=self.final[rows], stream=self.stream[rows])
-        return replace(picked, calls=calls, kept=kept, column0=column0)
+        return replace(picked, calls=calls, kept=kept, column0=column0, streams=streams, seen=seen)
+
+    def times(self, copies: int) -> "Replay":
+        """The replay of so many copies of all rows, one after the other, which share what comes before column 0."""
+        rows = torch.arange(len(self.first), device=self.first.device).repeat(copies)
+        return replace(replace(self, kept={}).of(rows), kept=self.kept)
 
     def after(self, column: int, start: int, seen: KeysAndValues) -> "Replay":
         """Blocks `start`, … on the columns from `column` on, behind what a run of all columns has `seen`.
@@ -159,7 +208,7 @@ class Replay(Columns):
         left = count - column
         kept = {layer: (keys[:, :, :-left], values[:, :, :-left]) for layer, (keys, values) in seen.items()}
         later = replace(self, first=self.first + column, final=self.final[:, column:], stream=self.stream[:, :0])
-        return replace(later, start=start, calls=calls, kept=kept)
+        return replace(later, start=start, calls=calls, kept=kept, streams=(), seen={})
 
 
 def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
@@ -251,18 +300,26 @@ def _columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence
 
 
 def replay(
-    lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int], start: int, sites: Sequence[str] = ()
+    lm: LanguageModel,
+    rows: Rows,
+    first: Sequence[int],
+    last: Sequence[int],
+    start: int,
+    sites: Sequence[str] = (),
+    *,
+    everything: bool = False,
 ) -> Replay:
     """Get ready to run blocks `start`, … again on tokens `first[row]` to `last[row]` of each row.
 
     - `rows`: the texts. `first`, `last`: a position for each row.
     - `start`: the first block to run again; the number of blocks for the final norm alone.
     - `sites`: modules whose input and output at column 0 are kept as well.
+    - `everything`: keep the stream that enters each block, and all keys and values (`streams`, `seen`).
 
     Raises CannotReplay for a model that gives other logits this way.
     """
     before = [row[:begin] for row, begin in zip(rows.ids.tolist(), first, strict=True)]
-    return _packed_or_not(lm, before, lambda most: _replay(lm, rows, first, last, start, sites, most))
+    return _packed_or_not(lm, before, lambda most: _replay(lm, rows, first, last, start, sites, everything, most))
 
 
 @torch.no_grad()
@@ -273,6 +330,7 @@ def _replay(
     last: Sequence[int],
     start: int,
     sites: Sequence[str],
+    everything: bool,
     most: int,
 ) -> Replay:
     """`replay`, with the texts before column 0 in packs of at most `most` tokens, or not in packs: 0."""
@@ -280,9 +338,9 @@ def _replay(
 
     # 1) Clean pass over the texts before column 0: keys and values of every block.
     seen, cache = _earlier(lm, [ids[row][:begin] for row, begin in enumerate(first)], most)
-    kept = {}
-    if cache is not None:
-        kept = {layer: (each.keys, each.values) for layer, each in enumerate(cache.layers) if layer >= start}
+    kept = {
+        layer: (each.keys, each.values) for layer, each in enumerate(cache.layers) if layer >= start and any(first)
+    }
 
     # 2) Clean pass over columns 0, 1, … behind them, with the arguments of each block's call.
     blocks = [lm.architecture.block.format(layer) for layer in range(start, lm.layers)]
@@ -298,6 +356,8 @@ def _replay(
     calls = [_mapped(call, lambda value: _CACHE if hasattr(value, "get_seq_length") else value) for call in calls]
     column0 = {} if captured is None else {site: _first_column(captured[site], len(first)) for site in sites}
     ready = Replay(lm, torch.tensor(first, device=lm.device), final, start, stream, calls, kept, column0)
+    if everything:
+        ready = replace(ready, streams=tuple(trace[site].input for site in trace), seen=cache.seen)
 
     # 4) Check the row with the longest text before column 0 against the whole model.
     row = max(range(len(first)), key=first.__getitem__)
@@ -350,17 +410,21 @@ def _state(lm: LanguageModel) -> object:
     return lm.model.config._attn_implementation, lm.dtype, lm.device, lm.model.training, tuple(hooks)
 
 
-def _earlier(lm: LanguageModel, texts: Sequence[Sequence[int]], most: int) -> tuple[Tensor, DynamicCache | None]:
+def _earlier(lm: LanguageModel, texts: Sequence[Sequence[int]], most: int) -> tuple[Tensor, _Recorded]:
     """Run the texts once, and what they share once. Returns their mask [rows, tokens], padded on the left, and their
-    keys and values; None where all are empty."""
+    keys and values.
+
+    - `texts`: some may be empty. `most`: tokens of a pack at most; 0: each distinct text is a row of its own.
+    """
+    cache = _Recorded(lm.model)
     if not most:
         which, seen, output = _first_pass(lm, texts)
         if output is not None:
-            output.past_key_values.batch_select_indices(which.to(lm.device))
-        return seen[which], None if output is None else output.past_key_values
+            cache = output.past_key_values
+            cache.batch_select_indices(which.to(lm.device))
+        return seen[which], cache
     tree, found = Tree.of(texts, most), DynamicCache()
     lm.model.base_model(**tree.inputs(lm), past_key_values=found, use_cache=True)
-    cache = DynamicCache(config=lm.model.config)  # which knows of windows
     for layer, each in enumerate(found.layers):
         cache.update(tree.of_texts(each.keys), tree.of_texts(each.values), layer)
     tokens = torch.arange(tree.nodes.shape[1])
@@ -377,8 +441,9 @@ def _first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tens
     ids, seen = _padded(list(number), left=True)
     if not ids.shape[1]:
         return which, seen, None
-    output = lm.model.base_model(**_inputs(lm, ids, seen, (seen.cumsum(1) - 1).clamp_min(0)), use_cache=True)
-    if not isinstance(getattr(output, "past_key_values", None), DynamicCache):
+    given = _inputs(lm, ids, seen, (seen.cumsum(1) - 1).clamp_min(0))
+    output = lm.model.base_model(**given, past_key_values=_Recorded(lm.model), use_cache=True)
+    if not isinstance(getattr(output, "past_key_values", None), _Recorded) or not output.past_key_values.seen:
         raise CannotReplay("it keeps no keys and values of earlier tokens")
     return which, seen, output
 
