@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from editkit.models import replay as replaying
+from editkit.models import columns as reading
+from editkit.models import passes
+from editkit.models.columns import Packed, columns
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
-from editkit.models.replay import Columns, Packed, columns, logits_of, replay
+from editkit.models.passes import CannotReplay, Columns
+from editkit.models.replay import replay
 from editkit.models.tokens import Rows, tokenise
 from editkit.models.tree import Tree, room
 from editkit.nethook import get_module
@@ -35,8 +39,8 @@ def wide_lm(family: str) -> LanguageModel:
     if getattr(config, "sliding_window", None):
         config.sliding_window = 100
     if family == "gpt_neo":
-        for block in lm.model.transformer.h:
-            attention = block.attn.attention
+        for number in range(lm.layers):
+            attention: Any = get_module(lm.model, f"transformer.h.{number}.attn.attention")
             attention.bias = torch.tril(torch.ones_like(attention.bias))
         config.window_size = 100
     return lm
@@ -100,9 +104,9 @@ def test_replay_behind_a_tree_is_replay_behind_padded_rows(family: str, monkeypa
     rows, _, last = asked(lm)
     first = [max(0, end - number) for number, end in enumerate(last)]
     packed = replay(lm, rows, first, last, 1)
-    monkeypatch.setattr(replaying, "room", lambda lm, longest: 0)
+    monkeypatch.setattr(passes, "room", lambda lm, longest: 0)
     plain = replay(lm, rows, first, last, 1)
-    assert lm.model not in replaying._refused and min(first) == 0
+    assert lm.model not in passes.refused and min(first) == 0
     with torch.no_grad():
         found, wanted = packed.run(packed.stream), plain.run(plain.stream)
     for row, (begin, end) in enumerate(zip(first, last, strict=True)):
@@ -160,7 +164,7 @@ def test_weights_that_are_not_finite_do_not_refuse_packs() -> None:
     held = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
-        with pytest.raises(replaying.CannotReplay):
+        with pytest.raises(CannotReplay):
             columns(lm, *asked(lm))
         weight.copy_(held)
     assert isinstance(columns(lm, *asked(lm)), Packed)
@@ -169,13 +173,13 @@ def test_weights_that_are_not_finite_do_not_refuse_packs() -> None:
 def test_a_model_is_checked_again_for_longer_texts_and_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2")
     checks: list[int] = []
-    check = replaying._check
+    check = passes.check
 
     def counting(*args: Any) -> None:
         checks.append(1)
         check(*args)
 
-    monkeypatch.setattr(replaying, "_check", counting)
+    monkeypatch.setattr(reading, "check", counting)
     for texts, expected in ((TEXTS[:1], 1), (TEXTS[:1], 1), (TEXTS[:2], 2), (TEXTS[:1], 2)):
         columns(lm, *asked(lm, texts))
         assert len(checks) == expected

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from editkit.data.cases import Probe
+from editkit.models.columns import Below, columns
 from editkit.models.generate import generate
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
+from editkit.models.passes import CannotReplay
 from editkit.models.precision import widened
-from editkit.models.replay import CannotReplay, columns, logits_of
 from editkit.models.tokens import Scored, encode_with_targets, spaced, tokenise
 
 BATCH = 128  # rows; sorted by length, so that little is padding where rows are padded
@@ -52,14 +54,19 @@ class ProbeScore:
         return self.true is not None and self.true.nll < self.new.nll
 
 
-def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
-    """Each target after its prompt, in the order given. What texts share from their beginning is run once."""
+def score_targets(
+    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], below: Below | None = None
+) -> list[TargetScore]:
+    """Each target after its prompt, in the order given. What texts share from their beginning is run once.
+
+    `below`: of `lm`; the same texts are then run again from its block on only.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i], len(targets[i])))
     scores: dict[int, TargetScore] = {}
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         scored = encode_with_targets(lm, [prompts[i] for i in chunk], [spaced(targets[i]) for i in chunk])
-        log_p, said, best = _read(lm, scored)
+        log_p, said, best = _read(lm, scored, below)
         begin = 0
         for i, positions in zip(chunk, scored.positions, strict=True):
             mine = slice(begin, begin := begin + len(positions))
@@ -75,15 +82,17 @@ def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[s
 
 
 @torch.inference_mode()
-def _read(lm: LanguageModel, scored: Scored) -> tuple[Tensor, Tensor, Tensor]:
+def _read(lm: LanguageModel, scored: Scored, below: Below | None) -> tuple[Tensor, Tensor, Tensor]:
     """Of each target token, [tokens] each: its log-probability in float64, the argmax in its place, and whether they
     are one."""
     first, last = [found[0] for found in scored.positions], [found[-1] - 1 for found in scored.positions]
     row, at, token = scored.pick()
     log_p, said = torch.zeros(len(row), device=lm.device), torch.zeros_like(token)
+    if below is not None:
+        below.refresh()
     with widened(lm):
         try:
-            clean = columns(lm, scored.rows, first, last)
+            clean = columns(lm, scored.rows, first, last, below)
         except CannotReplay:
             read, of = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at], torch.arange(len(row))
             head: Callable[[Tensor], Tensor] = Tensor.float
@@ -102,12 +111,12 @@ def _read(lm: LanguageModel, scored: Scored) -> tuple[Tensor, Tensor, Tensor]:
     return log_p.double().cpu(), said.cpu(), (said == token).cpu()
 
 
-def score_probes(lm: LanguageModel, probes: Sequence[Probe]) -> list[ProbeScore]:
-    """Both targets of every probe under the model as it is now."""
+def score_probes(lm: LanguageModel, probes: Sequence[Probe], below: Below | None = None) -> list[ProbeScore]:
+    """Both targets of every probe under the model as it is now. `below`: see `score_targets`."""
     known = [i for i, probe in enumerate(probes) if probe.target_true]
     prompts = [p.prompt for p in probes] + [probes[i].prompt for i in known]
     targets = [p.target_new for p in probes] + [probes[i].target_true for i in known]
-    scores = score_targets(lm, prompts, targets)
+    scores = score_targets(lm, prompts, targets, below)
     true = dict(zip(known, scores[len(probes) :], strict=True))
     return [ProbeScore(p, true.get(i), scores[i]) for i, p in enumerate(probes)]
 

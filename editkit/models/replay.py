@@ -4,7 +4,7 @@ What is changed at block L and token t reaches no block below L and, attention b
 one clean pass is enough for those: its residual stream enters block `start`, and its keys and values of the earlier
 tokens stand in for them. Rows are laid out around their first token that runs again, which is column 0 of all:
 
-    clean pass 1    texts before column 0, padded on the left; equal ones once       -> keys and values of each block
+    clean pass 1    texts before column 0, what they share once (tree.py)            -> keys and values of each block
     clean pass 2    columns 0, 1, …, padded on the right, all blocks                 -> how each block is called
     run             blocks `start`, … on columns 0, 1, …, called as in pass 2, then the final norm; logits where asked
 
@@ -13,34 +13,19 @@ here. Whether that holds for a model is measured each time: one row is compared 
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
+from editkit.models.passes import Columns, KeysAndValues, check, earlier, packed_or_not, second_pass
 from editkit.models.tokens import Rows, unflatten
-from editkit.models.tree import Tree, room
 from editkit.nethook import Record, Trace, get_module, hidden, with_input
 
-# How far a replayed row may be from the whole model, relative to its largest logit; some families attend in float32.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-# Rows of the head that a product takes at once: with few logits to read, 50,257 at once are slow on a processor. 43
-# went at 38 GFLOP/s whole and at 65 in pieces of 512, 300 at 53 and 78 (MKL, one core; a large product: 90).
-PIECE = 512
-
-KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # of each block, [rows, heads, tokens, d_head]
 _CACHE = object()  # in a kept call: here goes the cache
-
-
-class CannotReplay(ModelError):
-    """This model does not do what replay relies on; the message says where it differs."""
 
 
 class _Prefix:
@@ -75,48 +60,6 @@ class _KeysAlone(_Prefix):
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         super().update(keys, values, layer)
         raise _KeysAreMade
-
-
-class _Recorded(DynamicCache):
-    """A cache that also keeps what it handed out last, which a window does not cut: all tokens' keys and values."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(config=model.config)
-        self.seen: KeysAndValues = {}
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.seen[layer] = super().update(keys, values, layer, *args, **kwargs)
-        return self.seen[layer]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A clean run over a tree of texts. `final`: [packs, nodes, d_model] after the final norm."""
-
-    lm: LanguageModel
-    tree: Tree
-    final: Tensor
-
-    def at(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """(pack, node) of token `position` of text `row`."""
-        pack, node = self.tree.at(row, position)
-        return pack.to(self.final.device), node.to(self.final.device)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A clean run over columns 0, 1, … of each row, where column 0 is token `first[row]`.
-
-    `final`: [rows, columns, d_model] after the final norm; columns behind a row's last token hold nothing of use.
-    """
-
-    lm: LanguageModel
-    first: Tensor  # [rows]
-    final: Tensor
-
-    def at(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """(row, column) of token `position` of `row`."""
-        return row, position - self.first[row]
 
 
 @dataclass(frozen=True)
@@ -211,94 +154,6 @@ class Replay(Columns):
         return replace(later, start=start, calls=calls, kept=kept, streams=(), seen={})
 
 
-def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
-    """[.., vocabulary] from the residual stream after the final norm, [.., d_model]."""
-    head = get_module(lm.model, lm.architecture.head)
-    product: Callable[..., Tensor] = _InPieces.apply
-    logits: Tensor = product(final, head.weight) if _by_pieces(head, final) else head(final)
-    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-class _InPieces(torch.autograd.Function):
-    """x [n, d_model] Wᵀ, for a W [vocabulary, d_model] that takes no gradient, some of its rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        logits = x.new_empty(len(x), len(weight))
-        for begin in range(0, len(weight), PIECE):
-            torch.mm(x, weight[begin : begin + PIECE].T, out=logits[:, begin : begin + PIECE])
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
-        return grad_outputs[0] @ ctx.saved_tensors[0], None
-
-
-def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
-    """Whether the head does no more than a product, and of the kind that a processor does slowly as a whole."""
-    plain = type(head) is torch.nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
-    learns = torch.is_grad_enabled() and head.weight.requires_grad
-    float32 = final.dtype == head.weight.dtype == torch.float32
-    return plain and not learns and float32 and final.device.type == "cpu" and final.ndim == 2
-
-
-def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns | Packed:
-    """One clean run of `rows` up to token `last[row]`, in which what they share from their beginning is run once.
-
-    Where the model takes packs (tree.py), a tree of the rows; else the texts before token `first[row]`, each distinct
-    one once, and then the tokens behind them. `first[row]` is 1 or more; the places that can be read are those of
-    token `first[row] − 1` to `last[row]`. Raises CannotReplay for a model that gives other logits either way.
-    """
-    ids = [row[: end + 1] for row, end in zip(rows.ids.tolist(), last, strict=True)]
-    return _packed_or_not(lm, ids, lambda most: _tree(lm, rows, ids, most) if most else _columns(lm, rows, first, last))
-
-
-@torch.no_grad()
-def _tree(lm: LanguageModel, rows: Rows, ids: Sequence[Sequence[int]], most: int) -> Packed:
-    """One clean run of the texts `ids` as a tree, in packs of at most `most` tokens."""
-    tree = Tree.of(ids, most)
-    clean = Packed(lm, tree, lm.model.base_model(**tree.inputs(lm), use_cache=False).last_hidden_state)
-    last = [len(text) - 1 for text in ids]
-    # The text that lies behind the most tokens of others. It costs a tenth of an evaluation, so a model as it is now is
-    # checked once for each larger size.
-    row = int((tree.nodes[:, -1] - torch.tensor(last)).argmax())
-    sizes, state = (max(last), tree.ids.shape[1]), _state(lm)
-    known, checked = _checked.get(lm.model, (state, (0, 0)))
-    if known != state or any(mine > largest for mine, largest in zip(sizes, checked, strict=True)):
-        _check(clean, rows, last, row, clean.final[clean.at(torch.tensor(row), torch.tensor(last[row]))])
-        larger = sizes if known != state else (max(sizes[0], checked[0]), max(sizes[1], checked[1]))
-        _checked[lm.model] = state, larger
-    return clean
-
-
-@torch.no_grad()
-def _columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns:
-    """The same for a model that does not take packs."""
-    ids = rows.ids.tolist()
-
-    # 1) The texts up to column 0, each distinct one once.
-    which, seen, before = _first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
-    final = before.last_hidden_state[which, -1:]  # [rows, 1, d_model]
-
-    # 2) Columns 1, 2, … of the rows that have them.
-    longer = [row for row in range(len(ids)) if last[row] >= first[row]]
-    if longer:
-        cache, begins = before.past_key_values, [first[row] for row in longer]
-        cache.batch_select_indices(which[longer].to(lm.device))
-        parts = [ids[row][first[row] : last[row] + 1] for row in longer]
-        after = _second_pass(lm, parts, begins, seen[which[longer]], cache)
-        final = torch.cat((final, final.new_zeros(len(ids), after.shape[1], after.shape[2])), 1)
-        final[longer, 1:] = after
-
-    # 3) Check one row against the whole model.
-    clean = Columns(lm, torch.tensor(first, device=lm.device) - 1, final)
-    row = longer[0] if longer else 0
-    _check(clean, rows, last, row, final[row, last[row] - first[row] + 1])
-    return clean
-
-
 def replay(
     lm: LanguageModel,
     rows: Rows,
@@ -319,7 +174,7 @@ def replay(
     Raises CannotReplay for a model that gives other logits this way.
     """
     before = [row[:begin] for row, begin in zip(rows.ids.tolist(), first, strict=True)]
-    return _packed_or_not(lm, before, lambda most: _replay(lm, rows, first, last, start, sites, everything, most))
+    return packed_or_not(lm, before, lambda most: _replay(lm, rows, first, last, start, sites, everything, most))
 
 
 @torch.no_grad()
@@ -337,10 +192,9 @@ def _replay(
     ids = rows.ids.tolist()
 
     # 1) Clean pass over the texts before column 0: keys and values of every block.
-    seen, cache = _earlier(lm, [ids[row][:begin] for row, begin in enumerate(first)], most)
-    kept = {
-        layer: (each.keys, each.values) for layer, each in enumerate(cache.layers) if layer >= start and any(first)
-    }
+    seen, cache = earlier(lm, [ids[row][:begin] for row, begin in enumerate(first)], most)
+    layers: Any = cache.layers
+    kept = {layer: (each.keys, each.values) for layer, each in enumerate(layers) if layer >= start and any(first)}
 
     # 2) Clean pass over columns 0, 1, … behind them, with the arguments of each block's call.
     blocks = [lm.architecture.block.format(layer) for layer in range(start, lm.layers)]
@@ -348,22 +202,33 @@ def _replay(
     # Copies, since Falcon adds to an output in place.
     captured = Trace(lm.model, sites, inputs=True, clone=True) if sites else None
     parts = [ids[row][begin : end + 1] for row, (begin, end) in enumerate(zip(first, last, strict=True))]
-    final = _while_traced([trace, captured], lambda: _second_pass(lm, parts, first, seen, cache))
+    final = _while_traced([trace, captured], lambda: second_pass(lm, parts, first, seen, cache))
 
     # 3) What a replay needs: the stream that enters the first block, the calls without it and without the cache.
-    stream = trace[next(iter(trace))].input
-    calls = [with_input(*trace[block].inputs, lambda _: stream.new_empty(0)) for block in blocks]
-    calls = [_mapped(call, lambda value: _CACHE if hasattr(value, "get_seq_length") else value) for call in calls]
     column0 = {} if captured is None else {site: _first_column(captured[site], len(first)) for site in sites}
-    ready = Replay(lm, torch.tensor(first, device=lm.device), final, start, stream, calls, kept, column0)
+    ready = replayed_calls(lm, trace, start, final)
+    ready = replace(ready, first=torch.tensor(first, device=lm.device), kept=kept, column0=column0)
     if everything:
         ready = replace(ready, streams=tuple(trace[site].input for site in trace), seen=cache.seen)
 
     # 4) Check the row with the longest text before column 0 against the whole model.
     row = max(range(len(first)), key=first.__getitem__)
     one = ready.of(torch.tensor([row], device=lm.device))
-    _check(ready, rows, last, row, one.run(one.stream)[0, last[row] - first[row]])
+    check(lm, rows, ready.ends(last), last, row, one.run(one.stream)[0, last[row] - first[row]])
     return ready
+
+
+def replayed_calls(lm: LanguageModel, trace: Trace, start: int, final: Tensor) -> Replay:
+    """The replay of a run whose blocks from `start` on, or what comes behind them, were traced with their inputs.
+
+    Rows begin at their first token. `final`: what the run gave after the final norm.
+    """
+    stream = trace[next(iter(trace))].input
+    blocks = [lm.architecture.block.format(layer) for layer in range(start, lm.layers)]
+    calls = [with_input(*trace[block].inputs, lambda _: stream.new_empty(0)) for block in blocks]
+    calls = [_mapped(call, lambda value: _CACHE if hasattr(value, "get_seq_length") else value) for call in calls]
+    first = torch.zeros(len(final), dtype=torch.long, device=lm.device)
+    return Replay(lm, first, final, start, stream, calls, {}, {})
 
 
 def _while_traced(traces: Sequence[Trace | None], run: Callable[[], Tensor]) -> Tensor:
@@ -378,121 +243,6 @@ def _while_traced(traces: Sequence[Trace | None], run: Callable[[], Tensor]) -> 
 def _first_column(record: Record, rows: int) -> tuple[Tensor, Tensor]:
     """A module's input and output at column 0, [rows, d] each."""
     return unflatten(record.input, rows)[:, 0], unflatten(record.output, rows)[:, 0]
-
-
-Found = TypeVar("Found")
-_checked: WeakKeyDictionary[Any, tuple[object, tuple[int, int]]] = WeakKeyDictionary()  # longest text, widest pack
-_refused: WeakKeyDictionary[Any, object] = WeakKeyDictionary()  # models that gave other logits in packs, as they were
-
-
-def _packed_or_not(lm: LanguageModel, texts: Sequence[Sequence[int]], run: Callable[[int], Found]) -> Found:
-    """`run(most)` with packs of at most `most` tokens where the model takes them; else, or where that raises
-    CannotReplay, `run(0)`. A model that was refused is not asked again until something about it changes."""
-    most, state = room(lm, max(map(len, texts))), _state(lm)
-    if most and any(texts) and _refused.get(lm.model) != state:
-        try:
-            return run(most)
-        except CannotReplay:
-            found = run(0)  # raises where packs are not to blame
-            _refused[lm.model] = state
-            return found
-    return run(0)
-
-
-def _state(lm: LanguageModel) -> object:
-    """What decides how a model runs, but for its weights: attention, precision, and every hook that is on it."""
-    hooks = [
-        number
-        for module in lm.model.modules()
-        for each in (module._forward_hooks, module._forward_pre_hooks)
-        for number in each
-    ]
-    return lm.model.config._attn_implementation, lm.dtype, lm.device, lm.model.training, tuple(hooks)
-
-
-def _earlier(lm: LanguageModel, texts: Sequence[Sequence[int]], most: int) -> tuple[Tensor, _Recorded]:
-    """Run the texts once, and what they share once. Returns their mask [rows, tokens], padded on the left, and their
-    keys and values.
-
-    - `texts`: some may be empty. `most`: tokens of a pack at most; 0: each distinct text is a row of its own.
-    """
-    cache = _Recorded(lm.model)
-    if not most:
-        which, seen, output = _first_pass(lm, texts)
-        if output is not None:
-            cache = output.past_key_values
-            cache.batch_select_indices(which.to(lm.device))
-        return seen[which], cache
-    tree, found = Tree.of(texts, most), DynamicCache()
-    lm.model.base_model(**tree.inputs(lm), past_key_values=found, use_cache=True)
-    for layer, each in enumerate(found.layers):
-        cache.update(tree.of_texts(each.keys), tree.of_texts(each.values), layer)
-    tokens = torch.arange(tree.nodes.shape[1])
-    return (tokens >= len(tokens) - tree.lengths[:, None]).long(), cache
-
-
-def _first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Any]:
-    """Run each distinct text once. Returns which of them each row has [rows], their mask [distinct, tokens], and the
-    output with its cache (None where all texts are empty). Raises CannotReplay for a model without such a cache."""
-    from transformers import DynamicCache
-
-    number = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
-    which = torch.tensor([number[tuple(text)] for text in texts])
-    ids, seen = _padded(list(number), left=True)
-    if not ids.shape[1]:
-        return which, seen, None
-    given = _inputs(lm, ids, seen, (seen.cumsum(1) - 1).clamp_min(0))
-    output = lm.model.base_model(**given, past_key_values=_Recorded(lm.model), use_cache=True)
-    if not isinstance(getattr(output, "past_key_values", None), _Recorded) or not output.past_key_values.seen:
-        raise CannotReplay("it keeps no keys and values of earlier tokens")
-    return which, seen, output
-
-
-def _second_pass(
-    lm: LanguageModel, parts: Sequence[Sequence[int]], first: Sequence[int], seen: Tensor, cache: Any
-) -> Tensor:
-    """[rows, columns, d_model] after the final norm.
-
-    - `parts`: the token ids of each row's columns. `first`: the position of its column 0.
-    - `cache`, `seen`: keys and values of the earlier tokens, and their mask [rows, tokens].
-    """
-    ids, live = _padded(parts)
-    positions = torch.tensor(first)[:, None] + (live.cumsum(1) - 1).clamp_min(0)  # padding stays within the model's
-    given = _inputs(lm, ids, torch.cat((seen, live), 1), positions)
-    final: Tensor = lm.model.base_model(**given, past_key_values=cache, use_cache=True).last_hidden_state
-    return final
-
-
-def _inputs(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    given = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in inspect.signature(lm.model.base_model.forward).parameters:  # Bloom counts the mask itself
-        given["position_ids"] = positions
-    return {name: value.to(lm.device) for name, value in given.items()}
-
-
-def _padded(texts: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each [texts, longest], padded on the right or the left."""
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        place = slice(ids.shape[1] - len(text), None) if left else slice(len(text))
-        ids[row, place], mask[row, place] = torch.tensor(text, dtype=torch.long), 1
-    return ids, mask
-
-
-def _check(clean: Columns | Packed, rows: Rows, last: Sequence[int], row: int, final: Tensor) -> None:
-    """Raise CannotReplay unless one row is as in the whole model and every row is finite (a softmax over padding alone
-    gives NaN).
-
-    - `clean`: the run to check. `rows`, `last`: as it was given them.
-    - `row`, `final`: the row to compare, and its last token after the final norm [d_model].
-    """
-    at = clean.at(*(torch.tensor(each, device=clean.final.device) for each in (range(len(last)), last)))
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(clean.lm.model.forward).parameters else {}
-    wanted = clean.lm.model(input_ids=rows.ids[row : row + 1, : last[row] + 1], use_cache=False, **few).logits[0, -1]
-    apart = ((logits_of(clean.lm, final) - wanted).abs().max() / wanted.abs().max()).item()
-    if not (apart <= TOLERANCE[clean.lm.dtype] and clean.final[at].isfinite().all()):
-        raise CannotReplay("run in parts it gives other logits than as a whole")
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

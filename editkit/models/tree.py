@@ -81,6 +81,11 @@ class Tree:
             sees[pack, mine[:, None], mine] |= earlier[:length, :length]
         return sees
 
+    @property
+    def key(self) -> bytes:
+        """Equal for trees that give equal states."""
+        return self.ids.numpy().tobytes() + self.sees.numpy().tobytes()
+
     def at(self, text: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """(pack, node) of token `position` of `text`."""
         text, position = text.cpu(), position.cpu()

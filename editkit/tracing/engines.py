@@ -14,8 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
-from editkit.models.replay import CannotReplay, logits_of, replay
+from editkit.models.passes import CannotReplay
+from editkit.models.replay import replay
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, get_module
 
@@ -179,7 +181,7 @@ class Replayed(FullDepth):
                 changes = self._changes_in(block, token, places[:begun])
                 with Trace(lm.model, list(changes), outputs=False, edit=changes) if changes else nullcontext():
                     h = one.through(h)
-            # 3) of the last block, only the keys and values of tokens before the last, which none of the changes reaches
+            # 3) of the last block only keys and values of tokens before the last: no change there reaches the answer
             else:
                 seen = one.keys_alone(h)
                 alone = self._ready.after(end - self.first, block, seen).first_block()
