@@ -28,8 +28,7 @@ class CannotReplay(ModelError):
 
 @cached
 def _recorded_cache() -> Any:
-    """A class: a cache that also keeps what it handed out last, which a window does not cut: all tokens' keys and values
-    (`seen`)."""
+    """The class of a cache that also keeps what it handed out last, uncut by a window: all tokens' keys and values."""
     from transformers import DynamicCache
 
     class RecordedCache(DynamicCache):  # type: ignore[misc]
