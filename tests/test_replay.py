@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from editkit.models.columns import columns
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
-from editkit.models.replay import CannotReplay, columns, logits_of, replay
+from editkit.models.passes import CannotReplay
+from editkit.models.replay import replay
 from editkit.models.tokens import Rows, tokenise
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
 from tests.conftest import tiny_lm
@@ -142,7 +145,7 @@ def test_half_precision_is_as_near_as_it_can_be(dtype: torch.dtype) -> None:
 
 
 def test_a_head_in_pieces_gives_what_it_gives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("editkit.models.replay.PIECE", 100)  # the last piece is a shorter one
+    monkeypatch.setattr("editkit.models.head.PIECE", 100)  # the last piece is a shorter one
     lm = tiny_lm("gpt2")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     weight = get_parameter(lm.model, "lm_head.weight").detach().double()
@@ -172,7 +175,7 @@ def test_a_text_before_the_change_is_run_once() -> None:
     handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     replay(lm, rows, [4, 4, 5], [6, 6, 6], 1)
     handle.remove()
-    assert seen[:2] == [(2, 5), (3, 3)]  # two distinct prefixes, then the columns of every row
+    assert seen[:2] == [(1, 5), (3, 3)]  # the longer prefix holds the shorter one; then the columns of every row
 
 
 def test_a_model_that_does_something_between_its_parts_is_refused() -> None:

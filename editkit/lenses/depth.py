@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from editkit.errors import EditkitError
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
-from editkit.models.replay import logits_of
 from editkit.models.tokens import encode_with_targets, spaced, tokenise, unflatten
 from editkit.nethook import Trace, get_module
 

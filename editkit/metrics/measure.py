@@ -20,6 +20,7 @@ from editkit.data.kinds import DISTRACTED, GENERATION, NEIGHBORHOOD, REFERENCE, 
 from editkit.metrics import generation
 from editkit.metrics.metric import AFTER, WHEN, Score, registered
 from editkit.metrics.scoring import ProbeScore, TargetScore, score_probes
+from editkit.models.columns import Below
 from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
@@ -38,8 +39,14 @@ class Look:
     texts: tuple[str, ...]  # a sampled text for each generation prompt, or none
 
 
-def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0) -> Look:
-    """Ask `lm`, as it is now, everything about `case`. Raises FactError for a prompt that it cannot take."""
+def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0, below: Below | None = None) -> Look:
+    """Ask `lm`, as it is now, everything about `case`.
+
+    - `settings`: what is asked. `seed`: of the sampled texts.
+    - `below`: of `lm`; a second look at the case runs its probes from that block on only.
+
+    Raises FactError for a prompt that the model cannot take.
+    """
     probes = list(case.probes)
     if settings.distracted:
         fact = case.fact
@@ -56,7 +63,7 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
         left = [max(0, settings.fluency - n) for n in token_counts(lm, case.generation)]
         more = generate_batch(lm, case.generation, left, top_k=TOP_K, seed=seed, past_end=True)
         texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]
-    return Look(tuple(score_probes(lm, probes)), tuple(said), tuple(texts))
+    return Look(tuple(score_probes(lm, probes, below)), tuple(said), tuple(texts))
 
 
 def rows_of(case: Case, before: Look, after: Look) -> list[Row]:

@@ -3,21 +3,25 @@
 The formulas of the metrics are in the files of the protocols; they work on what is kept of this (`measure`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from editkit.data.cases import Probe
+from editkit.models.columns import Below, columns
 from editkit.models.generate import generate
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
+from editkit.models.passes import CannotReplay
 from editkit.models.precision import widened
-from editkit.models.replay import CannotReplay, columns, logits_of
 from editkit.models.tokens import Scored, encode_with_targets, spaced, tokenise
 
-BATCH = 64  # rows; sorted by length so that little is padding
+BATCH = 128  # rows; sorted by length, so that little is padding where rows are padded
+HEAD_ROWS = 64  # places whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -50,50 +54,69 @@ class ProbeScore:
         return self.true is not None and self.true.nll < self.new.nll
 
 
-def score_targets(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
-    """Each target after its prompt, in the order given. A prompt is run once for all of its targets."""
+def score_targets(
+    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], below: Below | None = None
+) -> list[TargetScore]:
+    """Each target after its prompt, in the order given. What texts share from their beginning is run once.
+
+    `below`: of `lm`; the same texts are then run again from its block on only.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i], len(targets[i])))
     scores: dict[int, TargetScore] = {}
     for start in range(0, len(order), BATCH):
         chunk = order[start : start + BATCH]
         scored = encode_with_targets(lm, [prompts[i] for i in chunk], [spaced(targets[i]) for i in chunk])
-        row, at, token = scored.pick()
-        logits = _picked(lm, scored, row, at)
-        log_p = log_softmax(logits, -1).gather(1, token[:, None])[:, 0].double().cpu()
-        said = logits.argmax(-1).cpu()
-        best, row = said == token.cpu(), row.cpu()
-        for number, i in enumerate(chunk):
-            mine = row == number
-            total, count = log_p[mine].sum(), int(mine.sum())
+        log_p, said, best = _read(lm, scored, below)
+        begin = 0
+        for i, positions in zip(chunk, scored.positions, strict=True):
+            mine = slice(begin, begin := begin + len(positions))
+            total, right = log_p[mine].sum(), best[mine]
             scores[i] = TargetScore(
-                nll=-total.item() / count,
+                nll=-total.item() / len(positions),
                 probability=total.exp().item(),
-                greedy=bool(best[mine].all()),
+                greedy=bool(right.all()),
                 said=tuple(said[mine].tolist()),
-                right=best[mine].double().mean().item(),
+                right=right.double().mean().item(),
             )
     return [scores[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
-def _picked(lm: LanguageModel, scored: Scored, row: Tensor, at: Tensor) -> Tensor:
-    """[picked, vocabulary] in float32: the logits of those tokens and no other."""
+def _read(lm: LanguageModel, scored: Scored, below: Below | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each target token, [tokens] each: its log-probability in float64, the argmax in its place, and whether they
+    are one."""
     first, last = [found[0] for found in scored.positions], [found[-1] - 1 for found in scored.positions]
+    row, at, token = scored.pick()
+    log_p, said = torch.zeros(len(row), device=lm.device), torch.zeros_like(token)
+    if below is not None:
+        below.refresh()
     with widened(lm):
         try:
-            clean = columns(lm, scored.rows, first, last)
+            clean = columns(lm, scored.rows, first, last, below)
         except CannotReplay:
-            found: Tensor = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float()
-            return found
-        return logits_of(lm, clean.final[clean.at(row, at)]).float()
+            read, of = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at], torch.arange(len(row))
+            head: Callable[[Tensor], Tensor] = Tensor.float
+        else:
+            # The first tokens of two targets of one prompt are read in one place.
+            places, of = torch.stack(clean.at(row, at)).unique(dim=1, return_inverse=True)
+            read, head = clean.final[places[0], places[1]], partial(logits_of, lm)
+        of = of.to(lm.device)
+        for begin in range(0, len(read), HEAD_ROWS):
+            some = read[begin : begin + HEAD_ROWS]
+            some = some if len(some) > 1 else some.repeat(2, 1)  # a product of one row breaks ties between columns
+            logits = head(some).float()
+            here = (begin <= of) & (of < begin + HEAD_ROWS)
+            log_p[here] = log_softmax(logits, -1)[of[here] - begin, token[here]]
+            said[here] = logits.argmax(-1)[of[here] - begin]
+    return log_p.double().cpu(), said.cpu(), (said == token).cpu()
 
 
-def score_probes(lm: LanguageModel, probes: Sequence[Probe]) -> list[ProbeScore]:
-    """Both targets of every probe under the model as it is now."""
+def score_probes(lm: LanguageModel, probes: Sequence[Probe], below: Below | None = None) -> list[ProbeScore]:
+    """Both targets of every probe under the model as it is now. `below`: see `score_targets`."""
     known = [i for i, probe in enumerate(probes) if probe.target_true]
     prompts = [p.prompt for p in probes] + [probes[i].prompt for i in known]
     targets = [p.target_new for p in probes] + [probes[i].target_true for i in known]
-    scores = score_targets(lm, prompts, targets)
+    scores = score_targets(lm, prompts, targets, below)
     true = dict(zip(known, scores[len(probes) :], strict=True))
     return [ProbeScore(p, true.get(i), scores[i]) for i, p in enumerate(probes)]
 

@@ -22,6 +22,7 @@ from editkit.facts import Fact
 from editkit.metrics.audit import answers, audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.metric import Score
+from editkit.models.columns import Below
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot
 from editkit.runs import names
@@ -32,11 +33,13 @@ from editkit.settings import BenchmarkSettings, Config
 from editkit.tasks import console
 from editkit.tasks.common import (
     Clock,
+    below_of,
     bind_method,
     data_of,
     described,
     journal_header,
     load_model,
+    look_before,
     measured,
     plain,
     spectrum_beside,
@@ -57,7 +60,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         clock.lap("load")
         whole = Snapshot.take(lm.model, [], everything=True)
-        bench = _Bench(lm, config, folder, journal)
+        bench = _Bench(lm, digest, config, folder, journal)
         numbered = list(zip(cases.indices, cases.cases, strict=True))
         with tqdm(desc=task.name, total=len(numbered), initial=len(bench.done), unit="case", delay=1) as bar:
             for number, members in enumerate(_groups(numbered, task.size)):
@@ -101,8 +104,8 @@ def _groups(cases: Sequence[Numbered], size: int | None) -> Iterator[list[Number
 class _Bench:
     """Groups of cases, each edited together and measured one by one, and what they share."""
 
-    def __init__(self, lm: LanguageModel, config: Config, folder: Path, journal: Journal) -> None:
-        self.lm, self.config, self.folder, self.journal = lm, config, folder, journal
+    def __init__(self, lm: LanguageModel, digest: str, config: Config, folder: Path, journal: Journal) -> None:
+        self.lm, self.digest, self.config, self.folder, self.journal = lm, digest, config, folder, journal
         self.task: BenchmarkSettings = config.task
         self.done = {line["index"] for line in journal.lines}
         self.failed = {line["index"] for line in journal.lines if "failed" in line}
@@ -111,7 +114,8 @@ class _Bench:
 
     def group(self, number: int, members: Sequence[Numbered], advance: Callable[[], object]) -> None:
         """Edit the cases together and measure those that are not in the journal."""
-        befores = self._before(number, [member for member in members if member[0] not in self.done], advance)
+        below = below_of(self.lm, self.config)
+        befores = self._before(number, [member for member in members if member[0] not in self.done], below, advance)
         together = [(index, case) for index, case in members if index not in self.failed]
         if not befores:
             return
@@ -128,20 +132,22 @@ class _Bench:
         with edit.applied(self.lm, check=False, everything=False):
             for index, case in together:
                 if index in befores:
-                    after = look(self.lm, case, self.task.measure, self.config.seed)
+                    after = look(self.lm, case, self.task.measure, self.config.seed, below)
                     rows = rows_of(case, befores[index], after)
                     scores = [score.to_json() for score in scores_of_rows(rows) + audited]
                     self._add(number, index, case, edit=about, rows=rows, scores=scores)
                     advance()
 
-    def _before(self, number: int, todo: Sequence[Numbered], advance: Callable[[], object]) -> dict[int, Look]:
+    def _before(
+        self, number: int, todo: Sequence[Numbered], below: Below | None, advance: Callable[[], object]
+    ) -> dict[int, Look]:
         """What the unedited model says on each case; a case that cannot be asked is noted as failed."""
         found: dict[int, Look] = {}
         for index, case in todo:
             try:
                 for fact in case.facts:
                     fact.check_targets(self.lm)
-                found[index] = look(self.lm, case, self.task.measure, self.config.seed)
+                found[index] = look_before(self.lm, self.digest, case, self.config, below)
             except EditkitError as error:
                 self._add(number, index, case, failed=str(error))
                 advance()

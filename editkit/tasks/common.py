@@ -1,26 +1,34 @@
 """What the tasks share: the model of a configuration, a clock, and the configuration as JSON."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from editkit.data import Cases
+from editkit.data.cases import Case
 from editkit.edits.edit import Edit
 from editkit.edits.spectra import Spectrum
 from editkit.facts import Fact
 from editkit.methods import get_method
 from editkit.methods.shared.prelude import shared_inputs
 from editkit.methods.shared.transforms import TRANSFORMS
+from editkit.metrics.measure import Look, look
 from editkit.metrics.metric import Score, declarations
+from editkit.models.columns import Below
 from editkit.models.load import LanguageModel, load
 from editkit.nethook import get_parameter
 from editkit.runs.names import FORMAT
 from editkit.settings import Config
 
 MOST_SINGULAR_VALUES = 2048  # of a weight: GPT-2 XL's 1,600 take a second on one core, and time grows with the cube
+
+# What unedited models said, for the other methods of a sweep. In memory, so that nothing has to be trusted that another
+# process wrote; joblib's workers each ask once, since they take one job after the other.
+_befores: dict[Hashable, Look] = {}
+MOST_BEFORES = 2000  # cases; about 20 KB each
 
 
 class Clock:
@@ -65,6 +73,30 @@ def bind_method(lm: LanguageModel, config: Config, *, progress: bool = False) ->
         return TRANSFORMS[config.method.transform](lm, edit) if config.method.transform else edit
 
     return compute
+
+
+def below_of(lm: LanguageModel, config: Config) -> Below | None:
+    """Keeps what enters the first block that the method changes, for a second look; None where it names no block."""
+    blocks = config.method.resolved(lm.name, lm.layers).blocks
+    return Below(lm, min(blocks)) if blocks and 0 <= min(blocks) < lm.layers else None
+
+
+def look_before(lm: LanguageModel, digest: str, case: Case, config: Config, below: Below | None) -> Look:
+    """What the unedited model says on a case: asked once in a process, for all methods of a sweep.
+
+    - `lm`, `digest`: the unedited model. `case`: what it is asked.
+    - `config`: its measurement, seed and precision of products. `below`: see `look`.
+
+    Raises FactError for a prompt that the model cannot take.
+    """
+    runs = lm.name, digest, lm.dtype, str(lm.device), lm.model.config._attn_implementation, config.matmul
+    asked = (*runs, torch.get_num_threads(), config.task.measure, config.seed, case)
+    if asked not in _befores:
+        found = look(lm, case, config.task.measure, config.seed, below)
+        if len(_befores) >= MOST_BEFORES:
+            del _befores[next(iter(_befores))]
+        _befores[asked] = found
+    return _befores[asked]
 
 
 def spectrum_beside(lm: LanguageModel, found: Spectrum) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.scoring import continuation, top_next
 from editkit.metrics.summary import summary
 from editkit.metrics.verdict import verdict
+from editkit.models.columns import Below
 from editkit.models.load import LanguageModel
 from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.tables import Tables
 from editkit.settings import Config, EditSettings
 from editkit.tasks import console
-from editkit.tasks.common import Clock, bind_method, described, load_model, measured, plain, spectrum_beside
+from editkit.tasks.common import Clock, below_of, bind_method, described, load_model, measured, plain, spectrum_beside
 
 
 def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> results.Record:
@@ -41,7 +42,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     case.fact.check_targets(lm)
     say(console.heading(lm, config, case.fact))
 
-    before = _Asked.of(lm, case, config)
+    below = below_of(lm, config)
+    before = _Asked.of(lm, case, config, below)
     clock.lap("measure_before")
     edit = bind_method(lm, config, progress=True)(case.facts)
     clock.lap("edit")
@@ -51,7 +53,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     audited = audit(lm, edit) if config.task.audit else None
     clock.lap("audit")
     with edit.applied(lm) as applied:
-        after = _Asked.of(lm, case, config)
+        after = _Asked.of(lm, case, config, below)
         clock.lap("measure_after")
     assert applied.reversal is not None
     clock.lap("restore")
@@ -124,10 +126,10 @@ class _Asked:
     texts: dict[str, Any]  # top: the most likely next tokens with their probabilities; continuation: greedy
 
     @classmethod
-    def of(cls, lm: LanguageModel, case: Case, config: Config) -> "_Asked":
+    def of(cls, lm: LanguageModel, case: Case, config: Config, below: Below | None) -> "_Asked":
         prompt = case.fact.text
         texts = {
             "top": top_next(lm, prompt, config.task.top),
             "continuation": continuation(lm, prompt, config.task.continuation),
         }
-        return cls(look(lm, case, config.task.measure, config.seed), texts)
+        return cls(look(lm, case, config.task.measure, config.seed, below), texts)

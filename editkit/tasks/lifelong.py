@@ -30,7 +30,17 @@ from editkit.runs.journal import Journal
 from editkit.session import FILE, Session
 from editkit.settings import Config, LifelongSettings
 from editkit.tasks import console
-from editkit.tasks.common import Clock, data_of, described, journal_header, load_model, measured, plain
+from editkit.tasks.common import (
+    Clock,
+    below_of,
+    data_of,
+    described,
+    journal_header,
+    load_model,
+    look_before,
+    measured,
+    plain,
+)
 
 Point = dict[str, Any]
 
@@ -51,7 +61,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     with Journal(folder / names.POINT_LINES, journal_header(config, digest, cases), resume=config.resume) as journal:
         about = f"{len(edited)} of {cases.found} in {cases.source} to edit, {len(untouched)} never edited"
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
-        life = _Life(lm, config, edited, untouched, folder, journal)
+        life = _Life(lm, digest, config, edited, untouched, folder, journal)
         clock.lap("ask_the_unedited_model")
         reversal = life.live(say)
         clock.lap("edit_and_measure")
@@ -92,6 +102,7 @@ class _Life:
     def __init__(
         self,
         lm: LanguageModel,
+        digest: str,
         config: Config,
         edited: Sequence[Case],
         untouched: Sequence[Case],
@@ -105,7 +116,8 @@ class _Life:
         self.asked = sampled(len(edited), self.task.retention)
         asking = [edited[number] for number in self.asked] + self.untouched
         bar = tqdm(asking, desc="asking the unedited model", unit="case", delay=1, leave=False)
-        self.before: list[Look] = [look(lm, case, self.task.measure, config.seed) for case in bar]
+        self.below = below_of(lm, config)
+        self.before: list[Look] = [look_before(lm, digest, case, config, self.below) for case in bar]
         self.drift = Drift.take(lm, source=self.task.text)
         self.rank = 0
 
@@ -170,7 +182,7 @@ class _Life:
             number = self.asked[place] if place < len(self.asked) else None
             if number is not None and (number >= edits or number in left_out):
                 continue
-            after = look(self.lm, case, self.task.measure, self.config.seed)
+            after = look(self.lm, case, self.task.measure, self.config.seed, self.below)
             of_case = scores_of_rows(rows_of(case, before, after))
             of_cases[UNTOUCHED if number is None else RETENTION].append(of_case)
             if number is not None and number >= since:

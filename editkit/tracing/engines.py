@@ -8,17 +8,20 @@ places of all blocks at one token run in one batch, each joining it at its own b
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
-from editkit.models.replay import CannotReplay, KeysAndValues, logits_of, replay
+from editkit.models.passes import CannotReplay
+from editkit.models.replay import replay
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, get_module
 
-HEAD_ROWS = 64  # rows whose logits are in memory at once
+HEAD_ROWS = 128  # rows whose logits are in memory at once
 
 Change = Callable[[Tensor], Tensor]
 
@@ -126,22 +129,20 @@ class Replayed(FullDepth):
                 return h
             return torch.cat((h[:1], corrupted(h[1:-1], self.subject, 0), h[-1:]))
 
-        # 2) the corrupted samples alone, from the subject's first token on
+        # 2) the corrupted samples alone, from the subject's first token on, with what each block reads
+        given = [self.first] * (samples + 2), [end] * (samples + 1) + [short]
         with Trace(lm.model, lm.architecture.embedding, outputs=False, edit=corrupt):
-            ready = replay(lm, rows, [self.first] * (samples + 2), [end] * (samples + 1) + [short], start=0)
+            ready = replay(lm, rows, *given, start=0, everything=True)
         self._ready = ready.of(torch.arange(1, samples + 1, device=lm.device))
-        self._seen: KeysAndValues = {}
-        # 3) run them, and keep what each block reads and what MLPs and attentions give
-        held = [self.site(kind, block) for kind in ("mlp", "attention") for block in range(lm.layers)]
-        blocks = [*(self.site("state", block) for block in range(lm.layers)), lm.architecture.final_norm]
-        with (
-            Trace(lm.model, held, clone=True) as outputs,
-            Trace(lm.model, blocks, inputs=True, outputs=False) as trace,
-        ):
-            final = self._ready.run(self._ready.stream, self._seen)
-        self._streams = [trace[site].input for site in blocks]  # [samples, columns, d_model] entering each block
-        self._noisy = {site: unflatten(outputs[site].output, samples) for site in held}  # [samples, columns, d_model]
-        return self._of(logits_of(lm, final[:, -1]))
+        return self._of(logits_of(lm, self._ready.final[:, -1]))
+
+    @cached_property
+    def _outputs(self) -> dict[str, Tensor]:
+        """{site: what the corrupted run's MLPs and attentions give, [samples, columns, d_model]}."""
+        held = [self.site(kind, block) for kind in ("mlp", "attention") for block in range(self.lm.layers)]
+        with Trace(self.lm.model, held, clone=True) as outputs:
+            self._ready.run(self._ready.stream)
+        return {site: unflatten(outputs[site].output, self.samples) for site in held}
 
     def at(self, token: int, places: Sequence[Place]) -> list[float]:
         last = token == self.rows.last(0)
@@ -159,26 +160,33 @@ class Replayed(FullDepth):
         `places` are in the order of their first blocks. Each has `samples` rows, which join the batch at that block.
         """
         lm, samples, column = self.lm, self.samples, token - self.first
-        h = self._streams[0][:0, column:]  # [places begun · samples, columns, d_model], at first no row
+        streams, end = self._ready.streams, self.rows.last(0)
+        h = streams[0][:0, column:]  # [places begun · samples, columns, d_model], at first no row
         begun = 0
         for block in range(lm.layers + 1):
             # 1) places that begin here join with the corrupted run's stream; a state is put back in it
             for place in places[begun:]:
                 if place.start > block:
                     break
-                stream = self._streams[block][:, column:]
+                stream = streams[block][:, column:]
                 if place.kind == "state":
                     stream = stream.clone()
                     stream[:, 0] = self.clean_outputs[self.site("state", block - 1)][token]
                 h, begun = torch.cat((h, stream)), begun + 1
+            if not begun or block == lm.layers:
+                continue
+            one = self._ready.after(column, block, self._ready.seen).first_block().times(begun)
             # 2) one block, with its MLP and attention outputs put back or held
-            if begun and block < lm.layers:
-                rows = torch.arange(samples, device=lm.device).repeat(begun)
-                one = self._ready.after(column, block, self._seen).first_block().of(rows)
+            if block < lm.layers - 1 or token == end:
                 changes = self._changes_in(block, token, places[:begun])
                 with Trace(lm.model, list(changes), outputs=False, edit=changes) if changes else nullcontext():
                     h = one.through(h)
-        # 3) the answer at the last token
+            # 3) of the last block only keys and values of tokens before the last: no change there reaches the answer
+            else:
+                seen = one.keys_alone(h)
+                alone = self._ready.after(end - self.first, block, seen).first_block()
+                h = replace(alone.times(begun), kept=alone.kept).through(h[:, -1:])
+        # 4) the answer at the last token
         h = get_module(lm.model, lm.architecture.final_norm)(h[:, -1])
         p = [logits_of(lm, some).float().softmax(-1)[:, self.answer] for some in h.split(HEAD_ROWS)]
         return torch.cat(p).double().view(len(places), samples).mean(1).tolist() if places else []
@@ -192,7 +200,7 @@ class Replayed(FullDepth):
                 parts.setdefault(site, []).append((number, self.clean_outputs[site][token]))
             if place.held:
                 site = self.site(place.held, block)
-                parts.setdefault(site, []).append((number, self._noisy[site][:, token - self.first]))
+                parts.setdefault(site, []).append((number, self._outputs[site][:, token - self.first]))
 
         def putting(values: list[tuple[int, Tensor]]) -> Change:
             def put(h: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from editkit.facts import Fact
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.precision import wide
-from editkit.models.replay import Replay, logits_of, replay
+from editkit.models.replay import Replay, replay
 from editkit.models.tokens import Rows, Scored, encode_with_targets, spaced, unflatten
 from editkit.nethook import Trace
 

@@ -26,8 +26,8 @@ from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, Ful
 from editkit.methods.shared.solvers import Solver, solver
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
+from editkit.models.passes import CannotReplay
 from editkit.models.precision import widened
-from editkit.models.replay import CannotReplay
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace, requires_grad
 from editkit.settings import ValueSettings
