@@ -23,7 +23,8 @@ from torch import Tensor
 from editkit.edits import Delta, Edit, low_rank_delta
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given
-from editkit.methods.shared.value import at_lookup, compute_deltas, named
+from editkit.methods.shared.sites import at_lookup
+from editkit.methods.shared.value import compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.settings import SpreadSettings
 
