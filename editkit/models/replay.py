@@ -23,6 +23,7 @@ from torch import Tensor
 
 from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
+from editkit.models.products import faster, quick_products
 from editkit.models.tokens import Rows, unflatten
 from editkit.nethook import Record, Trace, get_module, hidden, with_input
 
@@ -90,6 +91,7 @@ class Replay(Columns):
         final: Tensor = get_module(self.lm.model, self.lm.architecture.final_norm)(self.through(stream, seen))
         return final
 
+    @quick_products()
     def through(self, stream: Tensor, seen: KeysAndValues | None = None) -> Tensor:
         """The same before the final norm: what leaves the last of the blocks."""
         prefix = _Prefix(self.kept, seen)
@@ -146,6 +148,7 @@ class Replay(Columns):
         return replace(later, start=start, calls=calls, kept=kept)
 
 
+@quick_products()
 def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
     """[.., vocabulary] from the residual stream after the final norm, [.., d_model]."""
     head = get_module(lm.model, lm.architecture.head)
@@ -176,10 +179,11 @@ def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
     plain = type(head) is torch.nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
     learns = torch.is_grad_enabled() and head.weight.requires_grad
     float32 = final.dtype == head.weight.dtype == torch.float32
-    return plain and not learns and float32 and final.device.type == "cpu" and final.ndim == 2
+    return plain and not learns and not faster() and float32 and final.device.type == "cpu" and final.ndim == 2
 
 
 @torch.no_grad()
+@quick_products()
 def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int]) -> Columns:
     """One clean run of `rows` up to token `last[row]`, which runs each distinct text before token `first[row]` once.
 
@@ -210,6 +214,7 @@ def columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[
 
 
 @torch.no_grad()
+@quick_products()
 def replay(
     lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int], start: int, sites: Sequence[str] = ()
 ) -> Replay:

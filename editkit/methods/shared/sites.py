@@ -10,11 +10,13 @@ from editkit.methods.shared.engine import AtLookup
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.precision import widened
+from editkit.models.products import quick_products
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace
 
 
 @torch.no_grad()
+@quick_products()
 def at_lookup(lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Sequence[str], token: str) -> AtLookup:
     """Input and output of `site` at the lookup token of each fact in each template, [facts, templates, d] each.
 
