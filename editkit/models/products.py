@@ -78,7 +78,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _product(grad, weight.T, None), None, None
 
@@ -88,7 +90,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is linear and not kwargs:
-            x, weight, bias = (*args, None)[:3]
+            x, weight, bias = args if len(args) == 3 else (*args, None)
             if _fits(x, weight, bias):
                 return by_onednn(x, weight, bias)
         elif func is torch.addmm and not kwargs:
