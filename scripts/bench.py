@@ -50,7 +50,7 @@ from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import rome, rome_each
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import prepare
-from editkit.methods.shared.spread import compute_z
+from editkit.methods.shared.spread import compute_z, lookups_of
 from editkit.metrics.scoring import score_probes
 from editkit.models.load import DTYPES, LanguageModel
 from editkit.models.precision import wide
@@ -139,9 +139,15 @@ class Rows:
         def values(settings: MemitSettings, some: Sequence[Fact]) -> Way:
             site, target = self.lm.architecture.down(self.layer), self.lm.architecture.target_site(self.layer)
             given = prepare(self.lm, some, settings, seed=0, moments=NO_MOMENTS, contexts=self.few, progress=False)
-            return Way(lambda: compute_z(self.lm, given, [site], target, progress=False), len(some))
 
-        return f"{len(many)} values of MEMIT, each", values(full, few), values(fast, many)
+            def compute() -> None:
+                lookups = lookups_of(self.lm, given, [site], target)
+                compute_z(self.lm, given, [site], target, lookups, progress=False)
+                lookups.keys(self.layer)
+
+            return Way(compute, len(some))
+
+        return f"{len(many)} MEMIT keys and values, each", values(full, few), values(fast, many)
 
     def evaluation(self) -> tuple[str, Way, Way]:
         few, many = self.cases[:5], self.cases[: self.options.records]
@@ -277,7 +283,7 @@ def main() -> None:
 
 
 HEADER = (
-    f"\n{'':28}{'full s':>9}{'fast s':>9}{'ratio':>7}{'counted':>8}{'share':>7}{'floor':>7}"
+    f"\n{'':32}{'full s':>9}{'fast s':>9}{'ratio':>7}{'counted':>8}{'share':>7}{'floor':>7}"
     f"{'evals':>10}{'an eval':>8}{'MiB':>7}{'full MiB':>9}"
 )
 
@@ -288,7 +294,7 @@ def _row(row: dict[str, Any]) -> str:
     alike = f"{row['ratio_an_evaluation']:.2f}" if "ratio_an_evaluation" in row else "-"
     peaks = ["-" if each["peak_mib"] is None else f"{each['peak_mib']:.0f}" for each in (fast, full)]
     return (
-        f"{row['what']:28}{full['seconds']:9.3f}{fast['seconds']:9.3f}{row['ratio']:7.2f}{row['ratio_counted']:8.2f}"
+        f"{row['what']:32}{full['seconds']:9.3f}{fast['seconds']:9.3f}{row['ratio']:7.2f}{row['ratio_counted']:8.2f}"
         f"{row['share_of_counted']:7.2f}{row['share_of_floor']:7.2f}{evals:>10}{alike:>8}{peaks[0]:>7}{peaks[1]:>9}"
     )
 
