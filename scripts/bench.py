@@ -59,8 +59,8 @@ from editkit.settings import MomentSettings, TraceSettings, ValueSettings
 from editkit.tracing import trace
 
 NO_MOMENTS = MomentSettings(enabled=False)
-# The authors' for GPT-2; the loss never falls under the stop.
-STEPS: dict[str, Any] = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 4.0, "stop_loss": -1.0}
+CONSTANTS: dict[str, Any] = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 4.0}  # the authors' for GPT-2
+STEPS = CONSTANTS | {"stop_loss": -1.0}  # all of them are taken: the loss never falls under the stop
 EVALUATIONS = "20,7"
 ROWS = ("one_edit", "many_edits", "memit", "evaluation", "trace", "moments")
 MOMENTS_BYTES = 8e9  # that the sums of one run of `moments` may take; larger models have fewer of their blocks summed
@@ -91,15 +91,16 @@ class Rows:
     def settings(self, kind: Callable[..., Any], **more: Any) -> tuple[Any, Any]:
         """Of full depth with Adam, and of the fast side."""
         counts = None if self.options.evaluations == "own" else _counts(self.options.evaluations)
-        constants = STEPS | ({"stop_loss": 0.05} if counts is None else {"steps": counts[0]})
-        fast = kind(**constants, **more)
-        full = replace(fast, engine="full")
+        ends = {} if counts is None else {"steps": counts[0], "stop_loss": -1.0}  # the loss never falls under that
+        adam = kind(**CONSTANTS | ends, **more, **({"solver": "adam"} if SOLVERS else {}))
+        fast = adam
         if SOLVERS:
-            solver = self.options.solver or fast.resolved(self.lm.name, self.lm.layers).solver
-            full, fast = replace(full, solver="adam"), replace(fast, solver=solver)
-            if counts is not None and solver == "descent":
-                fast = replace(fast, steps=counts[1])
-        return full, fast
+            solver = self.options.solver or kind(**more).resolved(self.lm.name, self.lm.layers).solver
+            if solver == "descent":  # at a stop of 0, which is what it aims at, it does not stop either
+                ends = {} if counts is None else {"steps": counts[1], "stop_loss": 0.0}
+                left = {key: value for key, value in CONSTANTS.items() if key not in ("lr", "weight_decay")}
+                fast = kind(**left | ends, **more, solver=solver)
+        return replace(adam, engine="full"), fast
 
     def sizes(self) -> dict[str, Any]:
         """What the times depend on."""
@@ -256,7 +257,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "ratios": {},
         "machine": machine_of(bench, options.clock),
-        "settings": vars(options) | {"json": None, "constants": STEPS},
+        "settings": vars(options) | {"json": None, "constants": CONSTANTS},
         "shapes": {},
     }
     _line("machine", found["machine"])

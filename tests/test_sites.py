@@ -31,7 +31,7 @@ def written(lm: LanguageModel, layer: int) -> Iterator[None]:
     weight = get_parameter(lm.model, f"{lm.architecture.down(layer)}.weight")
     before = weight.detach().clone()
     with torch.no_grad():
-        weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype) / 4
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype) / 4)
         yield
         weight.copy_(before)
 
