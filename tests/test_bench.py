@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from editkit.settings import ValueSettings
 from tests.scripts import SCRIPTS
 
 FEW = ["--shapes", "tiny", "--edits", "2", "--records", "2", "--keys", "256", "--repeats", "1", "--threads", "1"]
@@ -54,6 +56,14 @@ def test_every_row_and_its_counts(tmp_path: Path) -> None:
         assert rows[name]["ratio_an_evaluation"] == pytest.approx(rows[name]["ratio"])
     assert [rows[name]["fast"]["facts"] for name in ROWS] == [1, 2, 4, 2, 1, 1]
     assert rows["trace"]["fast"]["evaluations"] is None
+
+
+@pytest.mark.skipif("solver" not in {each.name for each in fields(ValueSettings)}, reason="Adam is the only solver")
+def test_descent_takes_fewer_evaluations(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--evaluations", "4,2", "--solver", "descent", "--rows", "one_edit,memit"]
+    for row in measured(tmp_path / "bench.json", *arguments)["shapes"]["tiny"]["rows"].values():
+        assert (row["full"]["evaluations"], row["fast"]["evaluations"]) == (4, 2)
+        assert row["ratio_an_evaluation"] == pytest.approx(row["ratio"] / 2)
 
 
 def test_rows_can_be_picked(tmp_path: Path) -> None:
