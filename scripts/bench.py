@@ -31,7 +31,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ from editkit.metrics.scoring import score_probes
 from editkit.models.load import DTYPES, LanguageModel
 from editkit.models.precision import wide
 from editkit.models.tokens import encode_with_targets, spaced
-from editkit.settings import MomentSettings, TraceSettings, ValueSettings
+from editkit.settings import MomentSettings, TraceSettings
+from editkit.settings.methods import ADAMS, SOLVERS
 from editkit.tracing import trace
 
 NO_MOMENTS = MomentSettings(enabled=False)
@@ -64,7 +65,6 @@ STEPS = CONSTANTS | {"stop_loss": -1.0}  # all of them are taken: the loss never
 EVALUATIONS = "20,7"
 ROWS = ("one_edit", "many_edits", "memit", "evaluation", "trace", "moments")
 MOMENTS_BYTES = 8e9  # that the sums of one run of `moments` may take; larger models have fewer of their blocks summed
-SOLVERS = "solver" in {each.name for each in fields(ValueSettings)}
 
 
 def evaluated_as_the_reference(lm: LanguageModel, case: Case) -> list[float]:
@@ -92,14 +92,13 @@ class Rows:
         """Of full depth with Adam, and of the fast side."""
         counts = None if self.options.evaluations == "own" else _counts(self.options.evaluations)
         ends = {} if counts is None else {"steps": counts[0], "stop_loss": -1.0}  # the loss never falls under that
-        adam = kind(**CONSTANTS | ends, **more, **({"solver": "adam"} if SOLVERS else {}))
+        adam = kind(**CONSTANTS | ends, **more, solver="adam")
         fast = adam
-        if SOLVERS:
-            solver = self.options.solver or kind(**more).resolved(self.lm.name, self.lm.layers).solver
-            if solver == "descent":  # at a stop of 0, which is what it aims at, it does not stop either
-                ends = {} if counts is None else {"steps": counts[1], "stop_loss": 0.0}
-                left = {key: value for key, value in CONSTANTS.items() if key not in ("lr", "weight_decay")}
-                fast = kind(**left | ends, **more, solver=solver)
+        solver = self.options.solver or kind(**more).resolved(self.lm.name, self.lm.layers).solver
+        if solver == "descent":  # at a stop of 0, which is what it aims at, it does not stop either
+            ends = {} if counts is None else {"steps": counts[1], "stop_loss": 0.0}
+            left = {key: value for key, value in CONSTANTS.items() if key not in ADAMS}
+            fast = kind(**left | ends, **more, solver=solver)
         return replace(adam, engine="full"), fast
 
     def sizes(self) -> dict[str, Any]:
@@ -214,7 +213,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--solver", choices=("adam", "descent"), help="of the fast side; default: the method's own")
+    parser.add_argument("--solver", choices=SOLVERS, help="of the fast side; default: the method's own")
     parser.add_argument("--evaluations", default=EVALUATIONS, help=f"ADAM,DESCENT or own; default: {EVALUATIONS}")
     parser.add_argument("--edits", type=int, default=50, help="in many_edits; memit takes twice as many")
     parser.add_argument("--records", type=int, default=50, help="evaluated")
@@ -237,8 +236,6 @@ def _options() -> argparse.Namespace:
             _counts(options.evaluations)
         except ValueError:
             parser.error(f"--evaluations takes two numbers, as in {EVALUATIONS}, or own; found {options.evaluations}")
-    if options.solver == "descent" and not SOLVERS:
-        parser.error("--solver descent: this version has Adam alone")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; use cpu or auto")
     if min(options.edits, options.records, options.keys, options.sample, options.repeats) < 1:

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from editkit.settings import ValueSettings
 from tests.scripts import SCRIPTS
 
 FEW = ["--shapes", "tiny", "--edits", "2", "--records", "2", "--keys", "256", "--repeats", "1", "--threads", "1"]
@@ -58,7 +56,6 @@ def test_every_row_and_its_counts(tmp_path: Path) -> None:
     assert rows["trace"]["fast"]["evaluations"] is None
 
 
-@pytest.mark.skipif("solver" not in {each.name for each in fields(ValueSettings)}, reason="Adam is the only solver")
 def test_descent_takes_fewer_evaluations(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--evaluations", "4,2", "--solver", "descent", "--rows", "one_edit,memit"]
     for row in measured(tmp_path / "bench.json", *arguments)["shapes"]["tiny"]["rows"].values():
