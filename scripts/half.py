@@ -28,9 +28,10 @@ from unittest import mock
 
 import torch
 import transformers
-from bench import SHAPES, STEPS, contexts_of, facts_of, model_of
+from bench import STEPS
 from machine import processor
-from moments_onepass import CLOCKS
+from shapes import SHAPES, cases_of, contexts_of, model_of
+from timing import CLOCKS
 
 from editkit.files import write_text
 from editkit.methods.r_rome import RRomeSettings
@@ -62,7 +63,7 @@ def keys_a_second(lm: LanguageModel, layer: int, tokens: int, clock: Callable[[]
 
 
 def steps_a_second(lm: LanguageModel, layer: int, steps: int, clock: Callable[[], float]) -> float:
-    rows = rows_of(lm, facts_of(1)[0].fact, "subject_last", contexts_of(lm, [4] * 10 + [9] * 10))
+    rows = rows_of(lm, cases_of(1)[0].fact, "subject_last", contexts_of(lm, [4] * 10 + [9] * 10))
     settings = replace(RRomeSettings(layer=layer, **STEPS), steps=steps)
     loop = value._together
     seconds: list[float] = []
@@ -92,10 +93,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     clock = CLOCKS[options.clock]
-    if options.blocks and options.shape in SHAPES:
-        SHAPES[options.shape] = (options.blocks, *SHAPES[options.shape][1:3], options.blocks // 2)
 
-    models = {dtype: model_of(options.shape, None, "cpu", dtype) for dtype in ("float32", "float16", "bfloat16")}
+    models = {
+        dtype: model_of(options.shape, "cpu", dtype, blocks=options.blocks)
+        for dtype in ("float32", "float16", "bfloat16")
+    }
     lm, layer = models["float32"]
     machine = {
         "cpu": processor(),

@@ -12,21 +12,21 @@ import json
 import random
 import statistics
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from machine import processor
+from timing import CLOCKS
 from tqdm import tqdm
 
 from editkit.files import write_text
 from editkit.models.load import LanguageModel, load
 from editkit.moments.collect import PANELS, Sums, collect
+from editkit.nethook import get_module, get_parameter
 from editkit.settings import MomentSettings
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu leaves out the time that others had the core
 
 
 def in_one_pass(lm: LanguageModel, modules: list[str], settings: MomentSettings) -> list[Sums]:
@@ -46,15 +46,31 @@ def largest_difference(modules: list[str], one: list[Sums], each: list[Sums]) ->
     return max(found)
 
 
-def counted(lm: LanguageModel, block: int) -> float:
-    """The ratio that multiplications give, of float32 cost, a token."""
-    config, layers = lm.model.config, lm.layers
-    d, d_ff = config.n_embd, config.n_inner or 4 * config.n_embd
-    one_block = 4 * d * d + 2 * d * d_ff + 2 * block * d  # projections, MLP, attention scores and their use
-    sums = 2 * d_ff * d_ff * (PANELS + 1) / (2 * PANELS)
-    passes = sum(range(1, layers + 1)) * one_block
-    ratio: float = (passes + layers * sums) / (layers * one_block + layers * sums)
+def counted(lm: LanguageModel, layers: Sequence[int], block: int, double: float = 2.0) -> float:
+    """The ratio that multiplications give.
+
+    - `layers`: whose moments are collected. `block`: tokens of a row.
+    - `double`: float32 operations that one in float64 costs.
+    """
+    first = get_module(lm.model, lm.architecture.block.format(0))
+    d = lm.model.config.get_text_config().hidden_size
+    # Of a token: projections and MLP; then attention scores and their use.
+    one_block = sum(p.numel() for p in first.parameters() if p.ndim == 2) + 2 * block * d
+    depths = [layer + 1 for layer in layers]
+    sums = double * operations_of_sums(lm, layers) / 2
+    ratio: float = (sum(depths) * one_block + sums) / (max(depths) * one_block + sums)
     return ratio
+
+
+def operations_of_sums(lm: LanguageModel, layers: Sequence[int]) -> float:
+    """Floating-point operations of Σ k kᵀ, in float64, for one token: panels over the lower triangle."""
+    return len(layers) * 2 * d_ff_of(lm) ** 2 * (PANELS + 1) / (2 * PANELS)
+
+
+def d_ff_of(lm: LanguageModel) -> int:
+    """The length of a key."""
+    weight = get_parameter(lm.model, f"{lm.architecture.down(0)}.weight")
+    return weight.numel() // int(lm.model.config.get_text_config().hidden_size)
 
 
 def main() -> None:
@@ -104,7 +120,7 @@ def main() -> None:
         "seconds": {name: statistics.median(each) for name, each in seconds.items()},
         "ratio": statistics.median(ratios),
         "ratios": sorted(ratios),
-        "ratio_counted": counted(lm, settings.block),
+        "ratio_counted": counted(lm, range(lm.layers), settings.block),
         "largest_relative_difference": largest_difference(modules, results["one pass"], results["a pass a layer"]),
     }
     print(f"atlas: {found['layers']} layers, {found['keys']:,} keys each; {options.repeats} repeats, medians")

@@ -19,6 +19,7 @@ from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import RomeSettings, rome, rome_each
 from editkit.methods.shared import value
 from editkit.methods.shared.engine import Batch, FullDepth, Replayed, bytes_of, rows_of
+from editkit.methods.shared.sites import at_lookup
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
 from editkit.nethook import get_module
@@ -128,7 +129,7 @@ def test_a_batch_equals_one_by_one(family: str) -> None:
 def test_keys_and_values_of_the_clean_pass_are_those_of_a_pass_of_their_own(family: str) -> None:
     lm = tiny_lm(family)
     site = lm.architecture.down(1)
-    wanted = value.at_lookup(lm, site, FACTS, CONTEXTS, "subject_last")
+    wanted = at_lookup(lm, site, FACTS, CONTEXTS, "subject_last")
     batch = Batch([rows_of(lm, fact, "subject_last", CONTEXTS) for fact in FACTS])
     for kind in (FullDepth, Replayed):
         with torch.no_grad():

@@ -33,7 +33,7 @@ from editkit import Edit
 from editkit.edits import base_of, low_rank_delta
 from editkit.methods import register
 from editkit.methods.shared.prelude import checked_facts, provenance
-from editkit.methods.shared.value import at_lookup
+from editkit.methods.shared.sites import at_lookup
 from editkit.settings import Constants, MethodSettings, require
 
 

@@ -16,7 +16,7 @@ from editkit.methods.memit import MemitSettings, memit
 from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import RomeSettings, rome
 from editkit.methods.shared.contexts import context_templates
-from editkit.methods.shared.value import at_lookup
+from editkit.methods.shared.sites import at_lookup
 from editkit.metrics.scoring import score_targets
 from editkit.models import precision
 from editkit.models.generate import generate, generate_batch

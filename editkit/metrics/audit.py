@@ -23,7 +23,7 @@ from editkit.corpora import Atlas, AtlasFact, load_atlas
 from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
-from editkit.methods.shared.value import at_lookup
+from editkit.methods.shared.sites import at_lookup
 from editkit.metrics.generation import exact
 from editkit.metrics.metric import AFTER, COUNT, Metric, Protocol, Score, register
 from editkit.models.generate import generate_batch

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from editkit.models.load import LanguageModel
 from editkit.models.passes import TOLERANCE, Columns, check, first_pass, packed_or_not, second_pass, state_of
+from editkit.models.products import quick_products
 from editkit.models.replay import Replay, replayed_calls
 from editkit.models.tokens import Rows
 from editkit.models.tree import Tree
@@ -104,6 +105,7 @@ class Below:
 
 
 @torch.no_grad()
+@quick_products()
 def columns(
     lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence[int], below: Below | None = None
 ) -> Columns | Packed:

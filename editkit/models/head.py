@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from editkit.models.load import LanguageModel
+from editkit.models.products import faster, quick_products
 from editkit.nethook import get_module
 
 # Rows of the head that a product takes at once: with few logits to read, 50,257 at once are slow on a processor. 43
@@ -14,6 +15,7 @@ from editkit.nethook import get_module
 PIECE = 512
 
 
+@quick_products()
 def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
     """[.., vocabulary] from the residual stream after the final norm, [.., d_model]."""
     head = get_module(lm.model, lm.architecture.head)
@@ -44,4 +46,4 @@ def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
     plain = type(head) is torch.nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
     learns = torch.is_grad_enabled() and head.weight.requires_grad
     float32 = final.dtype == head.weight.dtype == torch.float32
-    return plain and not learns and float32 and final.device.type == "cpu" and final.ndim == 2
+    return plain and not learns and not faster() and float32 and final.device.type == "cpu" and final.ndim == 2

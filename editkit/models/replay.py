@@ -22,6 +22,7 @@ from torch import Tensor
 
 from editkit.models.load import LanguageModel
 from editkit.models.passes import Columns, KeysAndValues, check, earlier, packed_or_not, second_pass
+from editkit.models.products import quick_products
 from editkit.models.tokens import Rows, unflatten
 from editkit.nethook import Record, Trace, get_module, hidden, with_input
 
@@ -93,6 +94,7 @@ class Replay(Columns):
             self._through(stream, _KeysAlone(self.kept, seen))
         return seen
 
+    @quick_products()
     def _through(self, stream: Tensor, prefix: _Prefix) -> Tensor:
         for number, (args, kwargs) in enumerate(self.calls):
             block = get_module(self.lm.model, self.lm.architecture.block.format(self.start + number))
@@ -154,6 +156,7 @@ class Replay(Columns):
         return replace(later, start=start, calls=calls, kept=kept, streams=(), seen={})
 
 
+@quick_products()
 def replay(
     lm: LanguageModel,
     rows: Rows,

@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from bench import STEPS, contexts_of, model_of
+from bench import STEPS
 from machine import processor
+from shapes import contexts_of, model_of
 
 from editkit.facts import Fact
 from editkit.files import write_text
@@ -73,7 +74,7 @@ def fitted(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    lm, _ = model_of("gpt2-small", None, "cpu", "float32")
+    lm, _ = model_of("gpt2-small")
     grids = {
         "blocks_above": [point(lm, layer=layer) for layer in LAYERS],
         "tokens_before": [point(lm, before=n) for n in BEFORE],

@@ -23,7 +23,8 @@ from torch import Tensor
 from editkit.edits import Delta, Edit, low_rank_delta
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given
-from editkit.methods.shared.value import at_lookup, compute_deltas, named
+from editkit.methods.shared.sites import Lookups
+from editkit.methods.shared.value import compute_deltas, named
 from editkit.models.load import LanguageModel
 from editkit.settings import SpreadSettings
 
@@ -69,9 +70,17 @@ def write_values(
     down = lm.architecture.down(last)
     sites = [lm.architecture.attention.format(last), down] if with_attention else [down]
     target_site = down if with_attention else lm.architecture.target_site(last)
-    z, reports = compute_z(lm, given, sites, target_site, progress=progress, **options)
-    deltas, keys, written = spread(lm, given, target_site, z, solve, share=share)
+    lookups = lookups_of(lm, given, sites, target_site)
+    z, reports = compute_z(lm, given, sites, target_site, lookups, progress=progress, **options)
+    deltas, keys, written = spread(lm, given, lookups, z, solve, share=share)
     return Spread(deltas, keys, written, reports)
+
+
+def lookups_of(lm: LanguageModel, given: Given[SpreadSettings], sites: Sequence[str], target_site: str) -> Lookups:
+    """What the facts' keys and values are read from. At full depth each reading is a pass of its own."""
+    settings, last = given.settings, sites[:-1]
+    facts, templates, keep = given.facts, given.templates, settings.engine != "full"
+    return Lookups(lm, facts, templates, settings.fact_token, given.layers, target_site, last, keep=keep)
 
 
 def compute_z(
@@ -79,6 +88,7 @@ def compute_z(
     given: Given[SpreadSettings],
     sites: Sequence[str],
     target_site: str,
+    lookups: Lookups,
     *,
     progress: bool,
     **options: Any,
@@ -87,14 +97,12 @@ def compute_z(
 
     - `sites`: modules of the last layer to whose outputs a δ is added; the last one's is written.
     - `target_site`: the module whose output for the bare prompt, plus that δ, is the target.
+    - `lookups`: of the same facts and sites (`lookups_of`).
     - `options`: of compute_deltas: nll_weight, stop_kl.
     """
     facts, settings, templates = given.facts, given.settings, given.templates
     # 1) ‖v0‖ of each fact at each site, from the bare prompt.
-    start, *own = (
-        at_lookup(lm, site, facts, templates[:1], settings.fact_token).output[:, 0]
-        for site in (target_site, *sites[:-1])
-    )  # each [n, d_model]
+    start, *own = (lookups.start(site) for site in (target_site, *sites[:-1]))  # each [n, d_model]
     norms = torch.stack([values.norm(dim=-1) for values in (*own, start)], 1)  # [n, sites]
     # 2) δ of all facts side by side.
     jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
@@ -117,7 +125,7 @@ def compute_z(
 def spread(
     lm: LanguageModel,
     given: Given[SpreadSettings],
-    target_site: str,
+    lookups: Lookups,
     z: Tensor,
     solve: Solve,
     *,
@@ -125,19 +133,18 @@ def spread(
 ) -> tuple[tuple[Delta, ...], dict[int, Tensor], list[dict[str, Any]]]:
     """The delta of each layer, its keys K [d_ff, n], and a report of it. The model is left as it was.
 
-    - `target_site`, `z` [n, d_model]: where the residual is measured, and the target of each fact there.
+    - `lookups`: reads keys, and what is at the target site now. `z` [n, d_model]: the target of each fact there.
     - `solve`: A(K) for a layer.
     - `share`: of the number of blocks left, what the residual is divided by.
     """
-    facts, templates, token = given.facts, given.templates, given.settings.fact_token
+    templates = given.templates
     weights = torch.tensor([0.5] + [0.5 / (len(templates) - 1)] * (len(templates) - 1) if templates[1:] else [1.0])
     deltas, all_keys, reports = [], {}, []
     with ExitStack() as undo:  # lower blocks stay written while the higher ones are computed
         for number, layer in enumerate(given.layers):
             site = lm.architecture.down(layer)
-            keys = at_lookup(lm, site, facts, templates, token).input  # [n, templates, d_ff]
-            keys = (keys * weights[:, None].double()).sum(1).T
-            missing = (z - at_lookup(lm, target_site, facts, templates[:1], token).output[:, 0]).T  # [d_model, n]
+            keys = (lookups.keys(layer) * weights[:, None].double()).sum(1).T  # [d_ff, n]
+            missing = (z - lookups.values()).T  # [d_model, n]
             left, right = missing / share(len(given.layers) - number), solve(layer, keys)
             delta = low_rank_delta(lm, site, left, right)
             deltas.append(delta)

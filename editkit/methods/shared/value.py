@@ -25,46 +25,15 @@ from editkit.facts import Fact
 from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.methods.shared.solvers import Solver, solver
 from editkit.models.load import LanguageModel
-from editkit.models.lookup import lookup_position
 from editkit.models.passes import CannotReplay
 from editkit.models.precision import widened
-from editkit.models.tokens import tokenise, unflatten
-from editkit.nethook import Trace, requires_grad
+from editkit.nethook import requires_grad
 from editkit.settings import ValueSettings
 
 CPU_BYTES = 2**29  # a batch's share of memory: about what one fact takes at full depth; a larger one is no faster
 Show = Callable[[float, int, int], None]  # (mean loss, steps taken since, facts ended since)
 LIKE = 1.1  # how much longer the longest rows of a batch may be than the shortest, and one token
 READ_EVERY = {"cpu": 1, "cuda": 5}  # steps between two looks at the losses: each look waits for an accelerator
-
-
-@torch.no_grad()
-def at_lookup(lm: LanguageModel, site: str, facts: Sequence[Fact], templates: Sequence[str], token: str) -> AtLookup:
-    """Input and output of `site` at the lookup token of each fact in each template, [facts, templates, d] each.
-
-    - `site`: a module's name.
-    - `templates`: contexts with one `{}` for the prompt.
-    - `token`: which token is looked up (lookup.py).
-
-    The pass ends at the site and at the lookup token, since nothing later can change what is read there. A half model
-    on the CPU runs in float32.
-    """
-    asked = [(fact, context.replace("{}", fact.prompt)) for fact in facts for context in templates]
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i][1]) + len(asked[i][0].subject))
-    with widened(lm):
-        for begin in range(0, len(order), 64):
-            part = order[begin : begin + 64]
-            rows = tokenise(lm, [asked[i][0].filled(asked[i][1]) for i in part])
-            at = [lookup_position(rows, row, asked[i][1], asked[i][0].subject, token) for row, i in enumerate(part)]
-            inputs = {name: value[:, : max(at) + 1] for name, value in rows.inputs().items()}
-            with Trace(lm.model, site, inputs=True, outputs=True, stop=True) as trace:
-                lm.model(**inputs, use_cache=False)
-            index = torch.arange(len(part)), torch.tensor(at)
-            both = [unflatten(each, len(part))[index].double().cpu() for each in (trace.input, trace.output)]
-            found |= {i: (both[0][row], both[1][row]) for row, i in enumerate(part)}
-    shape = (len(facts), len(templates), -1)
-    return AtLookup(*(torch.stack([found[i][side] for i in range(len(asked))]).view(shape) for side in (0, 1)))
 
 
 def named(facts: Sequence[Fact]) -> str:
