@@ -30,7 +30,6 @@ from editkit.models.load import LanguageModel
 from editkit.moments import second_moments
 from editkit.settings import MeasureSettings, MethodSettings, MomentSettings
 
-SOLVERS = ("adam", "descent")
 BATCH = 100  # facts that a batch method writes at once
 ASKED = (REWRITE, PARAPHRASE, UNSEEN, NEIGHBORHOOD, SAME_SUBJECT)
 MEASURE = MeasureSettings(generate=2, fluency=0, distracted=False)
@@ -110,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--blocks", default="3,4,5", help="of r_rome; the others write their own range")
     parser.add_argument("--methods", default="r_rome,memit")
+    parser.add_argument("--solvers", default="adam,descent", help="descent:0.07 is descent with that stop_loss")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lm, name = load(options.model, device="cpu"), options.name or options.model
@@ -123,12 +123,13 @@ def main() -> None:
             if method == "r_rome":
                 blocks = [{"layer": int(b)} for b in options.blocks.split(",")]
             for where in blocks:
-                for solver in SOLVERS:
+                for solver in options.solvers.split(","):
                     about = {"model": name, "seed": seed, "method": method, **where, "solver": solver, "n": options.n}
                     if json.dumps(about) in done:
                         continue
                     befores = befores or [look(lm, case, MEASURE) for case in tqdm(cases, desc="before", mininterval=5)]
-                    chosen: dict[str, Any] = where | {"solver": solver}
+                    name_of, _, stop = solver.partition(":")
+                    chosen: dict[str, Any] = where | {"solver": name_of} | ({"stop_loss": float(stop)} if stop else {})
                     settings = kind(**chosen)
                     rows = cell(lm, method, cases, settings, befores, seed)
                     line = {"cell": about, "digest": lm.digest, "rows": rows}

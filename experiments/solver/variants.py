@@ -75,8 +75,9 @@ class Variant:
 VARIANTS = {
     "Adam": Variant({"solver": "adam"}),
     AS_IT_IS: Variant(),
-    "stop_loss .02": Variant({"solver": "descent", "stop_loss": 0.02}),
     "stop_loss .1": Variant({"solver": "descent", "stop_loss": 0.1}),
+    "stop_loss .2": Variant({"solver": "descent", "stop_loss": 0.2}),
+    "stop_loss .02": Variant({"solver": "descent", "stop_loss": 0.02}),
     "aim .2 of stop_loss": Variant(constants={"AIM": 0.2}),
     "aim .8 of stop_loss": Variant(constants={"AIM": 0.8}),
     "first radius .3 ‖v0‖": Variant(constants={"FIRST_RADIUS": 0.3}),
