@@ -19,7 +19,8 @@ from os import environ
 from pathlib import Path
 
 from editkit.errors import EditkitError
-from editkit.models.architecture import orientation
+from editkit.models.architecture import experts_in, orientation
+from editkit.models.experts import down_of
 from editkit.models.load import DTYPES, LanguageModel, load
 from editkit.moments.cache import IMPORTED, cache_folder, second_moments, stored_at
 from editkit.moments.moment import ENOUGH, MOMENT_FILE, PARTIAL_FILE, SecondMoment
@@ -142,11 +143,16 @@ def export(options: argparse.Namespace) -> int:
 def import_(options: argparse.Namespace) -> int:
     """Put a second moment from an .npz of the ROME authors' code into the cache."""
     lm = _load(options)
-    module = lm.architecture.down(lm.check_layer(options.layer))
+    module = down_of(lm, lm.check_layer(options.layer))
     source = IMPORTED + options.name
     made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
     moment = from_npz(options.file, module, source, made)
     holder = get_module(lm.model, module)
+    if experts_in(holder) is not None:
+        raise EditkitError(
+            f"{module} of {lm.name} is a mixture of experts, and a file of the reference holds one matrix for one "
+            "down-projection. Collect its second moments with `python -m editkit.moments collect`."
+        )
     d_ff = get_parameter(lm.model, f"{module}.weight").shape[0 if orientation(holder, module) == "in_out" else 1]
     if moment.d_ff != d_ff:
         raise EditkitError(
