@@ -1,4 +1,4 @@
-"""Mixtures of experts: keys, second moments and updates against plain loops over tokens and experts."""
+"""Mixtures of experts: keys, second moments, updates and edits against plain loops over tokens and experts."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from editkit.edits import Edit, low_rank_delta
+from editkit.edits import Edit, low_rank_delta, routing_report
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
@@ -134,7 +134,8 @@ def _edit(lm: LanguageModel, facts: Sequence[Fact], updates: Sequence[Update], g
     lefts, rights, reports = zip(*updates, strict=True)
     delta = low_rank_delta(lm, down_of(lm, given.layers[0]), torch.stack(lefts, 1), torch.stack(rights))
     name = "r_rome" if given.settings.keys == "mean" else "rome"
-    return Edit((delta,), given.base, given.provenance(name, facts=facts, reports=list(reports)))
+    routing = routing_report(lm, Edit((delta,), given.base), [fact.text for fact in facts])
+    return Edit((delta,), given.base, given.provenance(name, facts=facts, reports=list(reports), **routing))
 
 
 def _updates(lm: LanguageModel, facts: Sequence[Fact], given: Given[RomeSettings], progress: bool) -> list[Update]:

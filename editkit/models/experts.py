@@ -13,7 +13,7 @@ k_e [d_ff] is the input of expert e's down-projection W_e, b_e its bias (gpt-oss
 residual stream gets m, and δ is added to it.
 
 x does not depend on its own block's W. An edit of one block thus leaves the routing there as it is; that of later
-blocks may change (see `routing_change` in editkit.lenses).
+blocks may change (see `routing_change` in editkit.edits).
 
 transformers keeps W as one 3-D parameter `down_proj`, [E, d_model, d_ff] or for gpt-oss [E, d_ff, d_model], and has one
 interface for all families: the router gives (logits, gates, experts), and the experts module says how it stores its

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edits import Delta, Edit, low_rank_delta
+from editkit.edits import Delta, Edit, low_rank_delta, routing_report
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given
 from editkit.methods.shared.sites import Lookups
@@ -41,10 +41,11 @@ class Spread:
     keys: dict[int, Tensor]  # K [d_ff, n] of each layer, in float64
     layers: list[dict[str, Any]]  # a report of each layer
     facts: list[dict[str, Any]]  # a report of each fact's value
+    routing: dict[str, Any]  # of a mixture of experts: see routing_report
 
     def edit(self, given: Given[Any], method: str, memory: dict[str, Tensor] | None = None) -> Edit:
         """The Edit. `memory`: what the method keeps for its later edits (see Edit)."""
-        how = given.provenance(method, reports=self.facts, layers=self.layers)
+        how = given.provenance(method, reports=self.facts, layers=self.layers, **self.routing)
         return Edit(self.deltas, given.base, how, memory=memory or {})
 
 
@@ -75,7 +76,8 @@ def write_values(
     lookups = lookups_of(lm, given, sites, target_site)
     z, reports = compute_z(lm, given, sites, target_site, lookups, progress=progress, **options)
     deltas, keys, written = spread(lm, given, lookups, z, solve, share=share)
-    return Spread(deltas, keys, written, reports)
+    routing = routing_report(lm, Edit(deltas, given.base), [fact.text for fact in given.facts])
+    return Spread(deltas, keys, written, reports, routing)
 
 
 def lookups_of(lm: LanguageModel, given: Given[SpreadSettings], sites: Sequence[str], target_site: str) -> Lookups:
