@@ -1,5 +1,6 @@
 """Edits of mixtures of experts: what they write, that they come off, their files and adapters, and the routing."""
 
+import copy
 import json
 import pkgutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from editkit import Edit, Fact, RomeSettings, Session, rome
 from editkit.edits import base_of, dense_delta, low_rank_delta, routing_change, spectra
 from editkit.errors import EditkitError
 from editkit.methods import get_method, names
+from editkit.methods.ft import FtSettings, ft
 from editkit.methods.lora import LoraSettings, lora
 from editkit.methods.mend import Mend, rank_one_gradients
 from editkit.methods.shared.transforms import prune, rect
@@ -69,6 +71,7 @@ def test_an_edit_writes_the_chosen_experts_alone_and_comes_off(family: str) -> N
     assert delta.right is not None and delta.experts is not None
     written = delta.right.view(delta.experts, -1).any(1)
     assert written.sum() == lm.model.config.num_experts_per_tok < delta.experts
+    slices = torch.empty(0)
     with pytest.raises(Stop), edit.applied(lm):
         now = everything(lm.model)
         assert [name for name in now if not torch.equal(now[name], before[name])] == [delta.parameter]
@@ -86,7 +89,8 @@ def test_an_edit_writes_the_chosen_experts_alone_and_comes_off(family: str) -> N
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_every_method_leaves_the_model_as_it_was(family: str, method: str, tmp_path: Path) -> None:
     lm = tiny_lm(family)
-    found, options = get_method(method), {"steps": 2, "layer": 1, "layers": (1,)}
+    found = get_method(method)
+    options: dict[str, Any] = {"steps": 2, "layer": 1, "layers": (1,)}
     if method == "mend":
         options["hypernetwork"] = str(Mend.for_model(lm, [1], rank=2, lr=0.01).save(tmp_path / "mend.safetensors"))
     fields = found.settings.__dataclass_fields__
@@ -182,6 +186,22 @@ def test_mends_pairs_are_the_gradient_of_the_weight() -> None:
         slices = [each.T if family == "gpt_oss" else each for each in gradient]
         wanted = torch.cat(slices, 1).double()
         assert (g.double().T @ k.double() - wanted).norm() <= 1e-4 * wanted.norm() > 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_ft_is_adam_on_the_experts(family: str) -> None:
+    lm = tiny_lm(family, dtype=torch.float64)
+    edit = ft(lm, FACT, FtSettings(layer=1, steps=4, lr=1e-2, stop_loss=0.0), progress=False)
+    model = copy.deepcopy(lm.model)
+    memory = Experts(model, site_of(lm, 1))
+    weight, start = memory.experts.get_parameter("down_proj"), memory.matrix().detach().clone()
+    adam = torch.optim.Adam([weight], lr=1e-2)
+    for _ in range(4):
+        adam.zero_grad()
+        plain_nll(model, [tokens_of(lm, FACT.text, FACT.target_new)]).backward()
+        adam.step()
+    change = memory.matrix().detach() - start
+    assert (edit.deltas[0].change() - change).norm() <= 1e-5 * change.norm() > 0
 
 
 @pytest.mark.parametrize("family", EXPERTS)

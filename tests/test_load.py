@@ -159,3 +159,14 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
     except Exception as error:
         pytest.skip(f"needs the Hugging Face Hub: {type(error).__name__}")
     assert load("openai-community/gpt2", device="cpu").layers == 12
+
+
+def test_experts_run_in_float64_too(tmp_path: Path) -> None:
+    """By the loop over experts: the grouped products that transformers takes else know no float64."""
+    folder = saved(tmp_path, "mixtral")
+    ids = torch.arange(2, 16).view(2, 7)
+    with torch.no_grad():
+        exact, single = (
+            load(folder, device="cpu", dtype=dtype).model(ids).logits for dtype in (torch.float64, "float32")
+        )
+    assert exact.dtype == torch.float64 and (exact - single).abs().max() <= 1e-5 * exact.abs().max()

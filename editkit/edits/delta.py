@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from editkit.errors import EditkitError
-from editkit.models.architecture import as_matrix, as_stored, experts_in, orientation, weight_name
+from editkit.models.architecture import as_stored, experts_in, matrix_shape, orientation, weight_name
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digest
 from editkit.nethook import get_module, get_parameter
@@ -118,7 +118,7 @@ def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | Non
     found = get_module(lm.model, module)
     kind, experts = orientation(found, module), experts_in(found)
     weight = get_parameter(lm.model, weight_name(module, experts))
-    d_model, d_ff = as_matrix(weight.to("meta"), kind).shape
+    d_model, d_ff = matrix_shape(weight.shape, kind)
     if right is None:
         if left.shape != (d_model, d_ff):
             raise EditkitError(f"ΔW {tuple(left.shape)} does not fit {module}: W is [{d_model}, {d_ff}].")

@@ -254,8 +254,8 @@ class Edit:
 def _delta_of(row: Any, number: int, tensors: dict[str, Tensor]) -> Delta:
     """The Delta of a file's row `number`. Raises ValueError or KeyError where the two do not fit together."""
     what = f"change {number}"
-    fields = {"module": (str,), "orientation": (str,), "bias": (bool,), "before": (str,), "dense": (bool,)}
-    fields |= {"experts": (int, type(None))}
+    fields: dict[str, tuple[type, ...]] = {"module": (str,), "orientation": (str,), "bias": (bool,), "before": (str,)}
+    fields |= {"dense": (bool,), "experts": (int, type(None))}
     if isinstance(row, dict):
         row = {"dense": False, "experts": None} | row  # the first files had no dense changes
     require_fields(row, fields, what)

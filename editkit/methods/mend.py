@@ -30,7 +30,7 @@ from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
-from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
+from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
 from editkit.models.experts import down_of, keys_of
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
@@ -150,8 +150,7 @@ def _shape(lm: LanguageModel, site: str) -> tuple[int, int]:
     """(d_model, d_ff) of the weight in the module `site`."""
     module = get_module(lm.model, site)
     weight = get_parameter(lm.model, weight_name(site, experts_in(module)))
-    d_model, d_ff = as_matrix(weight.to("meta"), orientation(module, site)).shape
-    return d_model, d_ff
+    return matrix_shape(weight.shape, orientation(module, site))
 
 
 def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[Fact]) -> tuple[Pairs, Tensor]:

@@ -8,6 +8,8 @@ Nothing else changes: weight orientation is read off the module's type, never of
 own with the same call, and an entry point `model_type = "its.module"` in the group `editkit.families` (registry.py).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from einops import rearrange
@@ -173,6 +175,13 @@ def experts_in(module: nn.Module) -> int | None:
 def weight_name(module: str, experts: int | None) -> str:
     """The name of the parameter that holds W in the module of this name."""
     return f"{module}.weight" if experts is None else f"{module}.down_proj"
+
+
+def matrix_shape(stored: Sequence[int], orientation: str) -> tuple[int, int]:
+    """(d_model, d_ff) of W from the shape of the weight as a module stores it; of experts (d_model, E · d_ff)."""
+    *experts, rows, columns = stored
+    d_model, d_ff = (columns, rows) if orientation == "in_out" else (rows, columns)
+    return d_model, math.prod(experts) * d_ff
 
 
 def as_matrix(weight: Tensor, orientation: str) -> Tensor:

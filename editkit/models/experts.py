@@ -22,7 +22,7 @@ weights and applies its activation. So a family declares names alone (architectu
 written again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ def expert_keys(lm: LanguageModel, module: str, x: Tensor) -> tuple[Routed, Tens
 
     They are computed as the experts compute them: gate and up projections of each expert, its activation, its gate.
     """
-    holder, given = get_module(lm.model, module), _like_weights(lm, module, x)
+    holder: Any = get_module(lm.model, module)  # its attributes are those of transformers' experts
+    given = _like_weights(lm, module, x)
     chosen = routed(lm, module, x)
     d_ff = holder.down_proj.shape[1 if holder.is_transposed else 2]
     keys = given.new_zeros(*chosen.experts.shape, d_ff, dtype=wide(given.dtype))

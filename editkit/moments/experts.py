@@ -54,10 +54,12 @@ class FactoredExperts(Factored):
         return self._lowers[expert]
 
     def matrix(self, size: int) -> Tensor:
-        return torch.block_diag(*self._blocks)
+        whole: Tensor = torch.block_diag(*self._blocks)
+        return whole
 
     @property
-    def condition(self) -> float:  # type: ignore[override]
-        """Condition number of the blocks that were used, together."""
-        values = torch.cat([torch.linalg.svdvals(lower) for lower in self._lowers.values()])
-        return float(values.max() / values.min()) ** 2
+    def condition(self) -> float:
+        """Condition number of the blocks that were solved with, together; of all where none was."""
+        used = list(self._lowers) or range(len(self._blocks))
+        values = torch.linalg.eigvalsh(self._blocks[torch.tensor(used)])
+        return float(values.max() / values.min())

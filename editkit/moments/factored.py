@@ -23,9 +23,13 @@ class Factored:
         """The factored matrix [size, size]."""
         return self.lower @ self.lower.T
 
-    @functools.cached_property
+    @property
     def condition(self) -> float:
         """Condition number of the factored matrix (largest over smallest eigenvalue)."""
+        return self._condition
+
+    @functools.cached_property
+    def _condition(self) -> float:
         values = torch.linalg.svdvals(self.lower)
         return float(values[0] / values[-1]) ** 2
 
