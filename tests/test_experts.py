@@ -182,6 +182,31 @@ def whole_blocks(whole: Tensor, moment: SecondMoment) -> list[Tensor]:
     return [whole[e * size : (e + 1) * size, e * size : (e + 1) * size] for e in range(len(moment.routed))]
 
 
+@pytest.mark.parametrize("family", EXPERTS)
+def test_with_the_blocks_unseen_tokens_move_little_more_than_with_the_whole_second_moment(family: str) -> None:
+    """E‖ΔW κ‖² over tokens that C has not seen, of rank-one updates for some of them; with C = I it is more."""
+    lm = tiny_lm(family)
+    texts = packed_blocks(lm, running_text("atlas", seed=0), 128)
+    keys = []
+    for _ in range(32):
+        with torch.no_grad(), Trace(lm.model, site_of(lm, 1), inputs=True) as trace:
+            lm.model(next(texts)[None], use_cache=False)
+        keys.append(keys_of(lm, down_of(lm, 1), trace.input[0]))
+    seen, unseen = torch.cat(keys[:24]), torch.cat(keys[24:])
+    whole, other = (each.T @ each / len(each) for each in (seen, unseen))
+    eye = torch.eye(len(whole)).double()
+    count = len(Experts(lm.model, site_of(lm, 1)).slices())
+    size = len(whole) // count
+    blocks = torch.block_diag(*(whole[e * size : (e + 1) * size, e * size : (e + 1) * size] for e in range(count)))
+
+    def moved(moment: Tensor) -> Tensor:
+        facts = unseen[::40].T
+        u = torch.linalg.solve(moment + 1e-4 * whole.diagonal().mean() * eye, facts)
+        return (u * (other @ u)).sum(0) / (u * facts).sum(0) ** 2
+
+    assert (moved(blocks) / moved(whole)).median() < 1.15 and (moved(eye) / moved(blocks)).median() > 1.15
+
+
 def test_an_expert_without_keys_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("mixtral")
     moment = second_moments(lm, [1], MOMENTS, progress=False)[1]

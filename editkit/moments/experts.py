@@ -9,7 +9,8 @@ C = E[κ κᵀ] [D, D]. Of it the diagonal blocks alone are collected and solved
   77 GB for Qwen3-30B-A3B and 2.2 TB for DeepSeek-V3. The blocks take 13, 0.5, 0.6 and 8.6 GB. C of the active experts
   alone would be smaller than the whole, but it would be another one for each fact.
 - What is lost is bounded. The methods keep E‖ΔW κ‖² small. With the blocks they minimise Σ_e E‖ΔW_e g_e k_e‖², and as
-  ‖Σ a_e‖² ≤ n Σ ‖a_e‖² for a token with n experts, E‖ΔW κ‖² is never more than n times that.
+  ‖Σ a_e‖² ≤ n Σ ‖a_e‖² for a token with n experts, E‖ΔW κ‖² is never more than n times that. On tiny random models of
+  all families it is less than 15 % over what the whole C reaches (tests/test_experts.py).
 - N counts all tokens, as in C itself, and not those of the expert: where the text seldom sends a token, a change costs
   little. One ridge is added to all blocks: moments.ridge · mean(diag C).
 """
