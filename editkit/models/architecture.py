@@ -5,8 +5,8 @@ A new family is one call, with its `config.model_type` and the names of its modu
     register(Architecture("gpt2", embedding="transformer.wte", …))
 
 Nothing else changes: weight orientation is read off the module's type, never off shapes. A mixture of experts names its
-experts and its router too, and experts.py does the rest for all of them. Another package registers its
-own with the same call, and an entry point `model_type = "its.module"` in the group `editkit.families` (registry.py).
+experts and its router too, and experts.py does the rest for all of them. Another package registers its own with the
+same call, and an entry point `model_type = "its.module"` in the group `editkit.families` (registry.py).
 """
 
 import math

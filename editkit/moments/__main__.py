@@ -58,11 +58,13 @@ def info(options: argparse.Namespace) -> int:
     few = "" if moment.vectors_per_dimension >= ENOUGH else f"; 2 to 10 are needed: {ENOUGH * moment.d_ff} keys or more"
     effective = "unknown" if moment.effective_count is None else f"{moment.effective_count:,.0f} keys carry C"
     print(f"module           {moment.module}, d_ff {moment.d_ff}")
+    if moment.routed:
+        print(f"experts          {len(moment.routed)}, with {min(moment.routed):,} to {max(moment.routed):,} keys each")
     print(f"model            {made.get('model', '?')}, digest {made.get('model_digest', '?')[:16]}")
     print(f"source           {moment.source}")
     print(f"keys             {moment.count:,}, {moment.vectors_per_dimension:.3g} per dimension{few}")
     print(f"effective count  {effective}")
-    print(f"effective rank   {moment.effective_rank:.1f} of {moment.d_ff}")
+    print(f"effective rank   {moment.effective_rank:.1f} of {len(moment.eigenvalues)}")
     print(f"condition        {moment.condition:.3g} without a ridge")
     print(f"digest           {moment.digest}")
     return 0
