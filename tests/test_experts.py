@@ -23,7 +23,7 @@ from tests.conftest import inputs_of, tiny_lm
 from tests.expert_oracle import Experts, memory_of
 from tests.families import EXPERTS
 from tests.oracles import moment_of, rome_update, spread_updates
-from tests.test_methods import SETTINGS
+from tests.test_methods import SETTINGS, SOLVERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the update of"),  # on tiny random models it is large
@@ -254,13 +254,16 @@ def test_rome_is_the_oracles(family: str, keys: str) -> None:
     assert steps == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", EXPERTS)
-def test_methods_of_many_facts_are_the_oracles(family: str, method: str) -> None:
+def test_methods_of_many_facts_are_the_oracles(family: str, method: str, solver: str) -> None:
     """Over blocks 0 and 1, of which DeepSeek's and Qwen2-MoE's first is dense."""
     lm = tiny_lm(family, dtype=torch.float64)
     layers = [1] if method == "emmet" else [0, 1]
-    settings: Any = replace(SETTINGS[method], layers=layers, steps=4, lr=0.02, clamp=0.75, stop_loss=0.0)
+    settings: Any = replace(
+        SETTINGS[method], layers=layers, steps=4, clamp=0.75, stop_loss=0.0, **SOLVERS[solver]
+    )
     moments = second_moments(lm, layers, MOMENTS, progress=False)
     edit = get_method(method)(lm, FACTS, settings, moments=moments, contexts=CONTEXTS, progress=False)
     matrices = [blocks_of(moments[i], 0.0 if method == "alphaedit" else MOMENTS.ridge) for i in layers]
