@@ -261,9 +261,7 @@ def test_methods_of_many_facts_are_the_oracles(family: str, method: str, solver:
     """Over blocks 0 and 1, of which DeepSeek's and Qwen2-MoE's first is dense."""
     lm = tiny_lm(family, dtype=torch.float64)
     layers = [1] if method == "emmet" else [0, 1]
-    settings: Any = replace(
-        SETTINGS[method], layers=layers, steps=4, clamp=0.75, stop_loss=0.0, **SOLVERS[solver]
-    )
+    settings: Any = replace(SETTINGS[method], layers=layers, steps=4, clamp=0.75, stop_loss=0.0, **SOLVERS[solver])
     moments = second_moments(lm, layers, MOMENTS, progress=False)
     edit = get_method(method)(lm, FACTS, settings, moments=moments, contexts=CONTEXTS, progress=False)
     matrices = [blocks_of(moments[i], 0.0 if method == "alphaedit" else MOMENTS.ridge) for i in layers]

@@ -67,6 +67,7 @@ def write_adapter(
         tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
     name = Path(base["name"]).name if Path(base["name"]).is_absolute() else base["name"]
     largest = max(ranks.values())
+    alike = by_parameter and len({*ranks.values()}) == 1  # peft warns, for nothing, of a pattern for a parameter
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -82,8 +83,8 @@ def write_adapter(
             if by_parameter
             else {"target_modules": list(ranks)}
         ),
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
+        "rank_pattern": {} if alike else ranks,
+        "alpha_pattern": {} if alike else ranks,
     }
     write_bytes(folder / "adapter_model.safetensors", save_tensors(tensors))
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
