@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from editkit.models.head import logits_of
 from editkit.models.experts import site_of
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.passes import CannotReplay
 from editkit.models.replay import replay
