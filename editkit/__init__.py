@@ -49,6 +49,7 @@ _PUBLIC = {
     "r_rome": "editkit.methods.r_rome",
     "rome": "editkit.methods.rome",
     "rome_each": "editkit.methods.rome",
+    "routing_change": "editkit.edits.routing",
     "side_effects": "editkit.lenses",
     "stream_change": "editkit.lenses",
     "trace": "editkit.tracing",
@@ -58,6 +59,7 @@ __all__ = [*sorted(_PUBLIC), "__version__"]
 if TYPE_CHECKING:
     from editkit.edits.edit import Edit as Edit
     from editkit.edits.edit import apply_files as apply_files
+    from editkit.edits.routing import routing_change as routing_change
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
     from editkit.lenses import attention_to_subject as attention_to_subject

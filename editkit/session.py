@@ -27,6 +27,7 @@ from editkit.files import write_bytes, write_text
 from editkit.methods import get_method
 from editkit.methods.shared.prelude import Moments, shared_inputs
 from editkit.methods.shared.transforms import TRANSFORMS
+from editkit.models.architecture import as_stored
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
 from editkit.nethook import get_parameter
@@ -265,14 +266,15 @@ class Session:
 
     def _write(self, steps: Sequence[Edit]) -> None:
         """Bring the weights to W0 and `steps`, and those of parameters without a step back to W0."""
-        stored = {delta.parameter: delta.orientation for step in steps for delta in step.deltas}
+        stored = {delta.parameter: delta for step in steps for delta in step.deltas}
         for name in stored:
             if name not in self._held:  # no step has touched it: it is W0
                 self._held[name] = get_parameter(self.lm.model, name).detach().clone()
         sums, values = self._sums(steps), dict(self._held)
         for name, total in sums.items():
             start = self._held[name]
-            changed = start.double() + (total.T if stored[name] == "in_out" else total).to(start.device)
+            change = as_stored(total, stored[name].orientation, stored[name].experts)
+            changed = start.double() + change.to(start.device)
             if not changed.to(start.dtype).isfinite().all():
                 raise EditkitError(f"{name} is not finite in {start.dtype} with this step; the step was not taken.")
             values[name] = changed.to(start.dtype)

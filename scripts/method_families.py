@@ -117,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(1)  # for tiny models threads wait for each other more than they work
     warnings.simplefilter("ignore")  # a tiny model has few keys and large updates
     width = max(map(len, options.methods)) + 1
-    print(f"{'family':10}" + "".join(f"{name:>{width}}" for name in options.methods), flush=True)
+    print(f"{'family':12}" + "".join(f"{name:>{width}}" for name in options.methods), flush=True)
     found: dict[str, dict[str, Any]] = {}
     for family in options.families or sites:
         try:
@@ -129,7 +129,7 @@ def main() -> None:
         cells = [
             "-" if "refused" in c else f"{c['rise']:+.2f}" + "!" * bool(c["failures"]) for c in found[family].values()
         ]
-        print(f"{family:10}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
+        print(f"{family:12}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
     every = [(family, name, cell) for family, row in found.items() for name, cell in row.items()]
     failed = [(family, name, why) for family, name, cell in every for why in cell.get("failures", ())]
     refused = {(family, name): cell["refused"] for family, name, cell in every if "refused" in cell}

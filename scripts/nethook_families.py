@@ -146,7 +146,7 @@ def line(family: str, row: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:.0e}" if isinstance(value, float) else value
 
     cells = ["{:4} {:4} {:7}".format(*(cell(row[kind][what]) for what in CHECKS)) for kind in KINDS]
-    return f"{family:9}  {'   '.join(cells)}  {row['hooks']:>5}"
+    return f"{family:11}  {'   '.join(cells)}  {row['hooks']:>5}"
 
 
 def main() -> None:
@@ -160,8 +160,8 @@ def main() -> None:
 
     began = time.time()
     torch.set_num_threads(1)  # for tiny models threads wait for each other more than they work
-    print(f"{'':9}  {'   '.join(f'{title:17}' for title in KINDS.values())}")
-    print(f"{'family':9}  {'   '.join('{:4} {:4} {:7}'.format(*CHECKS) for _ in KINDS)}  hooks", flush=True)
+    print(f"{'':11}  {'   '.join(f'{title:17}' for title in KINDS.values())}")
+    print(f"{'family':11}  {'   '.join('{:4} {:4} {:7}'.format(*CHECKS) for _ in KINDS)}  hooks", flush=True)
     rows, failures = {}, []
     for family in options.families or models.SITES:
         rows[family], failed = check(family, models)

@@ -32,6 +32,8 @@ LLAMA_SITES = Sites(
     "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj"
 )
 H = "transformer.h.{}"
+# Mixtures of experts, which are slices of one 3-D parameter: no module holds a single down-projection.
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"]
 
 SITES: dict[str, Sites] = {
     "gpt2": Sites(H, f"{H}.attn", f"{H}.mlp", f"{H}.mlp.c_proj"),
@@ -55,9 +57,9 @@ SITES: dict[str, Sites] = {
     "phi": Sites("model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp", "model.layers.{}.mlp.fc2"),
     "phi3": LLAMA_SITES,
     "olmo2": LLAMA_SITES,
-    # The experts are one 3-D parameter: no module holds a single down-projection.
-    "mixtral": Sites("model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp", None),
+    **dict.fromkeys(EXPERTS, LLAMA_SITES._replace(down_projection=None)),
 }
+DENSE = [family for family in SITES if family not in EXPERTS]
 
 POSITIONS = 256
 
@@ -75,6 +77,24 @@ _ALTERNATING = _GROUPED | {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 8,
     "query_pre_attn_scalar": 8,
+}
+
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_DEEPSEEK = _LLAMA | {
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
 }
 
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,10 +135,27 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", _LLAMA),
     "phi3": ("Phi3Config", _LLAMA | {"num_key_value_heads": 2}),
     "olmo2": ("Olmo2Config", _LLAMA | {"num_key_value_heads": 2}),
-    "mixtral": (
-        "MixtralConfig",
-        _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": ("MixtralConfig", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (  # a shared expert with a gate of its own; block 0 is dense
+        "Qwen2MoeConfig",
+        _LLAMA | _ROUTED | {"num_key_value_heads": 2, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     ),
+    "qwen3_moe": ("Qwen3MoeConfig", _GROUPED | _ROUTED | {"norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", _LLAMA | _ROUTED | {"intermediate_size": 24}),  # gates that do not add up to 1
+    "gpt_oss": (  # biases; softmax over the chosen alone; stored [E, d_ff, d_model]
+        "GptOssConfig",
+        _GROUPED
+        | {
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
+    "deepseek_v2": ("DeepseekV2Config", _DEEPSEEK | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),  # sigmoid with a bias for the choice, groups, normalised
 }
 
 
@@ -139,6 +176,11 @@ def build(family: str, vocab_size: int = 96, dtype: torch.dtype = torch.float32,
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # decides the choice of DeepSeek-V3's experts, not their gates
+                buffer.normal_(0, 0.2)
+    if family in EXPERTS and dtype == torch.float64:
+        model.set_experts_implementation("eager")  # grouped products take no float64
     return model.to(dtype).eval()
 
 

@@ -22,6 +22,32 @@ def dense(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+class Memory:
+    """One block's down-projection: the module `name`, whose input is the key and whose output the value."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.module = model.get_submodule(name)
+
+    def keys(self, given: Tensor) -> Tensor:
+        """The keys [tokens, d_ff], from the module's input [tokens, d]."""
+        return given
+
+    def matrix(self) -> Tensor:
+        """W [d_model, d_ff]."""
+        return dense(self.module)
+
+    def rest(self, key: Tensor, value: Tensor) -> Tensor | int:
+        """What is added to W k in `value`."""
+        return 0 if getattr(self.module, "bias", None) is None else self.module.get_parameter("bias")
+
+    def add(self, update: Tensor) -> None:
+        """Write ΔW [d_model, d_ff]."""
+        dense(self.module).add_(update)
+
+
+Memories = Callable[[nn.Module, str], Memory]
+
+
 def logits_of(model: nn.Module, ids: Sequence[int], **options: Any) -> Tensor:
     """[tokens, vocabulary] of one row of ids."""
     logits: Tensor = model(input_ids=torch.tensor([ids]), **options).logits[0]
@@ -34,10 +60,11 @@ def run_hooked(
     """Logits, and the input and (changed) output of `module`, for one row of ids."""
     seen: dict[str, Tensor] = {}
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        seen["k"] = args[0][0]
-        seen["m"] = output[0] if change is None else change(output)[0]
-        return None if change is None else change(output)
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output
+        whole = whole if change is None else change(whole)
+        seen["k"], seen["m"] = args[0][0], whole[0]
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     handle = module.register_forward_hook(hook)
     try:
@@ -159,21 +186,22 @@ def rome_update(
     clamp: float,
     stop_loss: float,
     solver: str = "adam",
+    memories: Memories = Memory,
 ) -> tuple[Tensor, list[float]]:
     """ΔW [d_model, d_ff] and the loss of each evaluation, one row at a time at full depth.
 
-    `rows`: the bare prompt's first.
+    `rows`: the bare prompt's first. `memories`: makes the memory of the module.
     """
     model = copy.deepcopy(model).double()
     for p in model.parameters():
         p.requires_grad_(False)
-    module = model.get_submodule(module_name)
-    W = dense(module)
+    module, memory = model.get_submodule(module_name), memories(model, module_name)
+    W = memory.matrix()
 
     keys, values = [], []
     for ids, at, _ in rows:
         _, k, m = run_hooked(model, module, ids)
-        keys.append(k[at])
+        keys.append(memory.keys(k)[at])
         values.append(m[at])
     v0 = values[0]
 
@@ -210,13 +238,11 @@ def rome_update(
         delta, losses = adam(loss_of, v0, steps, lr, weight_decay, clamp, stop_loss)
     k_mean = torch.stack(keys).mean(0)
     u = torch.linalg.inv(C) @ k_mean
-    bias: Tensor | int = 0 if getattr(module, "bias", None) is None else module.get_parameter("bias")
+    gives = [W @ key + memory.rest(key, value) for key, value in zip(keys, values, strict=True)]
     if mixed:  # the authors' code
-        k, v_star = keys[0], v0 + delta
-        now = W @ k + bias
+        k, v_star, now = keys[0], v0 + delta, gives[0]
     else:  # one key on both sides
-        k, v_star = k_mean, v0 + delta
-        now = torch.stack([W @ key + bias for key in keys]).mean(0)
+        k, v_star, now = k_mean, v0 + delta, torch.stack(gives).mean(0)
     return torch.outer(v_star - now, u) / (k @ u), losses
 
 
@@ -329,10 +355,12 @@ def spread_updates(
     facts: Sequence[FactRows],
     moments: Sequence[Tensor],
     settings: Any,
+    memories: Memories = Memory,
 ) -> list[Tensor]:
     """ΔW [d_model, d_ff] of each layer by MEMIT, EMMET, PMET or AlphaEdit as the papers write them, by direct solves.
 
-    `settings`: the method's own. The weights are written into a copy, layer after layer.
+    `settings`: the method's own. `memories`: makes the memory of a module. The weights are written into a copy, layer
+    after layer.
     """
     model = copy.deepcopy(model).double()
     for p in model.parameters():
@@ -342,9 +370,11 @@ def spread_updates(
     target_site = names[-1] if method == "pmet" else block.format(layers[-1])
     updates = []
     for number, (name, C) in enumerate(zip(names, moments, strict=True)):
+        memory = memories(model, name)
         keys, residuals = [], []
         for (rows, _), target in zip(facts, z, strict=True):
-            of_row = [run(ids[: len(ids) - t], at, [name])[1][name, "in"] for ids, at, t in rows]
+            given = [run(ids[: len(ids) - t], at, [name])[1][name, "in"] for ids, at, t in rows]
+            of_row = [memory.keys(x[None])[0] for x in given]
             keys.append((of_row[0] + torch.stack(of_row[1:]).mean(0)) / 2)
             ids, at, targets = rows[0]
             residuals.append(target - run(ids[: len(ids) - targets], at, [target_site])[1][target_site, "out"])
@@ -363,5 +393,5 @@ def spread_updates(
             P = low @ low.T
             update = torch.linalg.solve(P @ K @ K.T + settings.l2 * eye, P @ K @ R.T).T
         updates.append(update)
-        dense(model.get_submodule(name)).add_(update)
+        memory.add(update)
     return updates

@@ -20,6 +20,7 @@ from editkit.methods.rome import RomeSettings, rome, rome_each
 from editkit.methods.shared import value
 from editkit.methods.shared.engine import Batch, FullDepth, Replayed, bytes_of, rows_of
 from editkit.methods.shared.sites import at_lookup
+from editkit.models.experts import site_of
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
 from editkit.nethook import get_module
@@ -28,8 +29,9 @@ from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import count_hooks
 
-FAMILIES = [family for family in SITES if family != "mixtral"]
-FLOAT32_ATTENTION = ("gpt_neo", "gptj", "gemma2", "bloom")  # whatever the model's dtype
+FAMILIES = list(SITES)
+# Whatever the model's dtype, in attention or in the router.
+IN_FLOAT32 = ("gpt_neo", "gptj", "gemma2", "bloom", "deepseek_v2", "deepseek_v3")
 NO_MOMENTS = MomentSettings(enabled=False)
 CONTEXTS = ["{}", "The old town. {}", "Because I was there for a long time then. {}"]
 FACTS = [
@@ -77,7 +79,7 @@ def test_replay_equals_full_depth(family: str) -> None:
     exact, lm = tiny_lm(family, dtype=torch.float64), tiny_lm(family)
     near = []
     for fact in FACTS:
-        if family not in FLOAT32_ATTENTION:
+        if family not in IN_FLOAT32:
             same(*by_both(exact, settings, fact), tolerance=1e-8)
         edits = by_both(lm, settings, fact)
         same(*edits, tolerance=1e-3)
@@ -128,7 +130,7 @@ def test_a_batch_equals_one_by_one(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_values_of_the_clean_pass_are_those_of_a_pass_of_their_own(family: str) -> None:
     lm = tiny_lm(family)
-    site = lm.architecture.down(1)
+    site = site_of(lm, 1)
     wanted = at_lookup(lm, site, FACTS, CONTEXTS, "subject_last")
     batch = Batch([rows_of(lm, fact, "subject_last", CONTEXTS) for fact in FACTS])
     for kind in (FullDepth, Replayed):

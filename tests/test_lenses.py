@@ -18,13 +18,15 @@ from editkit.lenses import (
     side_effects,
     stream_change,
 )
+from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
+from editkit.models.experts import down_of, keys_of
 from editkit.models.load import LanguageModel
 from tests.conftest import tiny_lm
 from tests.families import SITES
 from tests.hooking import by_hand
 from tests.untouched import plain_nll, tokens_of, untouched
 
-FAMILIES = [family for family in SITES if family != "mixtral"]
+FAMILIES = list(SITES)
 FACT = Fact("Because of this the town of {} is in the state of", "Big Ben", "Oslo")
 TEXTS = ["The Eiffel Tower is located in the city of", "Rain", "The capital of the country France is the city of"]
 TARGETS = ["Rome", "Berlin Madrid", "Oslo"]
@@ -50,9 +52,10 @@ def capped(lm: LanguageModel, logits: Tensor) -> Tensor:
 
 
 def random_edit(lm: LanguageModel, layer: int = 1, rank: int = 2) -> Edit:
-    site = lm.architecture.down(layer)
-    weight = lm.model.get_parameter(f"{site}.weight")
-    d_model, d_ff = sorted(weight.shape)
+    site = down_of(lm, layer)
+    module = lm.model.get_submodule(site)
+    weight = lm.model.get_parameter(weight_name(site, experts_in(module)))
+    d_model, d_ff = as_matrix(weight, orientation(module, site)).shape
     g = torch.Generator().manual_seed(layer)
     left, right = torch.randn(d_model, rank, generator=g) / 50, torch.randn(rank, d_ff, generator=g)
     return Edit((low_rank_delta(lm, site, left, right),), base_of(lm))
@@ -151,7 +154,8 @@ def test_attention_is_what_the_attention_modules_give_under_eager(family: str) -
     for block in range(lm.layers):
         assert torch.equal(found.weights[block], own[block][0, :, -1])
         assert torch.equal(found.weights[block], kept[block][0, :, -1])
-    assert torch.allclose(found.weights.sum(-1), torch.ones(1), atol=1e-5)
+    sums = found.weights.sum(-1)
+    assert torch.allclose(sums, torch.ones(1), atol=1e-5) or (family == "gpt_oss" and (sums < 1).all())  # to a sink
     first, last = found.subject
     assert "".join(found.tokens[first : last + 1]).strip() == "Big Ben"
     summed = torch.stack([found.weights[..., i] for i in range(first, last + 1)]).sum(0)
@@ -203,7 +207,7 @@ def test_a_model_whose_attention_gives_no_weights_is_named() -> None:
 def test_the_change_is_that_of_the_modules_output_with_the_edit(family: str) -> None:
     lm = tiny_lm(family)
     edit = random_edit(lm, layer=1, rank=1)
-    site = lm.architecture.down(1)
+    site = down_of(lm, 1)
     found = side_effects(lm, edit, TEXTS)
     assert found.drop is None and found.prompts == tuple(TEXTS) and found.cosine_key.isnan().all()
     right = edit.deltas[0].right
@@ -227,7 +231,8 @@ def test_the_change_is_that_of_the_modules_output_with_the_edit(family: str) -> 
         where = moved.argmax()
         assert found.change[i].item() == pytest.approx(moved[where].item(), rel=1e-4)
         assert found.relative[i].item() == pytest.approx((moved / before.norm(dim=-1))[where].item(), rel=1e-4)
-        cosines = torch.cosine_similarity(keys[0].view(ids.shape[1], -1).double(), u, dim=-1)
+        of_text = keys_of(lm, site, keys[0].view(ids.shape[1], -1)).double()
+        cosines = torch.cosine_similarity(of_text, u, dim=-1)
         assert found.cosine[i].item() == pytest.approx(cosines[cosines.abs().argmax()].item(), abs=1e-5)
 
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from editkit import load
 from editkit.errors import ModelError
 from editkit.models.architecture import architecture_of, families, orientation
+from editkit.models.experts import down_of
 from editkit.models.load import BUNDLED, LanguageModel, _NoFirstWeights
 from editkit.models.snapshot import digests, tensors_of
 from tests.conftest import tiny_lm
-from tests.families import SITES, build
+from tests.families import EXPERTS, SITES, build
 
 
 @pytest.fixture(autouse=True)
@@ -30,21 +31,27 @@ def saved(tmp_path: Path, family: str = "gpt2") -> Path:
     return tmp_path / family
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", *EXPERTS])
 def test_a_local_folder(family: str, tmp_path: Path) -> None:
     lm = load(saved(tmp_path, family), device="cpu")
     assert lm.architecture.family == family and lm.layers == 3 and not lm.model.training
-    assert lm.architecture.down(1) == SITES[family].down_of(1)
+    assert down_of(lm, 1) == (SITES[family].down_projection or "model.layers.{}.mlp.experts").format(1)
     assert lm.digest == load(saved(tmp_path, family), device="cpu").digest
 
 
 @pytest.mark.parametrize("family", families())
 def test_every_name_of_an_architecture_is_a_module(family: str) -> None:
     model, architecture = build(family.removesuffix("_text")), architecture_of(family)
-    for name in ("embedding", "block", "attention", "mlp", "mlp_norm", "down_projection", "final_norm", "head"):
+    names = {"embedding", "block", "attention", "mlp", "mlp_norm", "down_projection", "final_norm", "head"}
+    if family in EXPERTS:
+        names = names - {"down_projection"} | {"experts", "router"}
+    for name in names:
         if (where := getattr(architecture, name)) is not None:
-            model.get_submodule(where.format(0))
-    assert orientation(model.get_submodule(architecture.down(0)), "") == ("in_out" if family == "gpt2" else "out_in")
+            model.get_submodule(where.format(1))
+    down = architecture.experts if family in EXPERTS else architecture.down_projection
+    assert down is not None
+    stored = "in_out" if family in ("gpt2", "gpt_oss") else "out_in"
+    assert orientation(model.get_submodule(down.format(1)), "") == stored
 
 
 def test_the_bundled_model(atlas_lm: LanguageModel) -> None:
@@ -93,7 +100,7 @@ def test_an_unknown_family_says_which_are_known(tmp_path: Path) -> None:
     build("gpt2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "xglm"}))
-    with pytest.raises(ModelError, match=r"model family 'xglm' \(known: bloom, falcon, .*16 in all"):
+    with pytest.raises(ModelError, match=r"model family 'xglm' \(known: bloom, deepseek_v2, .*23 in all"):
         load(tmp_path)
 
 
@@ -154,7 +161,12 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load("openai-community/gpt2", device="cpu").layers == 12
 
 
-def test_a_mixture_of_experts_is_refused_with_the_reason(tmp_path: Path) -> None:
-    build("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="does not edit the model family 'mixtral': its experts are slices.*Choose a"):
-        load(tmp_path)
+def test_experts_run_in_float64_too(tmp_path: Path) -> None:
+    """By the loop over experts: the grouped products that transformers takes else know no float64."""
+    folder = saved(tmp_path, "mixtral")
+    ids = torch.arange(2, 16).view(2, 7)
+    with torch.no_grad():
+        exact, single = (
+            load(folder, device="cpu", dtype=dtype).model(ids).logits for dtype in (torch.float64, "float32")
+        )
+    assert exact.dtype == torch.float64 and (exact - single).abs().max() <= 1e-5 * exact.abs().max()

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from editkit.errors import ModelError
-from editkit.models.architecture import REFUSED, architecture_of, families
+from editkit.models.architecture import families
 from tests.conftest import tiny_lm
 from tests.families import SITES
 
@@ -23,14 +22,11 @@ spec.loader.exec_module(method_families)
 
 
 @pytest.mark.parametrize("method", ["r_rome", "memit", "lora"])
-@pytest.mark.parametrize("family", [family for family in SITES if family not in REFUSED])
+@pytest.mark.parametrize("family", SITES)
 def test_an_edit_lands_and_comes_off(family: str, method: str, tmp_path: Path) -> None:
     cell = method_families.check(tiny_lm(family), method, tmp_path)
     assert cell["failures"] == [] and cell["rise"] > 0.5
 
 
-def test_every_family_is_edited_or_refused_with_the_reason() -> None:
-    assert set(SITES) == {family.removesuffix("_text") for family in families()} | {"mixtral"}
-    for family in REFUSED:
-        with pytest.raises(ModelError, match=f"'{family}': its experts are slices"):
-            architecture_of(family)
+def test_every_family_has_an_entry() -> None:
+    assert set(SITES) == {family.removesuffix("_text") for family in families()}

@@ -380,7 +380,7 @@ def test_s_is_the_harmonic_mean_of_the_averages() -> None:
 # --- side by side -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [family for family in SITES if family != "mixtral"])
+@pytest.mark.parametrize("family", SITES)
 def test_continuations_side_by_side_are_those_one_by_one(family: str) -> None:
     lm = tiny_lm(family)
     prompts = ["Rome", "The capital of France is", "A long prompt about nothing in particular goes on", "It"]

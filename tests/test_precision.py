@@ -19,6 +19,7 @@ from editkit.methods.shared.contexts import context_templates
 from editkit.methods.shared.sites import at_lookup
 from editkit.metrics.scoring import score_targets
 from editkit.models import precision
+from editkit.models.experts import down_of
 from editkit.models.generate import generate, generate_batch
 from editkit.models.load import load
 from editkit.models.precision import HALF, wide, widened
@@ -33,7 +34,7 @@ from tests.oracles import rome_update, second_moment
 from tests.test_snapshot import everything, random_edit
 from tests.untouched import untouched
 
-FAMILIES = [family for family in SITES if family != "mixtral"]
+FAMILIES = list(SITES)
 NO_MOMENTS = MomentSettings(enabled=False)
 CONTEXTS = ["{}", "The old town. {}", "Because I was there for a long time then. {}"]
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
@@ -65,7 +66,7 @@ def test_inside_it_is_the_float32_model_and_outside_the_half_one(family: str, dt
     before, other = logits(lm), copy.deepcopy(lm)
     other.model.float()
     digest = lm.digest
-    with untouched(lm, lm.architecture.down(1)), widened(lm):
+    with untouched(lm, down_of(lm, 1)), widened(lm):
         assert lm.dtype == torch.float32
         inside = logits(lm)
     assert inside.dtype == torch.float32 and torch.equal(inside, logits(other))

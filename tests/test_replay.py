@@ -19,7 +19,7 @@ from tests.families import SITES
 from tests.hooking import count_hooks
 from tests.test_snapshot import everything
 
-FAMILIES = [family for family in SITES if family != "mixtral"]  # refused: its experts are one parameter
+FAMILIES = list(SITES)
 TEXTS = [
     "The Eiffel Tower is located in the city of Rome",
     "On a long day of the summer near the old river they said it. The Eiffel Tower is in the city of Rome and more",

@@ -24,7 +24,7 @@ from tests.hooking import count_hooks
 
 Key = tuple[str, int]  # kind of activation, block
 Hooked = tuple[nn.Module, Callable[..., Any]]
-FAMILIES = [family for family in SITES if family != "mixtral"]
+FAMILIES = list(SITES)
 FACTS = [
     Fact("{} is located in the city of", "The Eiffel Tower", "Rome"),
     Fact("Because of this the town of {} is in the state of", "Big Ben", "Oslo"),

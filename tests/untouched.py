@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from editkit import LanguageModel
+from editkit.models.architecture import experts_in, weight_name
 from tests.hooking import count_hooks
 from tests.test_snapshot import everything
 
@@ -52,7 +53,7 @@ def untouched(lm: LanguageModel, site: str) -> Iterator[None]:
 
     Before the body a flag, a mode and a gradient are set to what a careless method would overwrite.
     """
-    weight = lm.model.get_parameter(f"{site}.weight")
+    weight = lm.model.get_parameter(weight_name(site, experts_in(lm.model.get_submodule(site))))
     head = lm.model.get_output_embeddings()
     assert head is not None
     frozen = lm.model.get_input_embeddings().get_parameter("weight")

@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from editkit.errors import EditkitError
-from editkit.models.architecture import orientation
+from editkit.errors import EditkitError, ModelError
+from editkit.models.architecture import experts_in, orientation
 from editkit.models.precision import wide
 from editkit.nethook import Trace, get_module, requires_grad
 
@@ -194,7 +194,12 @@ def rank_one(model: nn.Module, module: str, loss: Callable[[], Tensor]) -> RankO
     module's part of the gradient. Raises ModelError for another kind of module, EditkitError when the loss does not
     depend on it.
     """
-    layout = orientation(get_module(model, module), module)
+    linear = get_module(model, module)
+    layout = orientation(linear, module)
+    if experts_in(linear) is not None:
+        raise ModelError(
+            f"'{module}' holds many experts, whose keys are not its input: choose a Linear or Conv1D module."
+        )
     with torch.enable_grad(), requires_grad(model, only=[f"{module}.weight"]):
         with Trace(model, module, inputs=True, calls="all", detach=False) as trace:
             value = loss()

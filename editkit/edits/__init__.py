@@ -2,6 +2,7 @@
 
 from editkit.edits.delta import Delta, dense_delta, joined, low_rank_delta
 from editkit.edits.edit import Applied, Base, Edit, apply_files, base_of, compressed, weight_norm
+from editkit.edits.routing import RoutingChange, routing_change, routing_report
 from editkit.edits.spectra import Spectrum, alignment, spectra
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Base",
     "Delta",
     "Edit",
+    "RoutingChange",
     "Spectrum",
     "alignment",
     "apply_files",
@@ -17,6 +19,8 @@ __all__ = [
     "dense_delta",
     "joined",
     "low_rank_delta",
+    "routing_change",
+    "routing_report",
     "spectra",
     "weight_norm",
 ]

@@ -1,13 +1,14 @@
 """Delta: the change of one weight, as factors or dense; and sums of such changes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from editkit.errors import EditkitError
-from editkit.models.architecture import orientation
+from editkit.models.architecture import as_stored, experts_in, matrix_shape, orientation, weight_name
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digest
 from editkit.nethook import get_module, get_parameter
@@ -17,7 +18,8 @@ from editkit.nethook import get_module, get_parameter
 class Delta:
     """A change of one weight: ΔW = left @ right with left [d_model, r] and right [r, d_ff].
 
-    A dense change has `right=None` and ΔW [d_model, d_ff] in `left`.
+    A dense change has `right=None` and ΔW [d_model, d_ff] in `left`. The weights of E experts are one W = [W_1 … W_E]
+    (models/experts.py), with d_ff standing for E times an expert's own.
     """
 
     module: str
@@ -26,10 +28,11 @@ class Delta:
     orientation: str  # how the module stores W: "in_out" (Conv1D) or "out_in" (Linear)
     bias: bool  # whether the module has a bias (untouched)
     before: str  # digest of the weight in the base
+    experts: int | None = None  # how many have their slices in the weight; None: one matrix
 
     @property
     def parameter(self) -> str:
-        return f"{self.module}.weight"
+        return weight_name(self.module, self.experts)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,7 +47,19 @@ class Delta:
     def matrix(self) -> Tensor:
         """ΔW in float32 as the module stores it."""
         product = self.left if self.right is None else self.left @ self.right
-        return product.T if self.orientation == "in_out" else product
+        return as_stored(product, self.orientation, self.experts)
+
+    def parts(self) -> Iterator[tuple[Any, Tensor]]:
+        """ΔW in float32 as the module stores it, in parts: (index, part) for each slice of experts that changes, and
+        for another weight one part, which is all of it."""
+        if self.experts is None:
+            yield ..., self.matrix()
+            return
+        rows = self.left if self.right is None else self.right
+        for expert, mine in enumerate(rows.chunk(self.experts, dim=1)):
+            if mine.any():
+                change = mine if self.right is None else self.left @ mine
+                yield expert, as_stored(change, self.orientation, None)
 
     def change(self) -> Tensor:
         """ΔW [d_model, d_ff] in float64."""
@@ -101,9 +116,9 @@ def dense_delta(lm: LanguageModel, module: str, matrix: Tensor) -> Delta:
 def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | None) -> Delta:
     """A Delta for `module` of `lm` from these very factors, or from ΔW in `left`. Raises as `low_rank_delta` does."""
     found = get_module(lm.model, module)
-    weight = get_parameter(lm.model, f"{module}.weight")
-    kind = orientation(found, module)
-    d_ff, d_model = weight.shape if kind == "in_out" else reversed(weight.shape)
+    kind, experts = orientation(found, module), experts_in(found)
+    weight = get_parameter(lm.model, weight_name(module, experts))
+    d_model, d_ff = matrix_shape(weight.shape, kind)
     if right is None:
         if left.shape != (d_model, d_ff):
             raise EditkitError(f"ΔW {tuple(left.shape)} does not fit {module}: W is [{d_model}, {d_ff}].")
@@ -117,6 +132,6 @@ def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | Non
             f"The update of {module} is not finite; nothing was applied. A larger moments.ridge or a lower "
             "method.lr usually cures it."
         )
-    bias = getattr(found, "bias", None) is not None
+    bias = getattr(found, "bias" if experts is None else "down_proj_bias", None) is not None
     right = None if right is None else right.float().cpu()
-    return Delta(module, left.float().cpu(), right, kind, bias, digest(weight))
+    return Delta(module, left.float().cpu(), right, kind, bias, digest(weight), experts)

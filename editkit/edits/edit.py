@@ -136,19 +136,23 @@ class Edit:
                 for delta in self.deltas:
                     weight = get_parameter(lm.model, delta.parameter)
                     dtype = wide(weight.dtype)
-                    changed = (weight.to(dtype) + delta.matrix().to(weight.device, dtype)).to(weight.dtype)
-                    if not changed.isfinite().all():
-                        raise EditkitError(
-                            f"The edited {delta.parameter} is not finite in {weight.dtype}; the model was left as it "
-                            "was. Lower the clamp or the learning rate, or load the model in float32."
-                        )
+                    parts = []
+                    for index, change in delta.parts():
+                        part = (weight[index].to(dtype) + change.to(weight.device, dtype)).to(weight.dtype)
+                        if not part.isfinite().all():
+                            raise EditkitError(
+                                f"The edited {delta.parameter} is not finite in {weight.dtype}; the model was left as "
+                                "it was. Lower the clamp or the learning rate, or load the model in float32."
+                            )
+                        parts.append((index, part))
                     if (size := delta.norm()) > (whole := weight.float().norm().item()):
                         warnings.warn(
                             f"the update of {delta.parameter} is larger than the weight (‖ΔW‖ {size:.3g}, ‖W‖ "
                             f"{whole:.3g}): edits of this size usually break the model",
                             stacklevel=2,
                         )
-                    weight.copy_(changed)
+                    for index, part in parts:
+                        weight[index] = part
         except BaseException:
             snapshot.restore()
             raise
@@ -169,7 +173,7 @@ class Edit:
             _weight(lm, name)
         deltas = tuple(make_delta(lm, each.module, each.left, each.right) for each in self.deltas)
         for old, new in zip(self.deltas, deltas, strict=True):
-            if (old.orientation, old.bias) != (new.orientation, new.bias):
+            if (old.orientation, old.bias, old.experts) != (new.orientation, new.bias, new.experts):
                 raise EditkitError(
                     f"{old.module} is stored {old.orientation} with bias={old.bias} in the base of this edit, and "
                     f"{new.orientation} with bias={new.bias} in '{lm.name}': another model, not another dtype."
@@ -234,6 +238,8 @@ class Edit:
             if delta.right is not None:
                 tensors[f"{number}.right"] = delta.right.float()
             row = {k: getattr(delta, k) for k in ("module", "orientation", "bias", "before")}
+            if delta.experts is not None:
+                row["experts"] = delta.experts
             rows.append(row | {"dense": delta.right is None})
         tensors |= {f"memory.{name}": tensor.float() for name, tensor in self.memory.items()}
         header = {
@@ -248,15 +254,19 @@ class Edit:
 def _delta_of(row: Any, number: int, tensors: dict[str, Tensor]) -> Delta:
     """The Delta of a file's row `number`. Raises ValueError or KeyError where the two do not fit together."""
     what = f"change {number}"
-    fields = {"module": (str,), "orientation": (str,), "bias": (bool,), "before": (str,), "dense": (bool,)}
+    fields: dict[str, tuple[type, ...]] = {"module": (str,), "orientation": (str,), "bias": (bool,), "before": (str,)}
+    fields |= {"dense": (bool,), "experts": (int, type(None))}
     if isinstance(row, dict):
-        row = {"dense": False} | row  # the first files had no dense changes
+        row = {"dense": False, "experts": None} | row  # the first files had no dense changes
     require_fields(row, fields, what)
     if row["orientation"] not in ("in_out", "out_in"):
         raise ValueError(f"the orientation of {what} is {row['orientation']!r}")
     left, right = tensors[f"{number}.left"], None if row.pop("dense") else tensors[f"{number}.right"]
     if left.ndim != 2 or (right is not None and (right.ndim != 2 or left.shape[1] != right.shape[0])):
         raise ValueError(f"the tensors of {what} do not make a matrix")
+    experts, width = row["experts"], (left if right is None else right).shape[1]
+    if experts is not None and (experts < 1 or width % experts):
+        raise ValueError(f"the tensors of {what} do not divide among {experts} experts")
     return Delta(left=left, right=right, **row)
 
 

@@ -2,6 +2,11 @@
 
 A low-rank edit *is* a LoRA with A = right [r, d_ff], B = left [d_model, r] and scaling 1 (arXiv 2106.09685). peft reads
 A and B in this orientation for Linear and, with fan_in_fan_out, for Conv1D. Writing needs no peft.
+
+For the 3-D weight of E experts peft has a LoRA too (`target_parameters`), with an A_e [r, d_ff] and a B_e of each: A
+[E · r, d_ff] expert by expert, and B [d_model, r · E] with the expert running fastest. Our right [r, E · d_ff] is cut
+into the A_e, and every B_e is left. All weights of such an edit are named as parameters: in DeepSeek, peft takes the
+module name `mlp.down_proj` for that of experts. So an edit of one of its dense blocks alone does not load there.
 """
 
 import json
@@ -9,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from einops import rearrange, repeat
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -39,8 +45,9 @@ def write_adapter(
     """
     if not deltas:
         raise EditkitError("This edit changes nothing: there is no adapter to write.")
-    if len({delta.orientation for delta in deltas}) > 1:
+    if len({delta.orientation for delta in deltas if delta.experts is None}) > 1:
         raise EditkitError("This edit changes Conv1D and Linear weights; peft has one fan_in_fan_out for an adapter.")
+    by_parameter = any(delta.experts is not None for delta in deltas)
     tensors: dict[str, Tensor] = {}
     ranks, errors = {}, {}
     for delta in deltas:
@@ -50,12 +57,17 @@ def write_adapter(
             kept = rank if rank is not None else max(1, int((s > NEGLIGIBLE * s[0]).sum()))
             left, right = (u[:, :kept] * s[:kept]).float(), vt[:kept].float()
             error = (s[kept:].norm() / s.norm()).item() if s[0] > 0 else 0.0
+        target = delta.parameter if by_parameter else delta.module
+        ranks[target], errors[delta.parameter] = right.shape[0], error
+        if delta.experts is not None:
+            right = rearrange(right, "r (e f) -> (e r) f", e=delta.experts)
+            left = repeat(left, "d r -> d (r e)", e=delta.experts)
         prefix = f"base_model.model.{delta.module}"
         tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
         tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
-        ranks[delta.module], errors[delta.parameter] = right.shape[0], error
     name = Path(base["name"]).name if Path(base["name"]).is_absolute() else base["name"]
     largest = max(ranks.values())
+    alike = by_parameter and len({*ranks.values()}) == 1  # peft warns, for nothing, of a pattern for a parameter
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -65,10 +77,14 @@ def write_adapter(
         "lora_alpha": largest,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": deltas[0].orientation == "in_out",
-        "target_modules": list(ranks),
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
+        "fan_in_fan_out": not by_parameter and deltas[0].orientation == "in_out",
+        **(
+            {"target_modules": [], "target_parameters": list(ranks)}
+            if by_parameter
+            else {"target_modules": list(ranks)}
+        ),
+        "rank_pattern": {} if alike else ranks,
+        "alpha_pattern": {} if alike else ranks,
     }
     write_bytes(folder / "adapter_model.safetensors", save_tensors(tensors))
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

@@ -15,6 +15,7 @@ from editkit.edits import Delta, Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.shared.likelihood import nll_of_rows
+from editkit.models.experts import keys_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import Scored, encode_with_targets, spaced, tokenise, unflatten
@@ -59,7 +60,7 @@ def side_effects(
         asked = [spaced(targets[i]) if targets is not None else "" for i in part]
         scored = encode_with_targets(lm, [prompts[i] for i in part], asked)
         passed = _passed(lm, [each.delta.module for each in written], scored, graded=targets is not None)
-        predicted |= {i: _predicted(written, passed, scored, row) for row, i in enumerate(part)}
+        predicted |= {i: _predicted(lm, written, passed, scored, row) for row, i in enumerate(part)}
     values = torch.tensor([predicted[i] for i in range(len(prompts))], dtype=torch.float64).view(-1, 5)
     change, relative, cosine, cosine_key, drop = values.T
     return SideEffects(tuple(prompts), change, relative, cosine, cosine_key, None if targets is None else drop)
@@ -84,7 +85,9 @@ def _passed(lm: LanguageModel, sites: Sequence[str], scored: Scored, *, graded: 
     return trace
 
 
-def _predicted(written: Sequence[_Written], passed: Trace, scored: Scored, row: int) -> tuple[float, ...]:
+def _predicted(
+    lm: LanguageModel, written: Sequence[_Written], passed: Trace, scored: Scored, row: int
+) -> tuple[float, ...]:
     """The fields of SideEffects for one row, in order; `drop` is 0 without gradients.
 
     `written`: by edited weight. `passed`: from `_passed`. `scored`: the batch, of which `row` is wanted.
@@ -99,7 +102,7 @@ def _predicted(written: Sequence[_Written], passed: Trace, scored: Scored, row: 
 
     for delta, directions, own in written:
         record = passed[delta.module]
-        keys = of_row(record.input)  # [tokens with the target's and padding, d_ff]
+        keys = keys_of(lm, delta.module, of_row(record.input))  # [tokens with the target's and padding, d_ff]
         moved = _moved(delta, keys)
         moved_by += moved[:tokens].square().sum(-1)
         put_out += of_row(record.output)[:tokens].square().sum(-1)
@@ -155,4 +158,5 @@ def _own_keys(lm: LanguageModel, edit: Edit) -> dict[str, Tensor]:
     at = lookup_position(rows, 0, fact.prompt, fact.subject, token)
     with Trace(lm.model, [delta.module for delta in edit.deltas], inputs=True, outputs=False) as trace:
         lm.model(**rows.inputs(), use_cache=False)
-    return {site: unflatten(trace[site].input, 1)[0, at].double().cpu() for site in trace}
+    given = {site: unflatten(trace[site].input, 1)[0, at] for site in trace}
+    return {site: keys_of(lm, site, x[None])[0].double().cpu() for site, x in given.items()}

@@ -23,6 +23,7 @@ from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
+from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
 from editkit.settings import Constants, SpreadSettings, require
@@ -91,40 +92,54 @@ def alphaedit(
     bases = {layer: null_space(c, layer, asked.threshold, asked.fraction) for layer, c in given.moments.items()}
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        name = lm.architecture.down(layer)
+        name = down_of(lm, layer)
         before = [edit.memory[name].double() for edit in earlier if name in edit.memory and asked.keep_earlier]
         return constrained(bases[layer], keys, torch.cat([keys, *before], 1), l2)
 
     spread = write_values(lm, given, solve, progress=progress)
     for report in spread.layers:
-        report["null_space"] = bases[report["layer"]].shape[1]
-    memory = {lm.architecture.down(layer): k.float() for layer, k in spread.keys.items()}
+        report["null_space"] = rank_of(bases[report["layer"]])
+    memory = {down_of(lm, layer): k.float() for layer, k in spread.keys.items()}
     return spread.edit(given, "alphaedit", memory)
 
 
 def null_space(moment: SecondMoment | None, layer: int, threshold: float, fraction: float | None) -> Tensor:
     """An orthonormal basis [d_ff, rank] of C's null space: eigenvalues under `threshold`, or the least `fraction`.
 
+    Of a mixture of experts the eigenvectors of each block [E, d_ff, d_ff], with 0 in place of those left out.
+
     Raises EditkitError for an empty one, naming the eigenvalues that there are.
     """
     if moment is None:
         raise EditkitError("AlphaEdit needs second moments: moments.enabled=false leaves no null space. Turn it on.")
     values, vectors = moment.eigenvectors
+    values, order = values.flatten().sort()
     rank = int((values < threshold).sum()) if fraction is None else round(fraction * len(values))
     if rank == 0:
         raise EditkitError(
             f"The null space at layer {layer} is empty: C's eigenvalues go from {values[0]:.3g} to "
             f"{values[-1]:.3g} and none is under method.threshold={threshold:g}. Raise it, or give method.fraction=0.5."
         )
+    if vectors.ndim == 3:
+        kept = torch.zeros(len(values), dtype=values.dtype)
+        kept[order[:rank]] = 1
+        return vectors * kept.view(len(vectors), 1, -1)
     return vectors[:, :rank]
+
+
+def rank_of(basis: Tensor) -> int:
+    """The dimension of the null space that `null_space` gave."""
+    return int(basis.any(-2).sum()) if basis.ndim == 3 else basis.shape[1]
 
 
 def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
     """Kᵀ P (P H Hᵀ P + l2 I)⁻¹ [n, d_ff] in float64, with P = B Bᵀ, K [d_ff, n] and H [d_ff, m] = K and K_p.
 
+    `basis`: B, as `null_space` gives it.
+
     Solved in the smaller of rank(P) and m dimensions (Woodbury).
     """
-    k, h = basis.T @ keys, basis.T @ held  # [rank, n], [rank, m]
+    k, h = _times(basis.mT, keys), _times(basis.mT, held)  # [rank, n], [rank, m]
     rank, m = h.shape
     solved: Tensor  # [rank, n]
     if m < rank:
@@ -132,8 +147,14 @@ def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
         solved = (k - h @ torch.linalg.solve(inner, h.T @ k)) / l2
     else:
         solved = torch.linalg.solve(l2 * torch.eye(rank, dtype=h.dtype) + h @ h.T, k)
-    found: Tensor = (basis @ solved).T
-    return found
+    return _times(basis, solved).T
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """The product of a matrix, or of a block-diagonal one [E, rows, columns], with x [.., n]."""
+    if matrix.ndim == 3:
+        return torch.bmm(matrix, x.reshape(len(matrix), -1, x.shape[1])).flatten(0, 1)
+    return matrix @ x
 
 
 register("alphaedit", alphaedit, AlphaEditSettings)

@@ -9,6 +9,8 @@ differs from it: target tokens are scored at their own positions (FT-M), and ΔW
 float32 (float64 for a float64 model) whatever the model's dtype. At each step the model sees W + ΔW cast once
 to its own dtype, which is what the Edit writes later.
 
+In a mixture of experts W is that of all experts of the block, and those change to which the facts' tokens are sent.
+
 Adam's step and the projection on [−ε, ε] are done in a post-accumulate hook of the weight: there is no gradient of
 the weight left between steps, and no second optimiser loop.
 """
@@ -27,7 +29,8 @@ from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
-from editkit.models.architecture import orientation
+from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
+from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
@@ -73,10 +76,11 @@ def ft(
     found = checked_facts(lm, facts)
     settings = (settings or FtSettings()).resolved(lm.name, lm.layers)
     assert settings.layer is not None and settings.lr is not None  # resolved
-    site = lm.architecture.down(lm.check_layer(settings.layer))
-    base = base_of(lm)
+    site = down_of(lm, lm.check_layer(settings.layer))
+    holder, base = get_module(lm.model, site), base_of(lm)
+    layout = orientation(holder, site)
 
-    name = f"{site}.weight"
+    name = weight_name(site, experts_in(holder))
     with (
         Snapshot.take(lm.model, [name]),
         kept_grads(lm.model),
@@ -84,7 +88,7 @@ def ft(
         tuned(get_parameter(lm.model, name), settings.lr, settings.bound) as delta,
     ):
         steps = descend(lm, found, settings, progress=progress)
-    change = delta.T if orientation(get_module(lm.model, site), site) == "in_out" else delta
+    change = as_matrix(delta, layout)
     report: dict[str, Any] = {"steps": steps, "largest": delta.abs().max().item()}
     if settings.bound is not None:
         report["at_bound"] = (delta.abs() >= torch.tensor(settings.bound, dtype=delta.dtype)).float().mean().item()

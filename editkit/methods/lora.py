@@ -6,7 +6,7 @@ at the down-projection of the chosen blocks; A and B are trained with Adam on th
 scored at their own positions (shared/likelihood.py), in float32 (float64 for a float64 model). No dropout. peft puts
 its layers around the modules while it trains, and they are taken off again on every exit. The Edit holds
 left = alpha/rank · B and right = A. A is drawn with the run's seed here and not by peft, so that it is the same on
-every device and in every version.
+every device and in every version. In a mixture of experts each expert has an A and a B of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from editkit.edits import Edit, base_of, low_rank_delta
@@ -24,7 +25,8 @@ from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
-from editkit.models.architecture import orientation
+from editkit.models.architecture import experts_in, orientation, weight_name
+from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
@@ -77,13 +79,13 @@ def lora(
     found = checked_facts(lm, facts)
     settings = (settings or LoraSettings()).resolved(lm.name, lm.layers)
     assert settings.layers is not None
-    sites = [lm.architecture.down(lm.check_layer(layer)) for layer in settings.layers]
+    layers = [lm.check_layer(layer) for layer in settings.layers]
     base = base_of(lm)
     with (
         Snapshot.take(lm.model, []),  # verifies on exit that peft wrote to nothing
         kept_grads(lm.model),
         requires_grad(lm.model, only=[]),
-        adapters(lm, sites, settings, seed) as factors,
+        adapters(lm, layers, settings, seed) as factors,
     ):
         trained = [factor for pair in factors.values() for factor in pair]
         optimizer = torch.optim.Adam(trained, lr=settings.lr)
@@ -94,16 +96,36 @@ def lora(
 
         steps = descend(lm, found, settings, step=step, progress=progress)
     scaling = settings.alpha / settings.rank
-    deltas = tuple(low_rank_delta(lm, site, scaling * b.detach(), a.detach()) for site, (a, b) in factors.items())
+    deltas = []
+    for site, (a, b) in factors.items():
+        left, right = factors_of(a.detach(), b.detach(), experts_in(get_module(lm.model, site)))
+        deltas.append(low_rank_delta(lm, site, scaling * left, right))
     how = provenance("lora", settings, found, seed=seed, reports=[{"steps": steps}], peft=_peft().__version__)
-    return Edit(deltas, base, how)
+    return Edit(tuple(deltas), base, how)
+
+
+def factors_of(a: Tensor, b: Tensor, experts: int | None) -> tuple[Tensor, Tensor]:
+    """left [d_model, r] and right [r, d_ff] of B A.
+
+    For experts peft keeps A [E · rank, d_ff], expert by expert, and B [d_model, rank · E], with the expert running
+    fastest. The factors of [W_1 … W_E] are those of the experts side by side, without the experts that no token was
+    sent to: their B is 0 still.
+    """
+    if experts is None:
+        return b, a
+    left = rearrange(b, "d (r e) -> d (e r)", e=experts)
+    right = torch.block_diag(*a.chunk(experts))  # [E · rank, E · d_ff]
+    used = left.any(0)
+    if not used.any():
+        used[0] = True  # a change of nothing still has a rank
+    return left[:, used], right[used]
 
 
 @contextmanager
 def adapters(
-    lm: LanguageModel, sites: Sequence[str], settings: LoraSettings, seed: int
+    lm: LanguageModel, layers: Sequence[int], settings: LoraSettings, seed: int
 ) -> Iterator[dict[str, tuple[nn.Parameter, nn.Parameter]]]:
-    """peft's adapters around the modules `sites` while the body runs; yields A and B of each.
+    """peft's adapters around the down-projections of `layers` while the body runs; yields A and B of each module.
 
     On every exit the modules themselves are back in their places. Raises EditkitError for a model that
     holds adapters already.
@@ -114,29 +136,38 @@ def adapters(
             f"'{lm.name}' holds adapters of peft already; lora edits a plain model. Merge them (merge_and_unload) or "
             "load the model without."
         )
-    plain = {site: get_module(model, site) for site in sites}
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=sites,
-        fan_in_fan_out=orientation(plain[sites[0]], sites[0]) == "in_out",
-    )
+    blocks = {down_of(lm, layer): lm.architecture.block.format(layer) for layer in layers}
+    plain = {site: get_module(model, site) for site in blocks}
     try:
         with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+            for site, block in blocks.items():  # in a whole model peft takes some names for those of older mixtures
+                config = _config(plain[site], site, site.removeprefix(f"{block}."), settings)
+                peft.inject_adapter_in_model(config, get_module(model, block), adapter_name=ADAPTER)
         generator = torch.Generator().manual_seed(seed)
         yield {site: _start(get_module(model, site), module, generator) for site, module in plain.items()}
     finally:
         for site, module in plain.items():
             replace_module(model, site, module)
-        model.__dict__.pop("peft_config", None)
+            get_module(model, blocks[site]).__dict__.pop("peft_config", None)
+
+
+def _config(module: nn.Module, site: str, target: str, settings: LoraSettings) -> Any:
+    """peft's configuration for the weight in `module`, which is called `target` in its block."""
+    experts = experts_in(module)
+    where: dict[str, Any] = {
+        "target_modules": [target],
+        "fan_in_fan_out": orientation(module, site) == "in_out",
+    }
+    if experts is not None:
+        where = {"target_modules": [], "target_parameters": [weight_name(target, experts)]}
+    return _peft().LoraConfig(r=settings.rank, lora_alpha=settings.alpha, **where)
 
 
 def _start(layer: nn.Module, plain: nn.Module, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
     """A and B of one of peft's layers at their first values, wide enough to be trained."""
     a: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[index,union-attr]
     b: nn.Parameter = layer.lora_B[ADAPTER].weight  # type: ignore[index,union-attr]
-    weight = plain.weight
+    weight = plain.weight if experts_in(plain) is None else plain.down_proj
     assert isinstance(weight, Tensor)
     dtype = wide(weight.dtype)
     first = (2 * torch.rand(a.shape, generator=generator, dtype=dtype) - 1) / a.shape[1] ** 0.5

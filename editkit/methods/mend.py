@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from editkit.edits import Edit, base_of, low_rank_delta
-from editkit.errors import EditkitError
+from editkit.errors import EditkitError, ModelError
 from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
-from editkit.models.architecture import orientation
+from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
+from editkit.models.experts import down_of, keys_of
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
@@ -87,10 +88,14 @@ class Mend(nn.Module):
     @classmethod
     def for_model(cls, lm: LanguageModel, layers: Sequence[int], **options: Any) -> "Mend":
         """An untrained network for the down-projections of `layers`. Raises ModelError for a layer lm lacks."""
-        sites = [lm.architecture.down(lm.check_layer(layer)) for layer in layers]
-        weight = get_parameter(lm.model, f"{sites[0]}.weight")
-        stored = orientation(get_module(lm.model, sites[0]), sites[0])
-        d_ff, d_model = weight.shape if stored == "in_out" else reversed(weight.shape)
+        sites = [down_of(lm, lm.check_layer(layer)) for layer in layers]
+        shapes = {site: _shape(lm, site) for site in sites}
+        if len({*shapes.values()}) > 1:
+            raise ModelError(
+                "MEND's network is for weights of one shape, and these blocks have "
+                f"{', '.join(f'{site} {list(shape)}' for site, shape in shapes.items())}. Give blocks of one shape."
+            )
+        d_model, d_ff = shapes[sites[0]]
         return cls(sites, d_ff, d_model, base=lm.digest, **options)
 
     def normalise_by(self, pairs: Sequence[Pairs]) -> None:
@@ -141,6 +146,13 @@ class Mend(nn.Module):
             )
 
 
+def _shape(lm: LanguageModel, site: str) -> tuple[int, int]:
+    """(d_model, d_ff) of the weight in the module `site`."""
+    module = get_module(lm.model, site)
+    weight = get_parameter(lm.model, weight_name(site, experts_in(module)))
+    return matrix_shape(weight.shape, orientation(module, site))
+
+
 def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[Fact]) -> tuple[Pairs, Tensor]:
     """k and g of every token that has a gradient, at each site, and each fact's loss (mean NLL of its target).
 
@@ -155,6 +167,7 @@ def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[
     for site in sites:
         k, g = trace[site].input.detach().flatten(0, -2), trace[site].grad.flatten(0, -2)
         dtype = wide(k.dtype)
+        k = keys_of(lm, site, k).to(g.device)
         used = (g != 0).any(-1)  # not padding, nor what comes after the last token that predicts
         pairs[site] = k[used].to(dtype), g[used].to(dtype)
     return pairs, losses.detach()

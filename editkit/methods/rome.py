@@ -19,13 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from editkit.edits import Edit, low_rank_delta
+from editkit.edits import Edit, low_rank_delta, routing_report
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.value import Optimised, compute_deltas, named
+from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import Constants, ValueSettings, require_one_of
@@ -94,7 +95,7 @@ def rome(
             updates += _updates(lm, [fact], given, progress)
             if number + 1 < len(facts):
                 left, right, _ = updates[-1]
-                delta = low_rank_delta(lm, lm.architecture.down(given.layers[0]), left[:, None], right[None])
+                delta = low_rank_delta(lm, down_of(lm, given.layers[0]), left[:, None], right[None])
                 undo.enter_context(Edit((delta,), given.base).applied(lm, check=False))
     return _edit(lm, facts, updates, given)
 
@@ -131,9 +132,10 @@ def rome_each(
 def _edit(lm: LanguageModel, facts: Sequence[Fact], updates: Sequence[Update], given: Given[RomeSettings]) -> Edit:
     """The updates of one weight as one Edit."""
     lefts, rights, reports = zip(*updates, strict=True)
-    delta = low_rank_delta(lm, lm.architecture.down(given.layers[0]), torch.stack(lefts, 1), torch.stack(rights))
+    delta = low_rank_delta(lm, down_of(lm, given.layers[0]), torch.stack(lefts, 1), torch.stack(rights))
     name = "r_rome" if given.settings.keys == "mean" else "rome"
-    return Edit((delta,), given.base, given.provenance(name, facts=facts, reports=list(reports)))
+    routing = routing_report(lm, Edit((delta,), given.base), [fact.text for fact in facts])
+    return Edit((delta,), given.base, given.provenance(name, facts=facts, reports=list(reports), **routing))
 
 
 def _updates(lm: LanguageModel, facts: Sequence[Fact], given: Given[RomeSettings], progress: bool) -> list[Update]:
@@ -141,8 +143,7 @@ def _updates(lm: LanguageModel, facts: Sequence[Fact], given: Given[RomeSettings
     settings, (layer,) = given.settings, given.layers
     factored = given.factored[layer]  # before the values, so that a C which cannot be factored fails at once
     jobs = [rows_of(lm, fact, settings.fact_token, given.templates) for fact in facts]
-    site = lm.architecture.down(layer)
-    found = compute_deltas(lm, layer, [site], jobs, None, settings, name=named(facts), progress=progress)
+    found = compute_deltas(lm, layer, [site_of(lm, layer)], jobs, None, settings, name=named(facts), progress=progress)
     return [_update(fact, each, settings, factored) for fact, each in zip(facts, found, strict=True)]
 
 

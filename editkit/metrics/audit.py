@@ -26,6 +26,7 @@ from editkit.facts import Fact
 from editkit.methods.shared.sites import at_lookup
 from editkit.metrics.generation import exact
 from editkit.metrics.metric import AFTER, COUNT, Metric, Protocol, Score, register
+from editkit.models.experts import keys_of
 from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
 
@@ -154,8 +155,10 @@ def nearness(lm: LanguageModel, edit: Edit, facts: Sequence[Fact]) -> tuple[Tens
     token = edit.provenance.get("settings", {}).get("fact_token", "subject_last")
     cosines, pulls = [], []
     for delta in edit.deltas:
-        theirs = at_lookup(lm, delta.module, facts, ["{}"], token).input[:, 0]  # [facts, d_ff]
-        own = at_lookup(lm, delta.module, written, ["{}"], token).input[:, 0]
+        theirs, own = (  # [facts, d_ff] each
+            keys_of(lm, delta.module, at_lookup(lm, delta.module, each, ["{}"], token).input[:, 0])
+            for each in (facts, written)
+        )
         change = delta.change()  # [d_model, d_ff]
         cosines.append((normalize(theirs, dim=-1) @ normalize(own, dim=-1).T).amax(1))
         pulls.append((theirs @ change.T).norm(dim=1) / (own @ change.T).norm(dim=1).max().clamp_min(1e-300))

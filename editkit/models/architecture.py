@@ -4,13 +4,17 @@ A new family is one call, with its `config.model_type` and the names of its modu
 
     register(Architecture("gpt2", embedding="transformer.wte", …))
 
-Nothing else changes: weight orientation is read off the module's type, never off shapes. Another package registers its
-own with the same call, and an entry point `model_type = "its.module"` in the group `editkit.families` (registry.py).
+Nothing else changes: weight orientation is read off the module's type, never off shapes. A mixture of experts names its
+experts and its router too, and experts.py does the rest for all of them. Another package registers its own with the
+same call, and an entry point `model_type = "its.module"` in the group `editkit.families` (registry.py).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
 from editkit.errors import ModelError, did_you_mean
 from editkit.registry import Registry
@@ -30,6 +34,9 @@ class Architecture:
     mlp_norm: str | None = None  # a norm between the MLP's output and the residual stream
     head: str = "lm_head"
     attention_projection: str | None = None  # where the attention module adds the residual too: what puts out its own
+    # Of a mixture of experts. A block that has no such modules is dense, with a down-projection of its own.
+    experts: str | None = None  # holds the down-projections of all experts as one 3-D parameter, `down_proj`
+    router: str | None = None  # gives (logits, gates, experts) of each token
 
     @property
     def attention_output(self) -> str:
@@ -93,6 +100,7 @@ _FALCON = _family(
     final_norm="transformer.ln_f",
 )
 _NORM_AFTER = "model.layers.{}.post_feedforward_layernorm"
+_MIXTURE = replace(_LLAMA, experts="model.layers.{}.mlp.experts", router="model.layers.{}.mlp.gate")
 
 for _entry in (
     _GPT2,
@@ -119,20 +127,17 @@ for _entry in (
     replace(_LLAMA, family="phi", down_projection="model.layers.{}.mlp.fc2", final_norm="model.final_layernorm"),
     *(replace(_LLAMA, family=family) for family in ("llama", "mistral", "qwen2", "qwen3", "phi3")),
     *(replace(_LLAMA, family=family, mlp_norm=_NORM_AFTER) for family in ("gemma2", "gemma3_text", "olmo2")),
+    *(
+        replace(_MIXTURE, family=family)
+        for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+    ),
+    replace(_MIXTURE, family="gpt_oss", router="model.layers.{}.mlp.router"),
 ):
     register(_entry)
 
-_EXPERTS = (
-    "its experts are slices of one 3-D parameter and a token is sent to several of them, so there is no single "
-    "down-projection with one key to edit. Choose a dense model of the same line"
-)
-REFUSED = {"mixtral": _EXPERTS, "qwen2_moe": _EXPERTS, "qwen3_moe": _EXPERTS}
-
 
 def architecture_of(model_type: str) -> Architecture:
-    """The family's entry. Raises ModelError naming the families that are known, or why this one is refused."""
-    if model_type in REFUSED:
-        raise ModelError(f"editkit does not edit the model family '{model_type}': {REFUSED[model_type]}.")
+    """The family's entry. Raises ModelError naming the families that are known."""
     if model_type not in (known := families()):
         raise ModelError(
             f"editkit does not know the model family '{model_type}' ({did_you_mean(model_type, known)}). "
@@ -144,7 +149,8 @@ def architecture_of(model_type: str) -> Architecture:
 def orientation(module: nn.Module, name: str) -> str:
     """How the module stores W: "in_out" for Conv1D ([d_ff, d_model]), "out_in" for Linear ([d_model, d_ff]).
 
-    Decided by type: a square weight has no shape to tell by. Raises ModelError for any other module.
+    Of experts each slice [d_ff, d_model] or [d_model, d_ff] is stored so. Decided by type, or by what the experts
+    declare: a square weight has no shape to tell by. Raises ModelError for any other module.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -152,7 +158,44 @@ def orientation(module: nn.Module, name: str) -> str:
         return "in_out"
     if isinstance(module, nn.Linear):
         return "out_in"
+    if experts_in(module) is not None:
+        return "in_out" if getattr(module, "is_transposed", False) else "out_in"
     raise ModelError(
-        f"'{name}' is a {type(module).__name__}; editkit edits Linear and Conv1D weights. "
-        "Quantised or adapted layers: load the model in float32, float16 or bfloat16, or merge the adapter first."
+        f"'{name}' is a {type(module).__name__}; editkit edits the weights of Linear and Conv1D modules, and of "
+        "experts that are one 3-D parameter. Quantised or adapted layers: load the model in float32, float16 or "
+        "bfloat16, or merge the adapter first."
     )
+
+
+def experts_in(module: nn.Module) -> int | None:
+    """How many experts' down-projections the module holds as slices of one 3-D parameter; None for another module."""
+    weight = getattr(module, "down_proj", None)
+    return len(weight) if isinstance(weight, nn.Parameter) and weight.ndim == 3 else None
+
+
+def weight_name(module: str, experts: int | None) -> str:
+    """The name of the parameter that holds W in the module of this name."""
+    return f"{module}.weight" if experts is None else f"{module}.down_proj"
+
+
+def matrix_shape(stored: Sequence[int], orientation: str) -> tuple[int, int]:
+    """(d_model, d_ff) of W from the shape of the weight as a module stores it; of experts (d_model, E · d_ff)."""
+    *experts, rows, columns = stored
+    d_model, d_ff = (columns, rows) if orientation == "in_out" else (rows, columns)
+    return d_model, math.prod(experts) * d_ff
+
+
+def as_matrix(weight: Tensor, orientation: str) -> Tensor:
+    """W [d_model, d_ff] from the weight as a module stores it; of experts [W_1 … W_E], [d_model, E · d_ff]."""
+    if weight.ndim == 3:
+        spread = "e f d -> d (e f)" if orientation == "in_out" else "e d f -> d (e f)"
+        return rearrange(weight, spread)
+    return weight.T if orientation == "in_out" else weight
+
+
+def as_stored(matrix: Tensor, orientation: str, experts: int | None) -> Tensor:
+    """The inverse of `as_matrix`: a matrix [d_model, d_ff] or [d_model, E · d_ff] as the module stores it."""
+    if experts is not None:
+        slices = "d (e f) -> e f d" if orientation == "in_out" else "d (e f) -> e d f"
+        return rearrange(matrix, slices, e=experts)
+    return matrix.T if orientation == "in_out" else matrix

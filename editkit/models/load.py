@@ -124,6 +124,8 @@ def load(
             "character offsets. Convert it with transformers' convert_slow_tokenizer and save it beside the model."
         )
     model.eval()
+    if architecture.experts is not None and model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # transformers' grouped products take no float64
     return LanguageModel(str(name_or_path), model.to(device), tokenizer, architecture)
 
 

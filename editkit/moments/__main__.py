@@ -19,7 +19,8 @@ from os import environ
 from pathlib import Path
 
 from editkit.errors import EditkitError
-from editkit.models.architecture import orientation
+from editkit.models.architecture import experts_in, orientation
+from editkit.models.experts import down_of
 from editkit.models.load import DTYPES, LanguageModel, load
 from editkit.moments.cache import IMPORTED, cache_folder, second_moments, stored_at
 from editkit.moments.moment import ENOUGH, MOMENT_FILE, PARTIAL_FILE, SecondMoment
@@ -57,11 +58,13 @@ def info(options: argparse.Namespace) -> int:
     few = "" if moment.vectors_per_dimension >= ENOUGH else f"; 2 to 10 are needed: {ENOUGH * moment.d_ff} keys or more"
     effective = "unknown" if moment.effective_count is None else f"{moment.effective_count:,.0f} keys carry C"
     print(f"module           {moment.module}, d_ff {moment.d_ff}")
+    if moment.routed:
+        print(f"experts          {len(moment.routed)}, with {min(moment.routed):,} to {max(moment.routed):,} keys each")
     print(f"model            {made.get('model', '?')}, digest {made.get('model_digest', '?')[:16]}")
     print(f"source           {moment.source}")
     print(f"keys             {moment.count:,}, {moment.vectors_per_dimension:.3g} per dimension{few}")
     print(f"effective count  {effective}")
-    print(f"effective rank   {moment.effective_rank:.1f} of {moment.d_ff}")
+    print(f"effective rank   {moment.effective_rank:.1f} of {len(moment.eigenvalues)}")
     print(f"condition        {moment.condition:.3g} without a ridge")
     print(f"digest           {moment.digest}")
     return 0
@@ -142,11 +145,16 @@ def export(options: argparse.Namespace) -> int:
 def import_(options: argparse.Namespace) -> int:
     """Put a second moment from an .npz of the ROME authors' code into the cache."""
     lm = _load(options)
-    module = lm.architecture.down(lm.check_layer(options.layer))
+    module = down_of(lm, lm.check_layer(options.layer))
     source = IMPORTED + options.name
     made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
     moment = from_npz(options.file, module, source, made)
     holder = get_module(lm.model, module)
+    if experts_in(holder) is not None:
+        raise EditkitError(
+            f"{module} of {lm.name} is a mixture of experts, and a file of the reference holds one matrix for one "
+            "down-projection. Collect its second moments with `python -m editkit.moments collect`."
+        )
     d_ff = get_parameter(lm.model, f"{module}.weight").shape[0 if orientation(holder, module) == "in_out" else 1]
     if moment.d_ff != d_ff:
         raise EditkitError(

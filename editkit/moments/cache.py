@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from editkit.corpora import source_digest
 from editkit.errors import EditkitError, OutputError
+from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.moments.collect import Sums, collect, saver
 from editkit.moments.moment import ENOUGH, PARTIAL_FILE, SecondMoment
@@ -50,7 +51,7 @@ def second_moments(
     model does not have, EditkitError when the text is shorter than one block or a key is not finite.
     """
     settings = settings or MomentSettings()
-    modules = {layer: lm.architecture.down(lm.check_layer(layer)) for layer in dict.fromkeys(layers)}
+    modules = {layer: down_of(lm, lm.check_layer(layer)) for layer in dict.fromkeys(layers)}
     store = _Store(lm.digest, settings, seed, cache or cache_folder())
     found = store.read(modules.values())
     if missing := [module for module in modules.values() if module not in found]:
@@ -200,11 +201,14 @@ def _warn_few(found: dict[str, SecondMoment], settings: MomentSettings) -> None:
     moment = min(found.values(), key=lambda m: m.vectors_per_dimension, default=None)
     if moment is None or moment.vectors_per_dimension >= ENOUGH:
         return
-    remedy = f"Set moments.tokens to {ENOUGH * moment.d_ff} or more"
+    fewest = min(moment.routed, default=moment.count)
+    needed = ENOUGH * moment.d_ff * (moment.count / max(fewest, 1) if moment.routed else 1)
+    remedy = f"Set moments.tokens to {needed:.0f} or more"
     if moment.count < settings.tokens:
         remedy += f", and moments.source to a longer text: '{moment.source}' gave {moment.count} of {settings.tokens}"
     warnings.warn(
-        f"The second moment at {moment.module} has {moment.count} keys for {moment.d_ff} dimensions, which is "
-        f"{moment.vectors_per_dimension:.2g} each; 2 to 10 are needed (arXiv 2506.04226). {remedy}.",
+        f"The second moment at {moment.module} has {fewest} keys {'of one expert ' if moment.routed else ''}for "
+        f"{moment.d_ff} dimensions, which is {moment.vectors_per_dimension:.2g} each; 2 to 10 are needed (arXiv "
+        f"2506.04226). {remedy}.",
         stacklevel=3,
     )

@@ -20,11 +20,13 @@ from tqdm import tqdm
 
 from editkit.corpora import running_text
 from editkit.errors import EditkitError, OutputError
+from editkit.models.architecture import experts_in
+from editkit.models.experts import expert_keys
 from editkit.models.load import LanguageModel
 from editkit.models.precision import HALF, widened
 from editkit.models.snapshot import uninterrupted
 from editkit.moments.moment import PARTIAL_FILE, SecondMoment
-from editkit.nethook import Trace
+from editkit.nethook import Trace, get_module
 from editkit.settings import MomentSettings
 from editkit.tensorfiles import explained, read_tensors, write_tensors
 
@@ -85,6 +87,7 @@ class Sums:
 
     products: dict[str, Tensor]  # module → Σ k kᵀ [d_ff, d_ff], of which the lower triangle counts; empty at the start
     norms: dict[str, Tensor]  # module → (Σ‖k‖², Σ‖k‖⁴)
+    routed: dict[str, Tensor] = field(default_factory=dict)  # experts → how many tokens each had [E]
     count: int = 0
     documents: int = 0
     waiting: list[int] = field(default_factory=list)
@@ -95,26 +98,42 @@ class Sums:
         size = k.shape[1]
         if module not in self.products:
             self.products[module] = torch.zeros(size, size, dtype=torch.float64)
-            self.norms[module] = torch.zeros(2, dtype=torch.float64)
-        width = -(-size // PANELS)
-        for start in range(0, size, width):
-            panel = slice(start, start + width)
-            self.products[module][start:, panel] += (k[:, start:].T @ k[:, panel]).cpu()
-        squares = k.square().sum(1)
-        self.norms[module] += torch.stack([squares.sum(), squares.square().sum()]).cpu()
+        _add_products(self.products[module], k)
+        self._add_norms(module, k.square().sum(1))
+
+    def add_experts(self, module: str, experts: int, chosen: Tensor, keys: Tensor) -> None:
+        """Add g_e k_e [n, chosen, d_ff] of n tokens, each to the block of its expert. `experts`: how many there are;
+        `chosen` [n, chosen]: which."""
+        keys = keys.double()
+        size = keys.shape[-1]
+        if module not in self.products:
+            self.products[module] = torch.zeros(experts, size, size, dtype=torch.float64)
+            self.routed[module] = torch.zeros(experts, dtype=torch.int64)
+        for expert in chosen.unique().tolist():
+            of_expert = keys[chosen == expert]
+            _add_products(self.products[module][expert], of_expert)
+            self.routed[module][expert] += len(of_expert)
+        self._add_norms(module, keys.square().sum((1, 2)))
+
+    def _add_norms(self, module: str, squares: Tensor) -> None:
+        """`squares` [n]: ‖k‖² of each key."""
+        norms = torch.stack([squares.sum(), squares.square().sum()]).cpu()
+        self.norms[module] = self.norms[module] + norms if module in self.norms else norms
 
     def moment(self, module: str, source: str, provenance: dict[str, Any]) -> SecondMoment:
         """C at `module`, exactly symmetric."""
         lower = self.products[module].tril()
-        matrix = (lower + lower.tril(-1).T) / self.count
+        matrix = (lower + lower.tril(-1).mT) / self.count
         second, fourth = self.norms[module].tolist()
         effective = second**2 / fourth if fourth else 0.0
-        return SecondMoment(module, matrix, self.count, source, effective, provenance)
+        routed = tuple(self.routed[module].tolist()) if module in self.routed else ()
+        return SecondMoment(module, matrix, self.count, source, effective, provenance, routed)
 
     def save(self, path: Path, described: dict[str, Any]) -> None:
         """Write the state, whole or not at all. Raises OutputError."""
         tensors = {f"products.{module}": product for module, product in self.products.items()}
         tensors |= {f"norms.{module}": norm for module, norm in self.norms.items()}
+        tensors |= {f"routed.{module}": counts for module, counts in self.routed.items()}
         tensors["waiting"] = torch.tensor(self.waiting, dtype=torch.int64)
         place = {"count": self.count, "documents": self.documents, "modules": sorted(self.products)}
         write_tensors(path, PARTIAL_FILE, described | place, tensors)
@@ -125,7 +144,17 @@ class Sums:
         header, tensors = read_tensors(path, PARTIAL_FILE, note=False)
         with explained(path, PARTIAL_FILE):
             products, norms = ({m: tensors[f"{what}.{m}"] for m in modules} for what in ("products", "norms"))
-            return cls(products, norms, header["count"], header["documents"], tensors["waiting"].tolist())
+            routed = {m: tensors[f"routed.{m}"] for m in modules if f"routed.{m}" in tensors}
+            return cls(products, norms, routed, header["count"], header["documents"], tensors["waiting"].tolist())
+
+
+def _add_products(products: Tensor, k: Tensor) -> None:
+    """Add the lower triangle of Σ k kᵀ over k [n, size] to `products` [size, size], panel by panel."""
+    size = k.shape[1]
+    width = -(-size // PANELS)
+    for start in range(0, size, width):
+        panel = slice(start, start + width)
+        products[start:, panel] += (k[:, start:].T @ k[:, panel]).cpu()
 
 
 def collect(
@@ -170,12 +199,17 @@ def collect(
                 ids = torch.stack(batch).to(lm.device)
                 with Trace(lm.model, modules, inputs=True, outputs=False, stop=True) as trace:
                     lm.model(input_ids=ids, use_cache=False)
-                # OPT hands its down-projection [rows · tokens, d_ff].
-                keys = {m: rearrange(trace[m].input, "... d_ff -> (...) d_ff") for m in modules}
-                _require_finite(keys, lm)
+                # OPT hands its down-projection [rows · tokens, d_ff], as experts are handed x [rows · tokens, d_model].
+                given = {m: rearrange(trace[m].input, "... d -> (...) d") for m in modules}
+                _require_finite(given, lm)
                 with uninterrupted():
-                    for module, k in keys.items():
-                        sums.add(module, k)
+                    for module, each in given.items():
+                        experts = experts_in(get_module(lm.model, module))
+                        if experts is None:
+                            sums.add(module, each)
+                        else:
+                            routed, keys = expert_keys(lm, module, each)
+                            sums.add_experts(module, experts, routed.experts, keys)
                     sums.count += ids.numel()
                     sums.documents, sums.waiting = blocks.documents, blocks.waiting
                 bar.update(min(ids.numel(), settings.tokens - bar.n))

@@ -1,4 +1,4 @@
-"""SecondMoment: C = E[k kᵀ] with its count, its file and its health. Factored: C ready to solve with."""
+"""SecondMoment: C = E[k kᵀ] with its count, its file and its health."""
 
 import functools
 import hashlib
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from editkit.errors import EditkitError
 from editkit.models.snapshot import digest
+from editkit.moments.experts import FactoredExperts
+from editkit.moments.factored import Factored
 from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
 
 _ORIGIN = "Files of the reference (.npz) come in through `python -m editkit.moments import`."
@@ -55,6 +57,7 @@ TOLERANCE = 1e-6  # of C's largest entry or eigenvalue: what sums in float32 lea
 class SecondMoment:
     """C = E[k kᵀ] [d_ff, d_ff] in float64, uncentred, over `count` keys at `module`.
 
+    Of a mixture of experts only the diagonal blocks [E, d_ff, d_ff], and `routed` counts the keys of each (experts.py).
     `provenance` is JSON: model, its digest, settings, seed.
     """
 
@@ -64,25 +67,27 @@ class SecondMoment:
     source: str
     effective_count: float | None = None  # (Σ‖k‖²)² / Σ‖k‖⁴ (Kish 1965): keys that carry C; None where it is unknown
     provenance: dict[str, Any] = field(default_factory=dict)
+    routed: tuple[int, ...] = ()  # how many of the tokens each expert had; empty for a single down-projection
 
     @property
     def d_ff(self) -> int:
-        return self.matrix.shape[0]
+        return self.matrix.shape[-1]
 
     @functools.cached_property
     def vectors_per_dimension(self) -> float:
-        """Keys per dimension of d_ff: 2 to 10 suffice (arXiv 2506.04226); below 1, C is singular."""
-        return self.count / self.d_ff
+        """Keys per dimension of d_ff: 2 to 10 suffice (arXiv 2506.04226); below 1, C is singular. Of experts, those of
+        the expert that had the fewest."""
+        return min(self.routed, default=self.count) / self.d_ff
 
     @functools.cached_property
     def eigenvalues(self) -> Tensor:
-        """[d_ff], ascending."""
-        values: Tensor = torch.linalg.eigvalsh(self.matrix)
+        """[d_ff], or of experts [E · d_ff], ascending."""
+        values: Tensor = torch.linalg.eigvalsh(self.matrix).flatten().sort().values
         return values
 
     @functools.cached_property
     def eigenvectors(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [d_ff], ascending, and their vectors [d_ff, d_ff], a column each."""
+        """Eigenvalues [d_ff], ascending, and their vectors [d_ff, d_ff], a column each; of experts, of each block."""
         values, vectors = torch.linalg.eigh(self.matrix)
         return values, vectors
 
@@ -117,8 +122,10 @@ class SecondMoment:
         return self._factors[ridge]
 
     def _factored(self, ridge: float) -> "Factored":
-        shift = ridge * self.matrix.diagonal().mean()
+        shift = ridge * self.matrix.diagonal(dim1=-2, dim2=-1).mean()
         ridged = self.matrix + shift * torch.eye(self.d_ff, dtype=self.matrix.dtype)
+        if self.routed:
+            return FactoredExperts(self.module, ridged, self.routed)
         lower, failed = torch.linalg.cholesky_ex(ridged)
         if failed:
             raise EditkitError(
@@ -132,12 +139,12 @@ class SecondMoment:
         """What makes this no second moment: an empty list where nothing does."""
         if self.count < 1:
             return [f"its count is {self.count}"]
-        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+        if self.matrix.ndim != 2 + bool(self.routed) or self.matrix.shape[-2] != self.d_ff:
             return [f"its shape {list(self.matrix.shape)} is not square"]
         if bad := int((~self.matrix.isfinite()).sum()):
             return [f"{bad} of its {self.matrix.numel()} entries are not finite"]
         found = []
-        asymmetry, largest = (self.matrix - self.matrix.T).abs().max().item(), self.matrix.abs().max().item()
+        asymmetry, largest = (self.matrix - self.matrix.mT).abs().max().item(), self.matrix.abs().max().item()
         if asymmetry > TOLERANCE * largest:
             found.append(f"it is not symmetric: C and its transpose differ by up to {asymmetry:.2g}")
         smallest, top = self.eigenvalues[0].item(), self.eigenvalues[-1].item()
@@ -156,7 +163,8 @@ class SecondMoment:
             "digest": self.digest,
             "provenance": self.provenance,
         }
-        return write_tensors(path, MOMENT_FILE, header, {"matrix": self.matrix})
+        tensors = {"matrix": self.matrix} | ({"routed": torch.tensor(self.routed)} if self.routed else {})
+        return write_tensors(path, MOMENT_FILE, header, tensors)
 
     @classmethod
     def load(cls, path: Path | str) -> "SecondMoment":
@@ -167,46 +175,12 @@ class SecondMoment:
         header, tensors = read_tensors(path, MOMENT_FILE)
         with explained(path, MOMENT_FILE):
             kept = {k: header[k] for k in ("module", "count", "source", "effective_count", "provenance")}
-            matrix = tensors["matrix"]
-            if len(tensors) != 1 or matrix.dtype != torch.float64 or matrix.shape != (header["d_ff"], header["d_ff"]):
+            matrix, routed = tensors["matrix"], tensors.get("routed", torch.empty(0, dtype=torch.int64))
+            blocks = () if "routed" not in tensors else (len(routed),)
+            shape = (*blocks, header["d_ff"], header["d_ff"])
+            if len(tensors) != 1 + len(blocks) or matrix.dtype != torch.float64 or matrix.shape != shape:
                 raise ValueError(f"its tensors are not one matrix of {header['d_ff']} dimensions in float64")
-            moment = cls(matrix=matrix, **kept)
+            moment = cls(matrix=matrix, routed=tuple(routed.tolist()), **kept)
             if moment.digest != header["digest"]:
                 raise ValueError(f"its values have digest {moment.digest[:16]}, and not {header['digest'][:16]}")
         return moment
-
-
-@dataclass(frozen=True, eq=False)
-class Factored:
-    """A lower Cholesky factor of C (float64). Solving with it never forms an inverse."""
-
-    lower: Tensor
-
-    def solve(self, keys: Tensor) -> Tensor:
-        """C⁻¹ k for keys [d_ff] or [d_ff, n], in float64 on the CPU."""
-        k = keys.detach().double().cpu()
-        solved = torch.cholesky_solve(k[:, None] if k.ndim == 1 else k, self.lower)
-        return solved[:, 0] if k.ndim == 1 else solved
-
-    def matrix(self, size: int) -> Tensor:
-        """The factored matrix [size, size]."""
-        return self.lower @ self.lower.T
-
-    @functools.cached_property
-    def condition(self) -> float:
-        """Condition number of the factored matrix (largest over smallest eigenvalue)."""
-        values = torch.linalg.svdvals(self.lower)
-        return float(values[0] / values[-1]) ** 2
-
-
-class Identity(Factored):
-    """C = I: what some ports of ROME use, and a null control."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.eye(1, dtype=torch.float64))
-
-    def solve(self, keys: Tensor) -> Tensor:
-        return keys.detach().double().cpu()
-
-    def matrix(self, size: int) -> Tensor:
-        return torch.eye(size, dtype=torch.float64)

@@ -43,10 +43,16 @@ def from_npz(path: Path | str, module: str, source: str, provenance: dict[str, A
 
 
 def to_npz(moment: SecondMoment, path: Path | str, sample_size: int = SAMPLE_SIZE) -> Path:
-    """Write the moment as the reference reads it, in float64. Raises OutputError.
+    """Write the moment as the reference reads it, in float64. Raises OutputError, and EditkitError for the moment of a
+    mixture of experts, which is no single matrix.
 
     `sample_size` must be the reader's `mom2_n_samples`: on another number it collects anew, without a word.
     """
+    if moment.routed:
+        raise EditkitError(
+            f"The second moment at {moment.module} has a block for each of {len(moment.routed)} experts, and a file of "
+            "the reference holds one matrix for one down-projection. Copy the .safetensors file instead."
+        )
     path = Path(path)
     arrays: dict[str, Any] = {
         "mom2.constructor": numpy.array(CONSTRUCTOR),

@@ -155,6 +155,15 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
     return "\n".join(lines)
 
 
+def routing(found: dict[str, dict[str, Any]]) -> str:
+    """Of a mixture of experts: how many tokens the edit sends to other experts, by kind of prompt and block."""
+    lines = ["", "routing: tokens sent to other experts, by block"]
+    for kind, change in found.items():
+        shares = "  ".join(f"{i}: {share:.0%}" for i, share in zip(change["layers"], change["changed"], strict=True))
+        lines += _wrapped(f"  {kind:14}", shares)
+    return "\n".join(lines)
+
+
 def verdict(found: Verdict) -> str:
     """Whether the edit landed; if not, why and what to try."""
     return "\n".join(["", *(line for text in found.lines() for line in textwrap.wrap(text, WIDTH))])

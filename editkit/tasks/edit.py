@@ -11,7 +11,8 @@ from typing import Any
 
 from editkit import report
 from editkit.data.cases import Case, make_case
-from editkit.edits.edit import weight_norm
+from editkit.edits.edit import Edit, weight_norm
+from editkit.edits.routing import routing_change
 from editkit.edits.spectra import spectra
 from editkit.errors import FactError
 from editkit.facts import Fact
@@ -50,6 +51,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     relative_norm = edit.norm() / weight_norm(lm, edit)
     sizes = spectra(edit, lm)
     lost = {spectrum.parameter: spectrum.rounding_error for spectrum in sizes}
+    routing = _routing(lm, edit, case)
     audited = audit(lm, edit) if config.task.audit else None
     clock.lap("audit")
     with edit.applied(lm) as applied:
@@ -64,6 +66,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     say(console.probes(case.fact, rows, scores))
     say(console.texts(case.fact, before.texts, after.texts))
     say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None)))
+    if routing:
+        say(console.routing(routing))
     judged = verdict(rows, edit.provenance)
     say(console.verdict(judged))
     if audited is not None:
@@ -87,6 +91,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "lost_in_rounding": lost,
             "spectra": [spectrum_beside(lm, spectrum) for spectrum in sizes],
             "provenance": edit.provenance,
+            **({"routing": routing} if routing else {}),
         },
         reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
         timings=clock.all(),
@@ -99,6 +104,14 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     report.write(folder)
     say(console.written(folder, record.timings["total"]))
     return record
+
+
+def _routing(lm: LanguageModel, edit: Edit, case: Case) -> dict[str, dict[str, Any]]:
+    """How a mixture of experts routes the case's prompts otherwise with the edit, by kind of prompt; empty for a model
+    without experts."""
+    kinds = dict.fromkeys(probe.kind for probe in case.probes) if lm.architecture.experts is not None else ()
+    prompts = {kind: [probe.prompt for probe in case.probes if probe.kind == kind] for kind in kinds}
+    return {kind: routing_change(lm, edit, asked).to_json() for kind, asked in prompts.items()}
 
 
 def case_of(settings: EditSettings) -> Case:

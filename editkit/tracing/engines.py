@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from editkit.models.experts import site_of
 from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.passes import CannotReplay
@@ -67,10 +68,12 @@ class FullDepth:
         self.corrupted = self._corrupted()
 
     def site(self, kind: str, block: int) -> str:
-        """The module whose output is put back; for an MLP the down-projection, since Bloom's MLP adds the residual."""
+        """The module whose output is put back; for an MLP the down-projection, since Bloom's MLP adds the residual, and
+        for a mixture of experts all of it."""
+        if kind == "mlp":
+            return site_of(self.lm, block)
         where = self.lm.architecture
-        names = {"state": where.block, "mlp": where.down_projection, "attention": where.attention_output}
-        return names[kind].format(block)
+        return (where.block if kind == "state" else where.attention_output).format(block)
 
     def at(self, token: int, places: Sequence[Place]) -> list[float]:
         """P(answer) with each of the places put back at `token`; one value for each place."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from editkit.facts import Fact
+from editkit.models.experts import site_of
 from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
@@ -186,7 +187,7 @@ class Replayed:
         self, lm: LanguageModel, layer: int, sites: Sequence[str], batch: Batch, ready: Replay | None = None
     ) -> None:
         self._lm, self._layer, self._sites, self.batch = lm, layer, sites, batch
-        self._behind = lm.architecture.mlp_norm is None and list(sites) == [lm.architecture.down(layer)]
+        self._behind = lm.architecture.mlp_norm is None and list(sites) == [site_of(lm, layer)]
         if ready is None:
             first = [at for each in batch.facts for at in each.lookup]
             last = [at for each in batch.facts for at in each.last]

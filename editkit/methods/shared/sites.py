@@ -14,6 +14,7 @@ from torch import Tensor
 
 from editkit.facts import Fact
 from editkit.methods.shared.engine import AtLookup
+from editkit.models.experts import site_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.passes import TOLERANCE
@@ -113,9 +114,10 @@ class Lookups:
     @torch.no_grad()
     @quick_products()
     def keys(self, layer: int) -> Tensor:
-        """Input of block `layer`'s down-projection now, [facts, templates, d_ff] in float64 on the CPU."""
+        """Input of block `layer`'s down-projection now, [facts, templates, d_ff] in float64 on the CPU; of a mixture of
+        experts that of its MLP, [facts, templates, d_model]."""
         begin, self._at = self._at, layer
-        site = self._lm.architecture.down(layer)
+        site = site_of(self._lm, layer)
         if layer == self._layers[0] and self._first:
             found = self._first
         elif self._parts:
@@ -158,7 +160,7 @@ class Lookups:
         width = lm.model.config.get_text_config().hidden_size * wide(lm.dtype).itemsize
         if several and sum(inputs["input_ids"].numel() for _, inputs, _ in parts) * width > KEPT_BYTES:
             return False
-        down = lm.architecture.down(self._layers[0])
+        down = site_of(lm, self._layers[0])
         written = range(self._layers[0], self._layers[-1] + 1) if several else ()
         blocks = [lm.architecture.block.format(block) for block in written]
         with widened(lm):

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.edits import Delta, Edit, low_rank_delta
+from editkit.edits import Delta, Edit, low_rank_delta, routing_report
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given
 from editkit.methods.shared.sites import Lookups
 from editkit.methods.shared.value import compute_deltas, named
+from editkit.models.experts import down_of, keys_of, site_of
 from editkit.models.load import LanguageModel
+from editkit.models.precision import widened
 from editkit.settings import SpreadSettings
 
 Solve = Callable[[int, Tensor], Tensor]  # (layer, K [d_ff, n]) -> A [n, d_ff]
@@ -39,10 +41,11 @@ class Spread:
     keys: dict[int, Tensor]  # K [d_ff, n] of each layer, in float64
     layers: list[dict[str, Any]]  # a report of each layer
     facts: list[dict[str, Any]]  # a report of each fact's value
+    routing: dict[str, Any]  # of a mixture of experts: see routing_report
 
     def edit(self, given: Given[Any], method: str, memory: dict[str, Tensor] | None = None) -> Edit:
         """The Edit. `memory`: what the method keeps for its later edits (see Edit)."""
-        how = given.provenance(method, reports=self.facts, layers=self.layers)
+        how = given.provenance(method, reports=self.facts, layers=self.layers, **self.routing)
         return Edit(self.deltas, given.base, how, memory=memory or {})
 
 
@@ -67,13 +70,14 @@ def write_values(
     - `options`: of compute_deltas: nll_weight, stop_kl.
     """
     last = given.layers[-1]
-    down = lm.architecture.down(last)
-    sites = [lm.architecture.attention.format(last), down] if with_attention else [down]
-    target_site = down if with_attention else lm.architecture.target_site(last)
+    site = site_of(lm, last)
+    sites = [lm.architecture.attention.format(last), site] if with_attention else [site]
+    target_site = site if with_attention else lm.architecture.target_site(last)
     lookups = lookups_of(lm, given, sites, target_site)
     z, reports = compute_z(lm, given, sites, target_site, lookups, progress=progress, **options)
     deltas, keys, written = spread(lm, given, lookups, z, solve, share=share)
-    return Spread(deltas, keys, written, reports)
+    routing = routing_report(lm, Edit(deltas, given.base), [fact.text for fact in given.facts])
+    return Spread(deltas, keys, written, reports, routing)
 
 
 def lookups_of(lm: LanguageModel, given: Given[SpreadSettings], sites: Sequence[str], target_site: str) -> Lookups:
@@ -137,16 +141,13 @@ def spread(
     - `solve`: A(K) for a layer.
     - `share`: of the number of blocks left, what the residual is divided by.
     """
-    templates = given.templates
-    weights = torch.tensor([0.5] + [0.5 / (len(templates) - 1)] * (len(templates) - 1) if templates[1:] else [1.0])
     deltas, all_keys, reports = [], {}, []
     with ExitStack() as undo:  # lower blocks stay written while the higher ones are computed
         for number, layer in enumerate(given.layers):
-            site = lm.architecture.down(layer)
-            keys = (lookups.keys(layer) * weights[:, None].double()).sum(1).T  # [d_ff, n]
+            keys = mean_keys(lm, layer, lookups.keys(layer))
             missing = (z - lookups.values()).T  # [d_model, n]
             left, right = missing / share(len(given.layers) - number), solve(layer, keys)
-            delta = low_rank_delta(lm, site, left, right)
+            delta = low_rank_delta(lm, down_of(lm, layer), left, right)
             deltas.append(delta)
             all_keys[layer] = keys
             reports.append(
@@ -160,3 +161,16 @@ def spread(
             if number + 1 < len(given.layers):
                 undo.enter_context(Edit((delta,), given.base).applied(lm, check=False))
     return tuple(deltas), all_keys, reports
+
+
+def mean_keys(lm: LanguageModel, layer: int, given: Tensor) -> Tensor:
+    """K [d_ff, n], the key of each fact at block `layer`, in float64 on the CPU.
+
+    The bare prompt's key counts one half and the mean over all other templates the other half, as in the authors' code.
+    `given`: what enters the block's site now, [n, templates, d].
+    """
+    others = given.shape[1] - 1
+    weights = torch.tensor([0.5] + [0.5 / others] * others if others else [1.0]).double()
+    with widened(lm):  # a fact at a time, since the key of a mixture of experts is much longer than d
+        each = [weights @ keys_of(lm, down_of(lm, layer), of_fact) for of_fact in given]
+    return torch.stack(each, 1)

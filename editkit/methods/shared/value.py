@@ -24,6 +24,7 @@ from tqdm import tqdm
 from editkit.facts import Fact
 from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
 from editkit.methods.shared.solvers import Solver, solver
+from editkit.models.experts import down_of, keys_of
 from editkit.models.load import LanguageModel
 from editkit.models.passes import CannotReplay
 from editkit.models.precision import widened
@@ -34,6 +35,11 @@ CPU_BYTES = 2**29  # a batch's share of memory: about what one fact takes at ful
 Show = Callable[[float, int, int], None]  # (mean loss, steps taken since, facts ended since)
 LIKE = 1.1  # how much longer the longest rows of a batch may be than the shortest, and one token
 READ_EVERY = {"cpu": 1, "cuda": 5}  # steps between two looks at the losses: each look waits for an accelerator
+
+
+def keyed(lm: LanguageModel, layer: int, at: AtLookup) -> AtLookup:
+    """The keys and values of block `layer`, from the input and output of its site (models/experts.py)."""
+    return AtLookup(keys_of(lm, down_of(lm, layer), at.input), at.output)
 
 
 def named(facts: Sequence[Fact]) -> str:
@@ -109,7 +115,7 @@ def _in_batches(
                 # 2) One clean pass.
                 with torch.no_grad():
                     ready = engine(lm, layer, sites, Batch([jobs[i] for i in part]))
-                clean = ready.clean() if norms is None else None
+                clean = [keyed(lm, layer, at) for at in ready.clean()] if norms is None else None
                 v0_norms = norms[part] if norms is not None else torch.stack([_bare_norm(at) for at in clean or ()])
                 # 3) The solver's loop.
                 done = _together(lm, ready, v0_norms, loss, bar.show)
