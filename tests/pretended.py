@@ -23,10 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from editkit.models import precision
 
 NAME = "pretended"
 DEVICES = 2
@@ -328,3 +332,12 @@ def accelerator() -> Iterator[None]:
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
         _open.pop()
+
+
+@contextlib.contextmanager
+def same_kernels() -> Iterator[None]:
+    """In the body the CPU computes as it does for the accelerator, so that their bits can be compared: attention by its
+    formula, not by the CPU's fused kernel, and half precision as it is, not on float32 copies (models/precision.py)."""
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
+        patch.setattr(precision, "_places", lambda model: [])
+        yield
