@@ -18,8 +18,8 @@ masks). The registration is once for a process and changes nothing for tensors o
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from editkit.models import precision
@@ -163,26 +162,42 @@ class Pretended(Tensor):
         return f"Pretended({self.held!r}, device='{self.device}')"
 
 
+class _Operation:
+    """What is asked of each operation at every call, looked up once."""
+
+    def __init__(self, func: Any) -> None:
+        self.name: str = func.name()
+        base = self.name.split(".")[0]
+        self.copies, self.indexed = base in COPIES, self.name in INDEXED
+        self.writes = base in COPIES and base != "aten::_to_copy"  # its result is its first argument
+        self.reads = self.name in READS or base in READS
+        self.scalars = torch.Tag.pointwise in func.tags or self.indexed or base in ("aten::where", "aten::fill_")
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(self.name, "CompositeImplicitAutograd")
+        self.made_of_others = composite and base.removeprefix("aten::") not in OWN_KERNELS
+
+
+_known = cache(_Operation)
+
+
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """One operation: what CUDA refuses is refused, what waits is counted, and the CPU computes it."""
     # 1) In inference mode operations arrive that are made of others; those are judged one by one.
-    name: str = func.name()
-    if (
-        name.removeprefix("aten::") not in OWN_KERNELS
-        and (parts := func.decompose(*args, **kwargs)) is not NotImplemented
-    ):
-        return parts
-    ours = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Pretended)]
+    operation = _known(func)
+    if operation.made_of_others:
+        return func.decompose(*args, **kwargs)
+    tensors = list(_tensors((args, kwargs)))
+    ours = [each for each in tensors if isinstance(each, Pretended)]
     target = _device(kwargs["device"]) if kwargs.get("device") is not None else ours[0].device if ours else None
 
     # 2) Refusals, and waits.
-    _check_devices(func, name, args, kwargs)
-    _check_random(name, kwargs)
-    _count(name, args, kwargs, target)
+    _check_devices(operation, args, tensors)
+    _check_random(operation, kwargs)
+    if _counting:
+        _count(operation, args, kwargs, target)
 
     # 3) The same on the CPU. What comes back as it went in is the same tensor here too.
     held = {id(each.held): each for each in ours}
-    cpu_args, cpu_kwargs = tree_map(lambda each: each.held if isinstance(each, Pretended) else each, (args, kwargs))
+    cpu_args, cpu_kwargs = _mapped((args, kwargs), lambda each: each.held if isinstance(each, Pretended) else each)
     if cpu_kwargs.get("device") is not None:
         cpu_kwargs["device"] = torch.device("cpu")
     cpu_kwargs.pop("pin_memory", None)
@@ -190,17 +205,33 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     for each in ours:
         if each.shape != each.held.shape:  # an `out=` that was given empty
             each.data = Pretended(each.held, each.device)
+    if operation.writes:
+        return args[0]
 
-    def wrapped(each: Any) -> Any:
-        if not isinstance(each, Tensor):
-            return each
+    def there(each: Tensor) -> Tensor:
         if (same := held.get(id(each))) is not None:
             return same
-        if name in COPIES and not name.endswith("_to_copy"):
-            return args[0]
         return each if target is None or target.type == "cpu" else Pretended(each, target)
 
-    return tree_map(wrapped, result)
+    return _mapped(result, there)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of an operation's arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The arguments or the result of an operation, with `change` applied to each tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    return type(value)(_mapped(each, change) for each in value) if type(value) in (list, tuple) else value
 
 
 def _device(device: Any) -> torch.device:
@@ -213,55 +244,51 @@ def _device(device: Any) -> torch.device:
     return found
 
 
-def _check_devices(func: Any, name: str, args: Any, kwargs: Any) -> None:
+def _check_devices(operation: _Operation, args: Any, tensors: list[Tensor]) -> None:
     """Raise RuntimeError for tensors of two devices, where CUDA does."""
-    if name.split(".")[0] in COPIES:
+    if operation.copies:
         return
-    judged = (args[0], args[2:]) if name in INDEXED else (args, kwargs)
-    tensors = [each for each in tree_flatten(judged)[0] if isinstance(each, Tensor)]
-    if name in INDEXED:
-        indices = [each for each in tree_flatten(args[1])[0] if isinstance(each, Tensor)]
-        if wrong := [each.device for each in indices if each.device.type != "cpu" and each.device != args[0].device]:
+    if operation.indexed:
+        home = args[0].device
+        indices = list(_tensors(args[1]))
+        if wrong := [each.device for each in indices if each.device.type != "cpu" and each.device != home]:
             raise RuntimeError(
-                f"indices should be either on cpu or on the same device as the indexed tensor ({args[0].device}), "
-                f"found one on {wrong[0]}"
+                f"indices should be either on cpu or on the same device as the indexed tensor ({home}), found one on "
+                f"{wrong[0]}"
             )
-    scalars = (
-        torch.Tag.pointwise in func.tags or name in INDEXED or name.split(".")[0] in ("aten::where", "aten::fill_")
-    )
-    devices = {each.device for each in tensors if not (scalars and each.ndim == 0 and each.device.type == "cpu")}
+        tensors = list(_tensors((args[0], args[2:])))
+    devices = {
+        each.device for each in tensors if not (operation.scalars and each.ndim == 0 and each.device.type == "cpu")
+    }
     if len(devices) > 1:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, "
-            f"{' and '.join(sorted(map(str, devices)))}! (in {name})"
+            f"{' and '.join(sorted(map(str, devices)))}! (in {operation.name})"
         )
 
 
-def _check_random(name: str, kwargs: Any) -> None:
+def _check_random(operation: _Operation, kwargs: Any) -> None:
     if (generator := kwargs.get("generator")) is not None and generator.device.type != NAME:
         raise RuntimeError(
-            f"Expected a '{NAME}' device type for generator but found '{generator.device.type}' ({name})"
+            f"Expected a '{NAME}' device type for generator but found '{generator.device.type}' ({operation.name})"
         )
 
 
-def _count(name: str, args: Any, kwargs: Any, target: torch.device | None) -> None:
+def _count(operation: _Operation, args: Any, kwargs: Any, target: torch.device | None) -> None:
     """Note the operation where it waits."""
-    if not _counting:
-        return
-    base = name.split(".")[0]
-    if name in READS or base in READS:
-        _wait("read", name)
-    elif base in COPIES:
-        to, source = (target, args[0]) if base == "aten::_to_copy" else (args[0].device, args[1])
-        without_waiting = kwargs.get("non_blocking", base == "aten::copy_" and len(args) > 2 and args[2])
+    if operation.reads:
+        _wait("read", operation.name)
+    elif operation.copies:
+        to, source = (args[0].device, args[1]) if operation.writes else (target, args[0])
+        without_waiting = kwargs.get("non_blocking", operation.writes and len(args) > 2 and args[2])
         if not without_waiting and source.device != to:
-            _wait("up" if source.device.type == "cpu" else "down", name)
-    elif name in INDEXED:
-        for index in args[1]:
+            _wait("up" if source.device.type == "cpu" else "down", operation.name)
+    elif operation.indexed:
+        for index in _tensors(args[1]):
             if isinstance(index, Pretended) and index.dtype == torch.bool:
-                _wait("read", name)
-            elif isinstance(index, Tensor) and index.device.type == "cpu" and args[0].device.type == NAME:
-                _wait("up", name)
+                _wait("read", operation.name)
+            elif index.device.type == "cpu" and args[0].device.type == NAME:
+                _wait("up", operation.name)
 
 
 _library: list[torch.library.Library] = []  # of the process; empty before it is registered
