@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -100,7 +100,11 @@ class Pretended(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> "Pretended":
+    def __new__(
+        cls, held: Tensor, device: torch.device | None = None, /, requires_grad: bool = False, **_: Any
+    ) -> "Pretended":
+        if isinstance(held, Pretended):  # accelerate makes a parameter so, of the class of the one it replaces
+            return nn.Parameter(held, requires_grad)  # type: ignore[return-value]
         with torch.inference_mode(held.is_inference()):  # a view of a plain tensor is plain in inference mode too
             made: Pretended = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls,
@@ -137,6 +141,9 @@ class Pretended(Tensor):
             raise RuntimeError(f"incompatible tensor type: .data of {self.device} cannot be of {new.device}")
         Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self.held = new.held
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
