@@ -1,4 +1,4 @@
-"""Each method, family and dtype on the pretended accelerator: the edit is the CPU's, bit for bit, and all bits come back.
+"""Each method, family and dtype on the pretended accelerator: the edit is the CPU's, bit for bit, and comes off.
 
     python -m tests.test_pretended_methods          # every method × family × dtype, and a line with the counts
 

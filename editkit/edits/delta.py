@@ -9,8 +9,9 @@ from torch import Tensor
 from editkit.errors import EditkitError
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.offload import values_of
 from editkit.models.snapshot import digest
-from editkit.nethook import get_module, get_parameter
+from editkit.nethook import get_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def dense_delta(lm: LanguageModel, module: str, matrix: Tensor) -> Delta:
 def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | None) -> Delta:
     """A Delta for `module` of `lm` from these very factors, or from ΔW in `left`. Raises as `low_rank_delta` does."""
     found = get_module(lm.model, module)
-    weight = get_parameter(lm.model, f"{module}.weight")
+    weight = values_of(lm.model, f"{module}.weight")
     kind = orientation(found, module)
     d_ff, d_model = weight.shape if kind == "in_out" else reversed(weight.shape)
     if right is None:

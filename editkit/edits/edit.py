@@ -26,9 +26,10 @@ from editkit.edits.peft import write_adapter
 from editkit.errors import EditkitError
 from editkit.files import write_bytes
 from editkit.models.load import LanguageModel
+from editkit.models.offload import values_of, write_values
 from editkit.models.precision import wide
 from editkit.models.snapshot import Reversal, Snapshot, digest
-from editkit.nethook import NameNotFound, get_parameter
+from editkit.nethook import NameNotFound
 from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
 
 EDIT_FILE = FileKind(
@@ -134,7 +135,7 @@ class Edit:
         try:
             with torch.no_grad():
                 for delta in self.deltas:
-                    weight = get_parameter(lm.model, delta.parameter)
+                    weight = values_of(lm.model, delta.parameter)
                     dtype = wide(weight.dtype)
                     changed = (weight.to(dtype) + delta.matrix().to(weight.device, dtype)).to(weight.dtype)
                     if not changed.isfinite().all():
@@ -148,7 +149,7 @@ class Edit:
                             f"{whole:.3g}): edits of this size usually break the model",
                             stacklevel=2,
                         )
-                    weight.copy_(changed)
+                    write_values(lm.model, delta.parameter, changed)
         except BaseException:
             snapshot.restore()
             raise
@@ -270,7 +271,7 @@ class Applied:
 
 def _weight(lm: LanguageModel, name: str) -> Tensor:
     try:
-        return get_parameter(lm.model, name)
+        return values_of(lm.model, name)
     except NameNotFound as error:
         raise EditkitError(
             f"This edit changes {name}, which '{lm.name}' does not have. Load the base it was made for."
@@ -284,7 +285,7 @@ def base_of(lm: LanguageModel) -> Base:
 
 def weight_norm(lm: LanguageModel, edit: Edit) -> float:
     """‖W‖ over the parameters that the edit changes (Frobenius), for ‖ΔW‖/‖W‖."""
-    return math.sqrt(sum(get_parameter(lm.model, name).double().norm().item() ** 2 for name in edit.parameters))
+    return math.sqrt(sum(values_of(lm.model, name).double().norm().item() ** 2 for name in edit.parameters))
 
 
 def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:

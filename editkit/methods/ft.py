@@ -29,6 +29,7 @@ from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.offload import require_trainable
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, get_parameter, requires_grad
@@ -74,6 +75,7 @@ def ft(
     settings = (settings or FtSettings()).resolved(lm.name, lm.layers)
     assert settings.layer is not None and settings.lr is not None  # resolved
     site = lm.architecture.down(lm.check_layer(settings.layer))
+    require_trainable(lm.model, site, "ft" if settings.bound is None else "ft_l")
     base = base_of(lm)
 
     name = f"{site}.weight"

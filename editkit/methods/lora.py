@@ -26,6 +26,7 @@ from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import orientation
 from editkit.models.load import LanguageModel
+from editkit.models.offload import require_trainable
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, replace_module, requires_grad
@@ -78,6 +79,8 @@ def lora(
     settings = (settings or LoraSettings()).resolved(lm.name, lm.layers)
     assert settings.layers is not None
     sites = [lm.architecture.down(lm.check_layer(layer)) for layer in settings.layers]
+    for site in sites:
+        require_trainable(lm.model, site, "lora")
     base = base_of(lm)
     with (
         Snapshot.take(lm.model, []),  # verifies on exit that peft wrote to nothing

@@ -88,7 +88,7 @@ class Mend(nn.Module):
     def for_model(cls, lm: LanguageModel, layers: Sequence[int], **options: Any) -> "Mend":
         """An untrained network for the down-projections of `layers`. Raises ModelError for a layer lm lacks."""
         sites = [lm.architecture.down(lm.check_layer(layer)) for layer in layers]
-        weight = get_parameter(lm.model, f"{sites[0]}.weight")
+        weight = get_parameter(lm.model, f"{sites[0]}.weight", allow_meta=True)
         stored = orientation(get_module(lm.model, sites[0]), sites[0])
         d_ff, d_model = weight.shape if stored == "in_out" else reversed(weight.shape)
         return cls(sites, d_ff, d_model, base=lm.digest, **options)

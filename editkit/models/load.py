@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
+from editkit.models.offload import execution_device
 from editkit.models.snapshot import model_digest
-from editkit.nethook import get_parameter
+from editkit.nethook import get_module, get_parameter
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded: its import takes longer than torch's
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +39,10 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embedding."""
-        return get_parameter(self.model, f"{self.architecture.embedding}.weight", allow_meta=True).device
+        """Where inputs go: the device of the embedding; of an offloaded one that on which it is run."""
+        weight = get_parameter(self.model, f"{self.architecture.embedding}.weight", allow_meta=True)
+        run_on = execution_device(get_module(self.model, self.architecture.embedding)) if weight.is_meta else None
+        return run_on or weight.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -147,7 +147,9 @@ def import_(options: argparse.Namespace) -> int:
     made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
     moment = from_npz(options.file, module, source, made)
     holder = get_module(lm.model, module)
-    d_ff = get_parameter(lm.model, f"{module}.weight").shape[0 if orientation(holder, module) == "in_out" else 1]
+    d_ff = get_parameter(lm.model, f"{module}.weight", allow_meta=True).shape[
+        0 if orientation(holder, module) == "in_out" else 1
+    ]
     if moment.d_ff != d_ff:
         raise EditkitError(
             f"'{options.file}' is of {moment.d_ff} dimensions, and {module} of {lm.name} takes keys of {d_ff}: it "

@@ -19,7 +19,7 @@ from editkit.metrics.measure import Look, look
 from editkit.metrics.metric import Score, declarations
 from editkit.models.columns import Below
 from editkit.models.load import LanguageModel, load
-from editkit.nethook import get_parameter
+from editkit.models.offload import values_of
 from editkit.runs.names import FORMAT
 from editkit.settings import Config
 
@@ -101,7 +101,7 @@ def look_before(lm: LanguageModel, digest: str, case: Case, config: Config, belo
 
 def spectrum_beside(lm: LanguageModel, found: Spectrum) -> dict[str, Any]:
     """The singular values of ΔW and, where that takes no more than seconds, of the unedited weight."""
-    weight = get_parameter(lm.model, found.parameter).detach()
+    weight = values_of(lm.model, found.parameter)
     base: list[float] = []
     if min(weight.shape) <= MOST_SINGULAR_VALUES:
         wide = weight.double().cpu() if weight.shape[0] <= weight.shape[1] else weight.double().cpu().T

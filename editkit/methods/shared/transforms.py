@@ -17,7 +17,7 @@ from torch import Tensor
 
 from editkit.edits import Delta, Edit, dense_delta, low_rank_delta
 from editkit.models.load import LanguageModel
-from editkit.nethook import get_parameter
+from editkit.models.offload import values_of
 
 RECT_KEPT = 0.4
 
@@ -56,7 +56,7 @@ TRANSFORMS = {"rect": rect, "prune": prune}
 
 def _weight(lm: LanguageModel, delta: Delta) -> Tensor:
     """W [d_model, d_ff] in float64 on the CPU."""
-    weight = get_parameter(lm.model, delta.parameter).detach().double().cpu()
+    weight = values_of(lm.model, delta.parameter).double().cpu()
     return weight.T if delta.orientation == "in_out" else weight
 
 
