@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from editkit.models import precision
+from editkit.models import precision, replay
 
 NAME = "pretended"
 DEVICES = 2
@@ -370,8 +370,12 @@ def accelerator() -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_kernels() -> Iterator[None]:
-    """In the body the CPU computes as it does for the accelerator, so that their bits can be compared: attention by its
-    formula, not by the CPU's fused kernel, and half precision as it is, not on float32 copies (models/precision.py)."""
+    """In the body the CPU computes as it does for the accelerator, so that their bits can be compared.
+
+    Attention by its formula, not by the CPU's fused kernel; half precision as it is, not on float32 copies
+    (models/precision.py); and the head in one piece (models/replay.py).
+    """
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
         patch.setattr(precision, "_places", lambda model: [])
+        patch.setattr(replay, "_by_pieces", lambda head, final: False)
         yield

@@ -59,6 +59,9 @@ def load_model(config: Config) -> LanguageModel:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         allow_pickle=config.model.allow_pickle,
+        device_map=config.model.device_map,
+        max_memory=config.model.max_memory,
+        offload_folder=config.model.offload_folder,
     )
 
 
@@ -135,4 +138,6 @@ def data_of(cases: Cases, failed: Sequence[str]) -> dict[str, Any]:
 
 def described(lm: LanguageModel, digest: str) -> dict[str, str]:
     """The model, for a record; `digest` is of the unedited one."""
-    return {"name": lm.name, "digest": digest, "dtype": str(lm.dtype).split(".")[-1], "device": str(lm.device)}
+    split = dict.fromkeys(map(str, getattr(lm.model, "hf_device_map", {}).values()))
+    device = ", ".join(split) if len(split) > 1 else str(lm.device)
+    return {"name": lm.name, "digest": digest, "dtype": str(lm.dtype).split(".")[-1], "device": device}
