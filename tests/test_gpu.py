@@ -157,7 +157,10 @@ def test_a_model_split_over_the_gpu_the_cpu_and_a_file(device: str, tmp_path: Pa
     places = {f"transformer.h.{i}": 0 if i < 4 else "cpu" if i < 6 else "disk" for i in range(whole.layers)}
     rest = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), 0)
     lm = load("atlas", device_map=places | rest, offload_folder=tmp_path)
-    assert lm.digest == whole.digest and {p.device.type for p in lm.model.parameters()} == {torch.device(device).type, "meta"}
+    assert lm.digest == whole.digest and {p.device.type for p in lm.model.parameters()} == {
+        torch.device(device).type,
+        "meta",
+    }
     for layer in (2, 5, 7):  # on the GPU, on the CPU, on disk
         settings = RRomeSettings(layer=layer, steps=4)
         edit = rome(lm, FACTS[0], settings, **PLAIN)

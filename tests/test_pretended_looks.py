@@ -132,8 +132,11 @@ LOOKS: dict[str, Callable[[LanguageModel, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKS)
-@pytest.mark.parametrize(("family", "device"), [("gpt2", "pretended:1"), ("llama", "pretended:0")])
+@pytest.mark.parametrize(
+    ("family", "device", "name"),
+    [("gpt2", "pretended:1", name) for name in LOOKS]
+    + [("llama", "pretended:0", name) for name in ("tracing", "measurements")],
+)
 def test_what_is_seen_is_what_the_cpu_sees(family: str, device: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "cpu").mkdir()
     (tmp_path / "there").mkdir()
@@ -192,10 +195,8 @@ def test_a_snapshot_lies_where_its_parameter_does_and_sees_one_bit() -> None:
 
 
 FEWER = (*FAST, "method.steps=2", "task.measure.generate=0", "task.measure.distracted=false")
-TASKS = {  # a benchmark is what task=edit does too
+TASKS = {  # a benchmark is what task=edit does too, and lifelong a session with the same measurements
     "edit": ("edit=gpt2_fact", "task.continuation=2", *FEWER),
-    "lifelong": ("task=lifelong", "data.limit=1", "task.every=1", "task.untouched=0", *FEWER),
-    "trace": ("task=trace", "edit=gpt2_fact", *TRACED),
     "average": ("task=trace", "data=atlas", "data.limit=1", *TRACED),
 }
 

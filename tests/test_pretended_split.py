@@ -139,7 +139,7 @@ def test_an_edit_of_a_split_model_is_the_whole_models(
     assert file_digests(saved[family]) == files  # what lies on disk is the checkpoint itself
 
 
-@pytest.mark.parametrize("name", ["alphaedit", "pmet", "ft", "lora", "mend"])
+@pytest.mark.parametrize("name", ["pmet", "ft", "lora", "mend"])
 def test_each_sort_of_method_edits_a_split_model(saved: Mapping[str, Path], name: str, tmp_path: Path) -> None:
     lm, other = split(saved, "gpt2", PLACES["two devices"], tmp_path / "off"), whole(saved, "gpt2")
     edit = edited(lm, name, tmp_path)
@@ -148,7 +148,8 @@ def test_each_sort_of_method_edits_a_split_model(saved: Mapping[str, Path], name
 
 
 @pytest.mark.parametrize(
-    ("name", "places"), [(name, "two devices") for name in LOOKS] + [("tracing", "a device, CPU and disk")]
+    ("name", "places"),
+    [(name, "two devices") for name in ("tracing", "lenses", "measurements")] + [("tracing", "a device, CPU and disk")],
 )
 def test_what_is_seen_of_a_split_model_is_the_whole_models(
     saved: Mapping[str, Path], places: str, name: str, tmp_path: Path
@@ -245,15 +246,14 @@ def test_an_exception_puts_the_store_back(saved: Mapping[str, Path], tmp_path: P
 # Asking for it
 
 
-@pytest.mark.parametrize("plan", ["auto", "balanced", "sequential"])
+@pytest.mark.parametrize("plan", ["auto", "balanced"])
 def test_plans(saved: Mapping[str, Path], plan: str, tmp_path: Path) -> None:
     memory = {"0": "150KB", "1": "1MB", "cpu": "1GB"}
     lm = load(saved["llama"], device_map=plan, max_memory=memory, offload_folder=tmp_path)
     places: Any = lm.model.hf_device_map
     assert {*places.values()} == {0, 1}
-    assert lm.digest == whole(saved, "llama").digest
-    edit = edited(lm, "r_rome", tmp_path)
-    assert edit.digest == edited(whole(saved, "llama"), "r_rome", tmp_path).digest
+    other = whole(saved, "llama")
+    assert lm.digest == other.digest and scores(lm) == scores(other)
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
