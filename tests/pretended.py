@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from editkit.models import precision, replay
+from editkit.models import head, precision, products
 
 NAME = "pretended"
 DEVICES = 2
@@ -106,7 +106,7 @@ class Pretended(Tensor):
         if isinstance(held, Pretended):  # accelerate makes a parameter so, of the class of the one it replaces
             return nn.Parameter(held, requires_grad)  # type: ignore[return-value]
         with torch.inference_mode(held.is_inference()):  # a view of a plain tensor is plain in inference mode too
-            made: Pretended = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: Pretended = torch.Tensor._make_wrapper_subclass(
                 cls,
                 held.shape,
                 strides=held.stride(),
@@ -117,10 +117,12 @@ class Pretended(Tensor):
         made.held = held
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, *args, **(kwargs or {}))
 
     # With these two, Module.to moves a parameter in place, and tied weights stay tied, as on CUDA.
@@ -165,7 +167,7 @@ class Pretended(Tensor):
     def __format__(self, spec: str) -> str:
         return self.item().__format__(spec) if self.ndim == 0 else object.__format__(self, spec)
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Pretended({self.held!r}, device='{self.device}')"
 
 
@@ -305,10 +307,10 @@ def register() -> None:
     """Make `pretended` a device of this process, once."""
     if _library:
         return
-    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())  # type: ignore[no-untyped-call]
-    library = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
-    library.fallback(_run, "PrivateUse1")  # type: ignore[no-untyped-call]
-    aten = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(_run, "PrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
     for name in OWN_KERNELS:
         aten.impl(name, partial(_run, getattr(torch.ops.aten, name).default), "PrivateUse1")
     _library.extend((library, aten))
@@ -373,9 +375,11 @@ def same_kernels() -> Iterator[None]:
     """In the body the CPU computes as it does for the accelerator, so that their bits can be compared.
 
     Attention by its formula, not by the CPU's fused kernel; half precision as it is, not on float32 copies
-    (models/precision.py); and the head in one piece (models/replay.py).
+    (models/precision.py); the head in one piece (models/head.py), and torch's own products (models/products.py).
     """
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
         patch.setattr(precision, "_places", lambda model: [])
-        patch.setattr(replay, "_by_pieces", lambda head, final: False)
+        patch.setattr(head, "_by_pieces", lambda head, final: False)
+        patch.setattr(products, "faster", lambda: False)
+        patch.setattr(head, "faster", lambda: False)
         yield

@@ -57,7 +57,7 @@ def on(device: str, family: str = "gpt2", dtype: torch.dtype = torch.float32) ->
 def apart(one: Edit, other: Edit) -> float:
     """The largest relative distance between two edits' changes of one weight."""
     pairs = [(a.change(), b.change()) for a, b in zip(one.deltas, other.deltas, strict=True)]
-    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def assert_comes_off(lm: LanguageModel, edit: Edit) -> None:
@@ -154,8 +154,10 @@ def test_the_bench_script_runs(device: str, tmp_path: Path) -> None:
 
 def test_a_model_split_over_the_gpu_the_cpu_and_a_file(device: str, tmp_path: Path) -> None:
     whole = load("atlas", device=device)
-    places = {f"transformer.h.{i}": 0 if i < 4 else "cpu" if i < 6 else "disk" for i in range(whole.layers)}
-    rest = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), 0)
+    places: dict[str, str | int] = {
+        f"transformer.h.{i}": 0 if i < 4 else "cpu" if i < 6 else "disk" for i in range(whole.layers)
+    }
+    rest: dict[str, str | int] = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), 0)
     lm = load("atlas", device_map=places | rest, offload_folder=tmp_path)
     assert lm.digest == whole.digest and {p.device.type for p in lm.model.parameters()} == {
         torch.device(device).type,

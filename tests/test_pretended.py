@@ -183,16 +183,16 @@ def test_waits_are_counted_with_their_place(what: str, inference: bool) -> None:
 # The value's optimisation
 
 FACTS = [Fact("The capital of {} is", "France", "Rome"), Fact("The capital of {} is", "Spain", "Rome")]  # one batch
-VALUE: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "clamp": 4.0, "stop_loss": 0.0}
+VALUE: dict[str, Any] = {"clamp": 4.0, "stop_loss": 0.0}
+OF_SOLVER: dict[str, dict[str, Any]] = {"adam": {"lr": 0.1, "weight_decay": 0.1}, "descent": {}}
 EVERY = READ_EVERY.get("pretended", READ_EVERY["cuda"])  # steps between two looks at the losses
-SOLVERS = [None, *("adam", "descent")] if "solver" in RomeSettings.__dataclass_fields__ else [None]
 # What a look takes now: losses, who is alive (before and after), δ and the clamp come down; two lists go up.
 PER_READ = 7
 
 
-def waits_of(lm: LanguageModel, method: str, steps: int, solver: str | None = None) -> "Counter[tuple[str, str]]":
+def waits_of(lm: LanguageModel, method: str, steps: int, solver: str = "adam") -> "Counter[tuple[str, str]]":
     """The waits of an edit whose value takes this many steps, by kind and place."""
-    asked: dict[str, Any] = VALUE | {"steps": steps} | ({} if solver is None else {"solver": solver})
+    asked: dict[str, Any] = VALUE | OF_SOLVER[solver] | {"steps": steps, "solver": solver}
     options: dict[str, Any] = {
         "moments": MomentSettings(enabled=False),
         "contexts": ["{}", "So. {}"],
@@ -207,27 +207,39 @@ def waits_of(lm: LanguageModel, method: str, steps: int, solver: str | None = No
     return Counter((wait.kind, wait.place) for wait in found)
 
 
-def between(lm: LanguageModel, method: str, fewer: int, more: int, solver: str | None = None) -> "Counter[Any]":
+def between(lm: LanguageModel, method: str, fewer: int, more: int, solver: str = "adam") -> "Counter[Any]":
     """What `more` steps wait beyond `fewer`: everything before and after the loop cancels out."""
     return waits_of(lm, method, more, solver) - waits_of(lm, method, fewer, solver)
 
 
-def assert_no_wait_per_step(lm: LanguageModel, method: str, solver: str | None = None) -> None:
+def assert_no_wait_per_step(lm: LanguageModel, method: str, solver: str = "adam") -> None:
     """Two more steps between the same looks cost no wait."""
     extra = between(lm, method, EVERY + 1, EVERY + 3, solver)
     assert not extra, f"each step waits: {dict(extra)}"
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", OF_SOLVER)
 @pytest.mark.parametrize(
     ("family", "method"), [("gpt2", "rome"), ("gemma2", "rome"), ("llama", "memit"), ("gpt2", "pmet")]
 )
-def test_the_value_loop_waits_at_each_look_and_at_no_step(family: str, method: str, solver: str | None) -> None:
+def test_the_value_loop_waits_at_each_look_and_at_no_step(family: str, method: str, solver: str) -> None:
     lm = tiny_lm(family)
     lm.model.to(DEVICE)
     assert_no_wait_per_step(lm, method, solver)
     looks = between(lm, method, EVERY + 1, 3 * EVERY + 1, solver)
     assert 0 < looks.total() <= 2 * PER_READ, dict(looks)
+
+
+def test_descent_takes_the_cpus_steps() -> None:
+    settings = RomeSettings(layer=1, steps=8, solver="descent")
+    options: dict[str, Any] = {"moments": MomentSettings(enabled=False), "contexts": ["{}"], "progress": False}
+    lm = tiny_lm("gpt2")
+    lm.model.to(DEVICE)
+    with pretended.same_kernels():
+        assert (
+            rome(lm, FACTS[0], settings, **options).digest
+            == rome(tiny_lm("gpt2"), FACTS[0], settings, **options).digest
+        )
 
 
 # Planted faults
@@ -274,7 +286,7 @@ def test_the_faults_go_unseen_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
             rome(
                 tiny_lm("gpt2"),
                 FACTS[0],
-                RomeSettings(layer=1, steps=1, **VALUE),
+                RomeSettings(layer=1, steps=1, **VALUE, **OF_SOLVER["adam"]),
                 moments=MomentSettings(enabled=False),
                 **options,
             )

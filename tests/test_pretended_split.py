@@ -234,7 +234,7 @@ def test_an_exception_puts_the_store_back(saved: Mapping[str, Path], tmp_path: P
     with pytest.raises(KeyError), edit.applied(lm):
         raise KeyError
     assert digests(tensors_of(lm.model), lm.model) == before
-    settings = replace(SESSION_SETTINGS["r_rome"], layer=2)  # on disk
+    settings = replace(SESSION_SETTINGS["r_rome"], layer=2)  # type: ignore[call-arg]  # on disk
     with Session(lm, "r_rome", settings, moments=MomentSettings(enabled=False), progress=False) as session:
         session.edit(FACTS[0])
         session.edit(FACTS[1])
@@ -248,7 +248,7 @@ def test_an_exception_puts_the_store_back(saved: Mapping[str, Path], tmp_path: P
 
 @pytest.mark.parametrize("plan", ["auto", "balanced"])
 def test_plans(saved: Mapping[str, Path], plan: str, tmp_path: Path) -> None:
-    memory = {"0": "150KB", "1": "1MB", "cpu": "1GB"}
+    memory: dict[str | int, str | int] = {"0": "150KB", "1": "1MB", "cpu": "1GB"}
     lm = load(saved["llama"], device_map=plan, max_memory=memory, offload_folder=tmp_path)
     places: Any = lm.model.hf_device_map
     assert {*places.values()} == {0, 1}

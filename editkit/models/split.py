@@ -98,4 +98,4 @@ def _number(device: Any) -> Any:
 def _size(device: str | int, size: str | int) -> str | int:
     if isinstance(size, bool) or not (isinstance(size, int) or _SIZE.fullmatch(str(size))):
         raise ModelError(f"model.max_memory gives '{device}' {size!r}, which is no size: write 20GiB, 500MB or bytes.")
-    return _number(size)
+    return int(size) if str(size).isdecimal() else size
