@@ -29,8 +29,8 @@ from editkit.methods.shared.prelude import Moments, shared_inputs
 from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.architecture import as_stored
 from editkit.models.load import LanguageModel
+from editkit.models.offload import values_of, write_values
 from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
-from editkit.nethook import get_parameter
 from editkit.settings import ContextSettings, MethodSettings
 from editkit.tensorfiles import SEAL, FileKind, contents_digest, explained, require_fields, strict_json
 
@@ -269,7 +269,7 @@ class Session:
         stored = {delta.parameter: delta for step in steps for delta in step.deltas}
         for name in stored:
             if name not in self._held:  # no step has touched it: it is W0
-                self._held[name] = get_parameter(self.lm.model, name).detach().clone()
+                self._held[name] = values_of(self.lm.model, name).clone()
         sums, values = self._sums(steps), dict(self._held)
         for name, total in sums.items():
             start = self._held[name]
@@ -281,15 +281,15 @@ class Session:
         self._copy(values)
 
     def _copy(self, values: dict[str, Tensor]) -> None:
-        with uninterrupted(), torch.no_grad():
+        with uninterrupted():
             for name, value in values.items():
-                get_parameter(self.lm.model, name).copy_(value)
+                write_values(self.lm.model, name, value)
 
     @contextlib.contextmanager
     def _undone_if_it_fails(self, *, always: bool = False) -> Iterator[None]:
         """Weights and steps as they were, after an exception in the body (`always`: after the body)."""
         steps = self.steps
-        now = {name: get_parameter(self.lm.model, name).detach().clone() for name in self._held}
+        now = {name: values_of(self.lm.model, name).clone() for name in self._held}
         try:
             yield
         except BaseException:

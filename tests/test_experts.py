@@ -202,7 +202,8 @@ def test_with_the_blocks_unseen_tokens_move_little_more_than_with_the_whole_seco
     def moved(moment: Tensor) -> Tensor:
         facts = unseen[::40].T
         u = torch.linalg.solve(moment + 1e-4 * whole.diagonal().mean() * eye, facts)
-        return (u * (other @ u)).sum(0) / (u * facts).sum(0) ** 2
+        energy: Tensor = (u * (other @ u)).sum(0) / (u * facts).sum(0) ** 2
+        return energy
 
     assert (moved(blocks) / moved(whole)).median() < 1.15 and (moved(eye) / moved(blocks)).median() > 1.15
 

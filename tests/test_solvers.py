@@ -19,7 +19,7 @@ from editkit.methods.shared.solvers import AIM, Descent
 from editkit.models.load import LanguageModel
 from editkit.settings import ValueSettings
 from tests.conftest import tiny_lm
-from tests.test_engines import CONTEXTS, FACTS, FAMILIES, FLOAT32_ATTENTION, NO_MOMENTS, by_both, losses, same
+from tests.test_engines import CONTEXTS, FACTS, FAMILIES, IN_FLOAT32, NO_MOMENTS, by_both, losses, same
 
 OPTIONS: dict[str, Any] = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}
 DESCENT = RRomeSettings(layer=1, solver="descent", steps=12, clamp=40.0, stop_loss=0.5)  # tiny models: v0 near nothing
@@ -119,7 +119,7 @@ def test_ended_facts_stay_where_they_are() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("error:.*full depth")
 def test_replay_equals_full_depth(family: str) -> None:
-    if family not in FLOAT32_ATTENTION:
+    if family not in IN_FLOAT32:
         same(*by_both(tiny_lm(family, dtype=torch.float64), DESCENT, FACTS[0]), tolerance=1e-8)
     same(*by_both(tiny_lm(family), DESCENT, FACTS[0]), tolerance=2e-3)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from editkit.errors import EditkitError
 from editkit.models.architecture import as_stored, experts_in, matrix_shape, orientation, weight_name
 from editkit.models.load import LanguageModel
+from editkit.models.offload import values_of
 from editkit.models.snapshot import digest
-from editkit.nethook import get_module, get_parameter
+from editkit.nethook import get_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,7 @@ def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | Non
     """A Delta for `module` of `lm` from these very factors, or from ΔW in `left`. Raises as `low_rank_delta` does."""
     found = get_module(lm.model, module)
     kind, experts = orientation(found, module), experts_in(found)
-    weight = get_parameter(lm.model, weight_name(module, experts))
+    weight = values_of(lm.model, weight_name(module, experts))
     d_model, d_ff = matrix_shape(weight.shape, kind)
     if right is None:
         if left.shape != (d_model, d_ff):

@@ -26,9 +26,10 @@ from editkit.edits.peft import write_adapter
 from editkit.errors import EditkitError
 from editkit.files import write_bytes
 from editkit.models.load import LanguageModel
+from editkit.models.offload import is_offloaded, values_of, write_values
 from editkit.models.precision import wide
 from editkit.models.snapshot import Reversal, Snapshot, digest
-from editkit.nethook import NameNotFound, get_parameter
+from editkit.nethook import NameNotFound
 from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
 
 EDIT_FILE = FileKind(
@@ -134,7 +135,7 @@ class Edit:
         try:
             with torch.no_grad():
                 for delta in self.deltas:
-                    weight = get_parameter(lm.model, delta.parameter)
+                    weight = values_of(lm.model, delta.parameter)
                     dtype = wide(weight.dtype)
                     parts = []
                     for index, change in delta.parts():
@@ -151,8 +152,12 @@ class Edit:
                             f"{whole:.3g}): edits of this size usually break the model",
                             stacklevel=2,
                         )
+                    if is_offloaded(lm.model, delta.parameter):  # its store takes a weight as a whole
+                        weight = weight.clone()
                     for index, part in parts:
                         weight[index] = part
+                    if is_offloaded(lm.model, delta.parameter):
+                        write_values(lm.model, delta.parameter, weight)
         except BaseException:
             snapshot.restore()
             raise
@@ -280,7 +285,7 @@ class Applied:
 
 def _weight(lm: LanguageModel, name: str) -> Tensor:
     try:
-        return get_parameter(lm.model, name)
+        return values_of(lm.model, name)
     except NameNotFound as error:
         raise EditkitError(
             f"This edit changes {name}, which '{lm.name}' does not have. Load the base it was made for."
@@ -294,7 +299,7 @@ def base_of(lm: LanguageModel) -> Base:
 
 def weight_norm(lm: LanguageModel, edit: Edit) -> float:
     """‖W‖ over the parameters that the edit changes (Frobenius), for ‖ΔW‖/‖W‖."""
-    return math.sqrt(sum(get_parameter(lm.model, name).double().norm().item() ** 2 for name in edit.parameters))
+    return math.sqrt(sum(values_of(lm.model, name).double().norm().item() ** 2 for name in edit.parameters))
 
 
 def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:

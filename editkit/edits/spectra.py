@@ -8,7 +8,7 @@ from torch import Tensor
 from editkit.edits.delta import Delta
 from editkit.edits.edit import Edit
 from editkit.models.load import LanguageModel
-from editkit.nethook import get_parameter
+from editkit.models.offload import values_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def spectra(edit: Edit, lm: LanguageModel | None = None) -> list[Spectrum]:
     for delta in edit.deltas:
         values, norm, relative, lost = delta.svd()[1], delta.norm(), None, None
         if lm is not None:
-            weight = get_parameter(lm.model, delta.parameter).detach()
+            weight = values_of(lm.model, delta.parameter)
             change = delta.matrix().to(weight.device, torch.float64)
             written = (weight.double() + change).to(weight.dtype).double() - weight.double()
             relative = norm / weight.double().norm().item()

@@ -64,7 +64,8 @@ def logit_lens(lm: LanguageModel, text: str, words: Sequence[str]) -> Lens:
     rows = tokenise(lm, [text])
     with Trace(lm.model, [*blocks, norm], inputs=True, outputs=False) as trace:
         lm.model(**rows.inputs(), use_cache=False)
-    stream = torch.stack([unflatten(trace[site].input, 1)[0, -1] for site in (*blocks, norm)])  # [depths, d_model]
+    found = (unflatten(trace[site].input, 1)[0, -1] for site in (*blocks, norm))
+    stream = torch.stack([each.to(lm.device) for each in found])  # [depths, d_model]
     logits = logits_of(lm, get_module(lm.model, norm)(stream)).double().cpu()
     of_words = logits[:, first]
     return Lens(

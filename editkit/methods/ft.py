@@ -32,6 +32,7 @@ from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
+from editkit.models.offload import require_trainable
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, get_parameter, requires_grad
@@ -77,6 +78,7 @@ def ft(
     settings = (settings or FtSettings()).resolved(lm.name, lm.layers)
     assert settings.layer is not None and settings.lr is not None  # resolved
     site = down_of(lm, lm.check_layer(settings.layer))
+    require_trainable(lm.model, site, "ft" if settings.bound is None else "ft_l")
     holder, base = get_module(lm.model, site), base_of(lm)
     layout = orientation(holder, site)
 

@@ -28,6 +28,7 @@ from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import experts_in, orientation, weight_name
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
+from editkit.models.offload import require_trainable
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
 from editkit.nethook import get_module, replace_module, requires_grad
@@ -80,6 +81,8 @@ def lora(
     settings = (settings or LoraSettings()).resolved(lm.name, lm.layers)
     assert settings.layers is not None
     layers = [lm.check_layer(layer) for layer in settings.layers]
+    for layer in layers:
+        require_trainable(lm.model, down_of(lm, layer), "lora")
     base = base_of(lm)
     with (
         Snapshot.take(lm.model, []),  # verifies on exit that peft wrote to nothing

@@ -149,7 +149,7 @@ class Mend(nn.Module):
 def _shape(lm: LanguageModel, site: str) -> tuple[int, int]:
     """(d_model, d_ff) of the weight in the module `site`."""
     module = get_module(lm.model, site)
-    weight = get_parameter(lm.model, weight_name(site, experts_in(module)))
+    weight = get_parameter(lm.model, weight_name(site, experts_in(module)), allow_meta=True)
     return matrix_shape(weight.shape, orientation(module, site))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from editkit.models.load import LanguageModel
-from editkit.models.passes import TOLERANCE, Columns, check, first_pass, packed_or_not, second_pass, state_of
+from editkit.models.passes import TOLERANCE, Columns, check, first_pass, packed_or_not, second_pass, select, state_of
 from editkit.models.products import quick_products
 from editkit.models.replay import Replay, replayed_calls
 from editkit.models.tokens import Rows
@@ -151,13 +151,13 @@ def _columns(lm: LanguageModel, rows: Rows, first: Sequence[int], last: Sequence
 
     # 1) The texts up to column 0, each distinct one once.
     which, seen, before = first_pass(lm, [ids[row][:begin] for row, begin in enumerate(first)])
-    final = before.last_hidden_state[which, -1:]  # [rows, 1, d_model]
+    final = before.last_hidden_state[which, -1:].to(lm.device)  # [rows, 1, d_model]
 
     # 2) Columns 1, 2, … of the rows that have them.
     longer = [row for row in range(len(ids)) if last[row] >= first[row]]
     if longer:
         cache, begins = before.past_key_values, [first[row] for row in longer]
-        cache.batch_select_indices(which[longer].to(lm.device))
+        select(cache, which[longer])
         parts = [ids[row][first[row] : last[row] + 1] for row in longer]
         after = second_pass(lm, parts, begins, seen[which[longer]], cache)
         final = torch.cat((final, final.new_zeros(len(ids), after.shape[1], after.shape[2])), 1)

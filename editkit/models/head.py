@@ -20,7 +20,7 @@ def logits_of(lm: LanguageModel, final: Tensor) -> Tensor:
     """[.., vocabulary] from the residual stream after the final norm, [.., d_model]."""
     head = get_module(lm.model, lm.architecture.head)
     product: Callable[..., Tensor] = _InPieces.apply
-    logits: Tensor = product(final, head.weight) if _by_pieces(head, final) else head(final)
+    logits: Tensor = product(final, head.weight) if _by_pieces(head, final) else head(final).to(final.device)
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -44,6 +44,7 @@ class _InPieces(torch.autograd.Function):
 def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
     """Whether the head does no more than a product, and of the kind that a processor does slowly as a whole."""
     plain = type(head) is torch.nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
+    plain = plain and not head.weight.is_meta
     learns = torch.is_grad_enabled() and head.weight.requires_grad
     float32 = final.dtype == head.weight.dtype == torch.float32
     return plain and not learns and not faster() and float32 and final.device.type == "cpu" and final.ndim == 2

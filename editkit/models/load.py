@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
+from editkit.models.offload import execution_device
 from editkit.models.snapshot import model_digest
-from editkit.nethook import get_parameter
+from editkit.models.split import DeviceMap, placement
+from editkit.nethook import get_module, get_parameter
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded: its import takes longer than torch's
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +40,10 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embedding."""
-        return get_parameter(self.model, f"{self.architecture.embedding}.weight", allow_meta=True).device
+        """Where inputs go: the device of the embedding; of an offloaded one that on which it is run."""
+        weight = get_parameter(self.model, f"{self.architecture.embedding}.weight", allow_meta=True)
+        run_on = execution_device(get_module(self.model, self.architecture.embedding)) if weight.is_meta else None
+        return run_on or weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +80,9 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> LanguageModel:
     """Load a causal language model for editing.
 
@@ -86,6 +93,8 @@ def load(
     - `revision`: a commit, tag or branch on the Hub.
     - `trust_remote_code`, `allow_pickle`: run code from the repository, read pickled weights. Both can run
       anything on your machine; both are off unless asked for here.
+    - `device_map`, `max_memory`, `offload_folder`: split it over devices, the CPU's memory and files (split.py), in
+      place of `device`.
 
     Raises ModelError when the model is not found or not of a family editkit knows.
     """
@@ -93,6 +102,7 @@ def load(
 
     path = Path(name_or_path).expanduser()
     source: str | Path = BUNDLED.get(str(name_or_path), path if path.is_dir() else str(name_or_path))
+    split = placement(device, device_map, max_memory, offload_folder)
     device = _resolve_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -107,6 +117,7 @@ def load(
                 dtype=_resolve_dtype(dtype),
                 use_safetensors=not allow_pickle or None,
                 output_loading_info=True,
+                **split,
                 **options,
             )
         model, loading = loaded
@@ -126,7 +137,7 @@ def load(
     model.eval()
     if architecture.experts is not None and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # transformers' grouped products take no float64
-    return LanguageModel(str(name_or_path), model.to(device), tokenizer, architecture)
+    return LanguageModel(str(name_or_path), model if split else model.to(device), tokenizer, architecture)
 
 
 class _NoFirstWeights(TorchFunctionMode):
@@ -188,6 +199,8 @@ def _not_loaded(name: str, path: Path, error: Exception) -> str:
             f"'{name}' needs code from its repository, which editkit does not run unless asked. If you have read "
             "and trust it: load(..., trust_remote_code=True) or model.trust_remote_code=true."
         )
+    if "offload_folder" in said or "device set" in said or "device_map" in said:
+        return f"model.device_map does not fit '{name}' (a part on disk needs model.offload_folder=FOLDER): {first}"
     if path.is_dir():
         what = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         return (

@@ -71,7 +71,8 @@ refused: WeakKeyDictionary[Any, object] = WeakKeyDictionary()  # models that gav
 def packed_or_not(lm: LanguageModel, texts: Sequence[Sequence[int]], run: Callable[[int], Found]) -> Found:
     """`run(most)` with packs of at most `most` tokens where the model takes them; else, or where that raises
     CannotReplay, `run(0)`. A model that was refused is not asked again until something about it changes."""
-    most, state = room(lm, max(map(len, texts))), state_of(lm)
+    split = hasattr(lm.model, "_hf_hook")  # by accelerate, which does not know where a pack's masks belong
+    most, state = 0 if split else room(lm, max(map(len, texts))), state_of(lm)
     if most and any(texts) and refused.get(lm.model) != state:
         try:
             return run(most)
@@ -104,7 +105,7 @@ def earlier(lm: LanguageModel, texts: Sequence[Sequence[int]], most: int) -> tup
         which, seen, output = first_pass(lm, texts)
         if output is not None:
             cache = output.past_key_values
-            cache.batch_select_indices(which.to(lm.device))
+            select(cache, which)
         return seen[which], cache
     from transformers import DynamicCache
 
@@ -132,6 +133,15 @@ def first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tenso
     return which, seen, output
 
 
+def select(cache: Any, rows: Tensor) -> None:
+    """Keep these rows of a cache. Each block's keys and values lie where the block does."""
+    on: dict[torch.device, Tensor] = {}
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            device = layer.keys.device
+            layer.batch_select_indices(on.setdefault(device, rows.to(device)))
+
+
 def second_pass(
     lm: LanguageModel, parts: Sequence[Sequence[int]], first: Sequence[int], seen: Tensor, cache: Any
 ) -> Tensor:
@@ -144,7 +154,7 @@ def second_pass(
     positions = torch.tensor(first)[:, None] + (live.cumsum(1) - 1).clamp_min(0)  # padding stays within the model's
     given = _inputs(lm, ids, torch.cat((seen, live), 1), positions)
     final: Tensor = lm.model.base_model(**given, past_key_values=cache, use_cache=True).last_hidden_state
-    return final
+    return final.to(lm.device)  # of a split model
 
 
 def _inputs(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:

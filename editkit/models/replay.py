@@ -81,7 +81,7 @@ class Replay(Columns):
         `seen` is filled with the keys and values of all columns, those before column 0 in front.
         """
         final: Tensor = get_module(self.lm.model, self.lm.architecture.final_norm)(self.through(stream, seen))
-        return final
+        return final.to(self.first.device)
 
     def through(self, stream: Tensor, seen: KeysAndValues | None = None) -> Tensor:
         """The same before the final norm: what leaves the last of the blocks."""
@@ -101,7 +101,7 @@ class Replay(Columns):
             args, kwargs = _mapped((args, kwargs), lambda value: prefix if value is _CACHE else value)
             args, kwargs = with_input(args, kwargs, lambda _, stream=stream: stream)
             stream = hidden(block(*args, **kwargs))
-        return stream
+        return stream.to(self.first.device)  # a split model's blocks lie on several
 
     def first_block(self) -> "Replay":
         """Block `start` alone, ready to run on a stream of the caller's; `final` and `stream` have no columns."""
@@ -125,7 +125,7 @@ class Replay(Columns):
 
         calls = [_mapped(call, pick) for call in self.calls]
         kept = {layer: (pick(keys), pick(values)) for layer, (keys, values) in self.kept.items()}
-        column0 = {site: (given[rows], gave[rows]) for site, (given, gave) in self.column0.items()}
+        column0 = {site: (pick(given), pick(gave)) for site, (given, gave) in self.column0.items()}
         streams = tuple(stream[rows] for stream in self.streams)
         seen = {layer: (pick(keys), pick(values)) for layer, (keys, values) in self.seen.items()}
         picked = replace(self, first=self.first[rows], final=self.final[rows], stream=self.stream[rows])
@@ -212,7 +212,7 @@ def _replay(
     ready = replayed_calls(lm, trace, start, final)
     ready = replace(ready, first=torch.tensor(first, device=lm.device), kept=kept, column0=column0)
     if everything:
-        ready = replace(ready, streams=tuple(trace[site].input for site in trace), seen=cache.seen)
+        ready = replace(ready, streams=tuple(trace[site].input.to(lm.device) for site in trace), seen=cache.seen)
 
     # 4) Check the row with the longest text before column 0 against the whole model.
     row = max(range(len(first)), key=first.__getitem__)
@@ -226,7 +226,7 @@ def replayed_calls(lm: LanguageModel, trace: Trace, start: int, final: Tensor) -
 
     Rows begin at their first token. `final`: what the run gave after the final norm.
     """
-    stream = trace[next(iter(trace))].input
+    stream = trace[next(iter(trace))].input.to(lm.device)
     blocks = [lm.architecture.block.format(layer) for layer in range(start, lm.layers)]
     calls = [with_input(*trace[block].inputs, lambda _: stream.new_empty(0)) for block in blocks]
     calls = [_mapped(call, lambda value: _CACHE if hasattr(value, "get_seq_length") else value) for call in calls]

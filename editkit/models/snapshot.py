@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from editkit.errors import ReversalError
+from editkit.models.offload import values_of, write_values
 from editkit.nethook import get_parameter
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,9 +50,11 @@ def digest(tensor: Tensor) -> str:
 def tensors_of(model: nn.Module, *, persistent_only: bool = False) -> dict[str, Tensor]:
     """Every parameter and buffer once, under its canonical name; aliases of tied weights are left out.
 
-    `persistent_only` keeps what the state dict holds: caches such as rotary tables are left out.
+    `persistent_only` keeps what the state dict holds: caches such as rotary tables are left out. Offloaded ones are
+    empty; `digests` and `values_of` know where their values are.
     """
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded aliases are not the same object
+    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if not (p.is_meta and n in tied)}
     kept = model.state_dict().keys() if persistent_only else None
     for name, buffer in model.named_buffers():
         if kept is None or name in kept:
@@ -59,15 +62,21 @@ def tensors_of(model: nn.Module, *, persistent_only: bool = False) -> dict[str, 
     return tensors
 
 
-def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A digest for each tensor. Hashing releases the interpreter lock, so threads share the work."""
+def digests(tensors: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, str]:
+    """A digest for each tensor; offloaded ones of `model` are read from their store, one for each thread at a time.
+    Hashing releases the interpreter lock, so threads share the work."""
+
+    def of(item: tuple[str, Tensor]) -> str:
+        name, tensor = item
+        return digest(values_of(model, name) if tensor.is_meta and model is not None else tensor)
+
     with ThreadPoolExecutor() as pool:
-        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(of, tensors.items()), strict=True))
 
 
 def model_digest(model: nn.Module) -> str:
     """Identity of a model's state: canonical names, dtypes, shapes and bits of all persistent tensors."""
-    each = digests(tensors_of(model, persistent_only=True))
+    each = digests(tensors_of(model, persistent_only=True), model)
     return hashlib.sha256("".join(f"{name}={each[name]}\n" for name in sorted(each)).encode()).hexdigest()
 
 
@@ -120,34 +129,35 @@ class Snapshot:
 
     @classmethod
     def take(cls, model: nn.Module, names: Iterable[str], *, everything: bool | None = None) -> "Snapshot":
-        """Clone the parameters `names`, found through `get_parameter` (aliases of tied weights too).
+        """Clone the parameters `names`, found through `get_parameter` (aliases of tied weights too), where they live;
+        of offloaded ones the values in their store.
 
         `everything` adds digests of all other parameters and buffers, so that `verify` can show that
         nothing else moved; the default does so for models up to 2 GiB.
         Raises nethook's NameNotFound for an unknown name.
         """
-        clones = {name: get_parameter(model, name).detach().clone() for name in names}
+        clones = {name: values_of(model, name).clone() for name in names}
         tensors = tensors_of(model)
         if everything is None:
             everything = size_in_bytes(tensors.values()) <= SMALL_MODEL
         if not everything:
             return cls(model, clones)
-        held = {id(get_parameter(model, name)) for name in clones}
-        return cls(model, clones, digests({n: t for n, t in tensors.items() if id(t) not in held}))
+        held = {id(get_parameter(model, name, allow_meta=True)) for name in clones}
+        return cls(model, clones, digests({n: t for n, t in tensors.items() if id(t) not in held}, model))
 
     def restore(self) -> None:
         """Copy the clones back. The parameters stay the same objects. A Ctrl-C meanwhile waits for the end."""
-        with uninterrupted(), torch.no_grad():
+        with uninterrupted():
             for name, clone in self.clones.items():
-                get_parameter(self.model, name).copy_(clone)
+                write_values(self.model, name, clone)
 
     def verify(self) -> Reversal:
         """Compare integer views of the cloned parameters, and digests of the rest where they were taken."""
-        unequal = [n for n, clone in self.clones.items() if not same_bits(get_parameter(self.model, n), clone)]
+        unequal = [n for n, clone in self.clones.items() if not same_bits(values_of(self.model, n), clone)]
         now = tensors_of(self.model)
         present = {n: now[n] for n in self.others if n in now}
         unequal += [n for n in self.others if n not in now]
-        unequal += [n for n, value in digests(present).items() if value != self.others[n]]
+        unequal += [n for n, value in digests(present, self.model).items() if value != self.others[n]]
         compared = [*self.clones.values(), *present.values()]
         return Reversal(
             tensors=len(compared),

@@ -155,7 +155,8 @@ def import_(options: argparse.Namespace) -> int:
             f"{module} of {lm.name} is a mixture of experts, and a file of the reference holds one matrix for one "
             "down-projection. Collect its second moments with `python -m editkit.moments collect`."
         )
-    d_ff = get_parameter(lm.model, f"{module}.weight").shape[0 if orientation(holder, module) == "in_out" else 1]
+    weight = get_parameter(lm.model, f"{module}.weight", allow_meta=True)
+    d_ff = weight.shape[0 if orientation(holder, module) == "in_out" else 1]
     if moment.d_ff != d_ff:
         raise EditkitError(
             f"'{options.file}' is of {moment.d_ff} dimensions, and {module} of {lm.name} takes keys of {d_ff}: it "

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -139,11 +140,14 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[nn.Modu
 def requires_grad(model: nn.Module, only: Iterable[str] = ()) -> Iterator[None]:
     """In the body only the parameters named in `only` require gradients; every flag is restored on exit."""
     wanted = {id(get_parameter(model, n, allow_meta=True)) for n in ([only] if isinstance(only, str) else only)}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(name, p, p.requires_grad) for name, p in _names(model, "parameter").items()]
     try:
-        for parameter, _ in flags:
+        for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
         yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    finally:  # accelerate puts a new object in the place of an offloaded parameter at each pass
+        now = _names(model, "parameter")
+        for name, parameter, flag in flags:
+            for each in (parameter, now.get(name, parameter)):
+                with torch.inference_mode(each.is_inference()):  # where that pass was in inference mode
+                    each.requires_grad_(flag)

@@ -131,6 +131,11 @@ class ModelSettings:
     revision: str | None = None  # commit, tag or branch on the Hub
     trust_remote_code: bool = False  # run code from the model's repository
     allow_pickle: bool = False  # read pickled weights
+    # Over several devices, the CPU's memory and files: auto, balanced, balanced_low_0, sequential, or {module: device};
+    # None: all of it on `device`. The other two go with it.
+    device_map: Any = None
+    max_memory: Any = None  # what a plan may take of each device: {0: 20GiB, cpu: 60GiB}
+    offload_folder: str | None = None  # for what goes to disk
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from editkit.metrics.metric import Score, declarations
 from editkit.models.architecture import as_matrix, orientation
 from editkit.models.columns import Below
 from editkit.models.load import LanguageModel, load
-from editkit.nethook import get_module, get_parameter
+from editkit.models.offload import values_of
+from editkit.nethook import get_module
 from editkit.runs.names import FORMAT
 from editkit.settings import Config
 
@@ -60,6 +61,9 @@ def load_model(config: Config) -> LanguageModel:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         allow_pickle=config.model.allow_pickle,
+        device_map=config.model.device_map,
+        max_memory=config.model.max_memory,
+        offload_folder=config.model.offload_folder,
     )
 
 
@@ -103,8 +107,7 @@ def look_before(lm: LanguageModel, digest: str, case: Case, config: Config, belo
 def spectrum_beside(lm: LanguageModel, found: Spectrum) -> dict[str, Any]:
     """The singular values of ΔW and, where that takes no more than seconds, of the unedited weight."""
     module = found.parameter.rpartition(".")[0]
-    stored = orientation(get_module(lm.model, module), module)
-    weight = as_matrix(get_parameter(lm.model, found.parameter).detach(), stored)
+    weight = as_matrix(values_of(lm.model, found.parameter), orientation(get_module(lm.model, module), module))
     base: list[float] = []
     if min(weight.shape) <= MOST_SINGULAR_VALUES:
         wide = weight.double().cpu() if weight.shape[0] <= weight.shape[1] else weight.double().cpu().T
@@ -138,4 +141,6 @@ def data_of(cases: Cases, failed: Sequence[str]) -> dict[str, Any]:
 
 def described(lm: LanguageModel, digest: str) -> dict[str, str]:
     """The model, for a record; `digest` is of the unedited one."""
-    return {"name": lm.name, "digest": digest, "dtype": str(lm.dtype).split(".")[-1], "device": str(lm.device)}
+    split = dict.fromkeys(map(str, getattr(lm.model, "hf_device_map", {}).values()))
+    device = ", ".join(split) if len(split) > 1 else str(lm.device)
+    return {"name": lm.name, "digest": digest, "dtype": str(lm.dtype).split(".")[-1], "device": device}

@@ -35,7 +35,7 @@ def embedding_std(lm: LanguageModel, subjects: Sequence[str] | None = None) -> f
             raise FactError("The standard deviation of embeddings was asked for over no subject: name at least one.")
         ids = torch.cat([rows.ids[0] for rows in (tokenise(lm, [each]) for each in subjects)])
     else:
-        vocabulary = len(get_parameter(lm.model, f"{lm.architecture.embedding}.weight"))
+        vocabulary = len(get_parameter(lm.model, f"{lm.architecture.embedding}.weight", allow_meta=True))
         ids = torch.arange(vocabulary, device=lm.device)
     count, mean, squares = 0, 0.0, 0.0  # squares: Σ (h − mean)², added up chunk by chunk (Chan et al. 1983)
     for some in ids.split(CHUNK):

@@ -134,7 +134,8 @@ class _Hooked:
         def add(output: Tensor, site: str) -> Tensor:
             changed = output.clone()
             each = delta[self._sites.index(site)].detach()[self._batch.of_row]
-            unflatten(changed, len(self._at))[self._rows, self._at] += each.to(output.dtype)
+            rows, at = (index.to(output.device) for index in (self._rows, self._at))  # of a split model
+            unflatten(changed, len(self._at))[rows, at] += each.to(output.device, output.dtype)
             return changed
 
         self._like = delta
@@ -144,7 +145,8 @@ class _Hooked:
 
     def gradient(self, loss: Tensor) -> Tensor:
         torch.autograd.backward(loss)
-        found = [unflatten(self._trace[site].grad, len(self._at))[self._rows, self._at] for site in self._sites]
+        grads = [self._trace[site].grad.to(self._at.device) for site in self._sites]
+        found = [unflatten(each, len(self._at))[self._rows, self._at] for each in grads]
         grad = torch.zeros_like(self._like)
         return grad.index_add(1, self._batch.of_row, torch.stack(found).to(grad.dtype))
 
@@ -165,8 +167,10 @@ class FullDepth:
     def clean(self) -> list[AtLookup]:
         with Trace(self._lm.model, self._sites[-1], inputs=True, stop=True) as trace:
             self._lm.model(**self.batch.rows.inputs(), use_cache=False)
-        rows, at = torch.arange(len(self.batch.lookup)), self.batch.lookup
-        return self.batch.of_facts(*(unflatten(each, len(at))[rows, at] for each in (trace.input, trace.output)))
+        at = self.batch.lookup
+        rows = torch.arange(len(at), device=at.device)
+        both = (each.to(at.device) for each in (trace.input, trace.output))
+        return self.batch.of_facts(*(unflatten(each, len(at))[rows, at] for each in both))
 
     def gradient(self, loss: Tensor) -> Tensor:
         return self._hooked.gradient(loss)

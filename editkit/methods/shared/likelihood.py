@@ -5,6 +5,7 @@ public code of FT scored all target tokens at the prompt's last position, which 
 target has two tokens. The loss of a batch is the mean over facts of the mean over the fact's target tokens.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -58,13 +59,14 @@ def descend(
             total = 0.0
             for scored in batches:
                 loss = nll_of_rows(lm.model(**scored.rows.inputs(), use_cache=False).logits, scored).mean()
-                if not loss.isfinite():
+                value = loss.item()  # the one wait for an accelerator
+                if not math.isfinite(value):
                     raise EditkitError(
-                        f"The loss is {loss.item()} at step {number + 1} of the tuning for {name}; nothing was "
+                        f"The loss is {value} at step {number + 1} of the tuning for {name}; nothing was "
                         "changed. Lower method.lr, or load the model in float32."
                     )
-                total += loss.item() * len(scored.positions)
-                if loss >= stop_loss:
+                total += value * len(scored.positions)
+                if value >= stop_loss:
                     loss.backward()
                     if step is not None:
                         step()

@@ -18,7 +18,7 @@ from torch import Tensor
 from editkit.edits import Delta, Edit, dense_delta, low_rank_delta
 from editkit.models.architecture import as_matrix
 from editkit.models.load import LanguageModel
-from editkit.nethook import get_parameter
+from editkit.models.offload import values_of
 
 RECT_KEPT = 0.4
 
@@ -57,7 +57,7 @@ TRANSFORMS = {"rect": rect, "prune": prune}
 
 def _weight(lm: LanguageModel, delta: Delta) -> Tensor:
     """W [d_model, d_ff] in float64 on the CPU."""
-    return as_matrix(get_parameter(lm.model, delta.parameter).detach().double().cpu(), delta.orientation)
+    return as_matrix(values_of(lm.model, delta.parameter).double().cpu(), delta.orientation)
 
 
 def _transformed(edit: Edit, deltas: tuple[Delta, ...], how: dict[str, Any]) -> Edit:

@@ -1,0 +1,132 @@
+"""Each method, family and dtype on the pretended accelerator: the edit is the CPU's, bit for bit, and comes off.
+
+    python -m tests.test_pretended_methods          # every method × family × dtype, and a line with the counts
+
+The suite runs a covering set: every family in every dtype, every method in every dtype and on both devices.
+"""
+
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from editkit.edits.edit import Edit
+from editkit.methods import get_method, names
+from editkit.methods.mend import Mend
+from editkit.models.load import LanguageModel
+from editkit.models.snapshot import digests, tensors_of
+from editkit.settings import MomentSettings
+from tests import pretended
+from tests.conftest import tiny_lm
+from tests.families import DENSE
+from tests.scripts import script
+
+pytestmark = pytest.mark.filterwarnings("ignore:the update of", "ignore:C has")  # tiny models: large updates, few keys
+
+method_families = script("method_families")  # a copy of its own
+method_families.SETTINGS["steps"] = 3
+FAMILIES = DENSE
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Cell(NamedTuple):
+    """One edit on the accelerator."""
+
+    family: str
+    dtype: torch.dtype
+    method: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.family}-{str(self.dtype).removeprefix('torch.')}-{self.method}-{self.device}"
+
+
+def covering() -> list[Cell]:
+    """Every family in every dtype, with the methods in turn."""
+    methods = names()
+    pairs = enumerate(product(FAMILIES, DTYPES))
+    return [Cell(*pair, methods[n % len(methods)], f"pretended:{n // len(methods) % 2}") for n, pair in pairs]
+
+
+def every() -> list[Cell]:
+    """Every method × family × dtype."""
+    methods = names()
+    return [
+        Cell(*each, f"pretended:{n // len(methods) % 2}") for n, each in enumerate(product(FAMILIES, DTYPES, methods))
+    ]
+
+
+def edited(lm: LanguageModel, name: str, folder: Path) -> Edit:
+    """The edit by a method, in a few steps."""
+    method = get_method(name)
+    if name == "mend":
+        network = Mend.for_model(lm, [1], rank=2, lr=method_families.UNTRAINED_LR)
+        method_families.FITTED["mend"] = {"hypernetwork": str(network.save(folder / "mend.safetensors"))}
+    fields = method.settings.__dataclass_fields__
+    settings = method_families.fitted(method, name, several=lm.architecture.mlp_norm is None)
+    facts = method_families.FACTS if "layers" in fields else method_families.FACTS[:1]
+    return method(lm, facts, settings, moments=MomentSettings(tokens=1000), progress=False)
+
+
+def failures(cell: Cell, folder: Path) -> list[str]:
+    """What is wrong with a cell; run inside `pretended.accelerator()`."""
+    found = []
+    cpu = tiny_lm(cell.family, dtype=cell.dtype)
+    with pretended.same_kernels():
+        wanted = edited(cpu, cell.method, folder)
+    there = tiny_lm(cell.family, dtype=cell.dtype)
+    there.model.to(cell.device)
+    before = digests(tensors_of(there.model))
+    edit = edited(there, cell.method, folder)
+    if edit.digest != wanted.digest:
+        found.append("the edit is not the CPU's")
+    if digests(tensors_of(there.model)) != before:
+        found.append("computing the edit changed the model")
+    with edit.applied(there, everything=True), edit.applied(cpu, everything=True):
+        if there.digest != cpu.digest or digests(tensors_of(there.model)) == before:
+            found.append("the edited weights are not the CPU's")
+    if digests(tensors_of(there.model)) != before:
+        found.append("not every bit is back")
+    return found
+
+
+@pytest.mark.parametrize("cell", covering(), ids=str)
+def test_an_edit_is_the_cpus(cell: Cell, tmp_path: Path, record_property: Any) -> None:
+    record_property("pretended", str(cell))
+    with pretended.accelerator():
+        assert failures(cell, tmp_path) == []
+
+
+def test_the_covering_set_covers() -> None:
+    cells = covering()
+    assert {(c.family, c.dtype) for c in cells} == set(product(FAMILIES, DTYPES))
+    assert {(c.method, c.dtype) for c in cells} == set(product(names(), DTYPES))
+    assert {(c.method, c.device) for c in cells} == set(product(names(), ("pretended:0", "pretended:1")))
+
+
+def report(cells: Sequence[Cell]) -> int:
+    """Run them all, and print what fails and the counts. The number of failures."""
+    began, failed = time.monotonic(), 0
+    with pretended.accelerator(), tempfile.TemporaryDirectory() as folder:
+        for cell in cells:
+            try:
+                wrong = failures(cell, Path(folder))
+            except Exception as error:
+                wrong = [f"{type(error).__name__}: {error}"]
+            failed += bool(wrong)
+            for line in wrong:
+                print(f"FAILED {cell}: {line}", flush=True)
+    print(f"{len(cells)} cells (method × family × dtype × device), {failed} failed, {time.monotonic() - began:.0f} s")
+    return failed
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    raise SystemExit(report(every()) > 0)
