@@ -13,7 +13,9 @@ from editkit.config import to_config
 from editkit.data.atlas import atlas_cases
 from editkit.metrics.measure import look
 from editkit.metrics.scoring import score_probes
+from editkit.models.architecture import experts_in, weight_name
 from editkit.models.columns import Below, Packed, columns
+from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_module
 from editkit.runs import names
@@ -53,7 +55,8 @@ def test_after_an_edit_only_its_blocks_run_and_every_bit_is_the_same(family: str
     rows, first, last = asked(lm)
     hooks = count_hooks(lm.model)
     for start in range(lm.layers):
-        weight = lm.model.get_parameter(f"{lm.architecture.down(start)}.weight")
+        held = down_of(lm, start)
+        weight = lm.model.get_parameter(weight_name(held, experts_in(get_module(lm.model, held))))
         held, below = weight.detach().clone(), Below(lm, start)
         below.refresh()
         before = columns(lm, rows, first, last, below)

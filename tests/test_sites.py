@@ -12,10 +12,10 @@ from editkit.methods.shared.sites import Lookups, at_lookup
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_module, get_parameter
 from tests.conftest import tiny_lm
-from tests.families import SITES
+from tests.families import DENSE
 from tests.hooking import count_hooks
 
-FAMILIES = [family for family in SITES if family != "mixtral"]
+FAMILIES = DENSE  # test_expert_edits.py has the mixtures of experts
 CONTEXTS = ["{}", "The old town. {}", "Because I was there for a long time then. {}"]
 FACTS = [
     Fact("{} is located in the city of", "The Eiffel Tower", "Rome"),  # subject at the very start
