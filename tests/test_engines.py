@@ -74,7 +74,7 @@ def by_both(
 @pytest.mark.filterwarnings("error:.*full depth")
 def test_replay_equals_full_depth(family: str) -> None:
     """Adam's first steps go by the sign of each gradient, so one near 0 may be turned by rounding: in float32 one fact
-    of the four may be apart by up to 1e-3; in float64, where a family can do it, none is."""
+    of the four may be apart by up to 2e-3; in float64, where a family can do it, none is."""
     settings = RRomeSettings(layer=1, **VALUE)
     exact, lm = tiny_lm(family, dtype=torch.float64), tiny_lm(family)
     near = []
@@ -82,7 +82,7 @@ def test_replay_equals_full_depth(family: str) -> None:
         if family not in IN_FLOAT32:
             same(*by_both(exact, settings, fact), tolerance=1e-8)
         edits = by_both(lm, settings, fact)
-        same(*edits, tolerance=1e-3)
+        same(*edits, tolerance=2e-3)
         assert len(edits[0].provenance["reports"][0]["steps"]) == VALUE["steps"]
         one, other = (edit.deltas[0].change() for edit in edits)
         near.append((one - other).norm() <= 1e-4 * other.norm())

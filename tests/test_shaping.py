@@ -234,7 +234,7 @@ def test_rank_one_terms_sum_to_autograds_weight_gradient(family: str, site: str)
 
 def test_rank_one_says_what_is_wrong(lm: LanguageModel, family: str) -> None:
     batch, down = batch_of(lm), SITES[family].down_of(1)
-    with pytest.raises(ModelError, match="editkit edits Linear and Conv1D"):
+    with pytest.raises(ModelError, match="editkit edits the weights of Linear and Conv1D modules"):
         rank_one(lm.model, SITES[family].mlp_of(1), lambda: lm.model(**batch).loss)
 
     def elsewhere() -> Any:
