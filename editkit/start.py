@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -111,7 +111,7 @@ def compiler_later() -> Iterator[None]:
 
 def _import_without_package(name: str, package: ModuleSpec) -> None:
     """Import the module `name` without running the `__init__` of the package that it is in."""
-    spec = importlib.machinery.PathFinder.find_spec(name, package.submodule_search_locations)
+    spec = PathFinder.find_spec(name, package.submodule_search_locations)
     if spec is None or spec.loader is None:
         raise ImportError(name)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -64,7 +64,8 @@ def keys_a_second(lm: LanguageModel, layer: int, tokens: int, clock: Callable[[]
 
 def steps_a_second(lm: LanguageModel, layer: int, steps: int, clock: Callable[[], float]) -> float:
     rows = rows_of(lm, cases_of(1)[0].fact, "subject_last", contexts_of(lm, [4] * 10 + [9] * 10))
-    settings = replace(RRomeSettings(layer=layer, **STEPS), steps=steps)
+    constants: dict[str, Any] = STEPS
+    settings = replace(RRomeSettings(layer=layer, **constants), steps=steps)
     loop = value._together
     seconds: list[float] = []
 

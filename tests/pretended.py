@@ -158,7 +158,7 @@ class Pretended(Tensor):
 
     __array__ = numpy
 
-    def pin_memory(self, *_: Any) -> Tensor:
+    def pin_memory(self, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise RuntimeError(f"cannot pin a tensor of {self.device}: only dense CPU tensors can be pinned")
 
     def share_memory_(self) -> "Pretended":
@@ -338,7 +338,7 @@ class _Module:
         return False
 
 
-class _Hook(torch._C._acc.PrivateUse1Hooks):
+class _Hook(torch._C._acc.PrivateUse1Hooks):  # pyright: ignore[reportAttributeAccessIssue]
     """What `torch.accelerator` asks."""
 
     def is_available(self) -> bool:

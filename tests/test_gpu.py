@@ -50,7 +50,7 @@ def device() -> Iterator[str]:
 
 def on(device: str, family: str = "gpt2", dtype: torch.dtype = torch.float32) -> LanguageModel:
     lm = tiny_lm(family, dtype=dtype)
-    lm.model.to(device)
+    lm.model.to(device)  # pyright: ignore[reportArgumentType]
     return lm
 
 

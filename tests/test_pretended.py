@@ -224,7 +224,7 @@ def assert_no_wait_per_step(lm: LanguageModel, method: str, solver: str = "adam"
 )
 def test_the_value_loop_waits_at_each_look_and_at_no_step(family: str, method: str, solver: str) -> None:
     lm = tiny_lm(family)
-    lm.model.to(DEVICE)
+    lm.model.to(DEVICE)  # pyright: ignore[reportArgumentType]
     assert_no_wait_per_step(lm, method, solver)
     looks = between(lm, method, EVERY + 1, 3 * EVERY + 1, solver)
     assert 0 < looks.total() <= 2 * PER_READ, dict(looks)
@@ -234,7 +234,7 @@ def test_descent_takes_the_cpus_steps() -> None:
     settings = RomeSettings(layer=1, steps=8, solver="descent")
     options: dict[str, Any] = {"moments": MomentSettings(enabled=False), "contexts": ["{}"], "progress": False}
     lm = tiny_lm("gpt2")
-    lm.model.to(DEVICE)
+    lm.model.to(DEVICE)  # pyright: ignore[reportArgumentType]
     with pretended.same_kernels():
         assert (
             rome(lm, FACTS[0], settings, **options).digest
@@ -250,7 +250,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor], Any]) -> 
     sound = Replayed.logits
     monkeypatch.setattr(Replayed, "logits", lambda self, delta: _plus(sound(self, delta), fault))
     lm = tiny_lm("gpt2")
-    lm.model.to(DEVICE)
+    lm.model.to(DEVICE)  # pyright: ignore[reportArgumentType]
     return lm
 
 

@@ -51,7 +51,7 @@ def accelerator() -> Iterator[None]:
 
 def on(device: str, family: str = "gpt2") -> LanguageModel:
     lm = tiny_lm(family)
-    lm.model.to(device)
+    lm.model.to(device)  # pyright: ignore[reportArgumentType]
     return lm
 
 

@@ -59,7 +59,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return safe_open(file, framework=framework, device=device)
 
     def memory(given: dict[Any, Any] | None = None) -> dict[Any, Any]:
-        found = {0: "1GB", 1: "1GB", "cpu": "1GB"} if given is None else given
+        found: dict[Any, Any] = {0: "1GB", 1: "1GB", "cpu": "1GB"} if given is None else given
         for device, size in found.items():
             found[device] = convert_file_size_to_int(size)
         return found
@@ -215,7 +215,7 @@ def test_values_are_written_before_the_file_and_dropped_when_they_are_its_own(
 
 def test_an_empty_model_has_no_values() -> None:
     lm = tiny_lm("gpt2")
-    lm.model.to("meta")
+    lm.model.to("meta")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ModelError, match="'transformer.h.0.mlp.c_proj.weight' has no values: .*model.device_map=auto"):
         values_of(lm.model, "transformer.h.0.mlp.c_proj.weight")
 

@@ -100,7 +100,8 @@ def both_ways(lm: LanguageModel) -> int:
     """Assert that keys and values of the second block are right; the passes that they took."""
     target = lm.architecture.target_site(1)
     lookups = Lookups(lm, FACTS, CONTEXTS, "subject_last", [0, 1], target)
-    lookups.keys(0), lookups.values()
+    lookups.keys(0)
+    lookups.values()
     with written(lm, 0), passes(lm) as count:
         keys, values = lookups.keys(1), lookups.values()
         taken = count[0]
