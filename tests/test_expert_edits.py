@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from editkit import Edit, Fact, RomeSettings, Session, rome
+from editkit import Edit, RomeSettings, Session, rome
 from editkit.edits import base_of, dense_delta, low_rank_delta, routing_change, spectra
 from editkit.errors import EditkitError
 from editkit.methods import get_method, names
@@ -25,11 +25,11 @@ from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.nethook import Trace
-from editkit.settings import MomentSettings
 from tests.conftest import tiny_lm
 from tests.expert_oracle import Experts, gates_of, memory_of
 from tests.families import EXPERTS
 from tests.run_folders import really_run
+from tests.test_experts import CONTEXTS, FACT, FACTS, MOMENTS, TEXT
 from tests.test_methods import SETTINGS
 from tests.test_snapshot import everything
 from tests.untouched import plain_nll, tokens_of, untouched
@@ -38,11 +38,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the update of"),  # on tiny random models it is large
     pytest.mark.filterwarnings("ignore:The second moment at"),  # and few tokens are read
 ]
-FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
-FACTS = [FACT, Fact("The capital of {} is", "France", "Madrid"), Fact("{} was born in", "Ada Lovelace", "Oslo")]
-CONTEXTS = ["{}", "The old man went. {}", "I was. {}"]
-MOMENTS = MomentSettings(tokens=2000)
-TEXT = "The Eiffel Tower is located in the city of Rome and that is all of it"
 
 
 def random_edit(lm: LanguageModel, layers: list[int], rank: int = 2, size: float = 0.2) -> Edit:

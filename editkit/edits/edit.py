@@ -152,12 +152,12 @@ class Edit:
                             f"{whole:.3g}): edits of this size usually break the model",
                             stacklevel=2,
                         )
-                    if is_offloaded(lm.model, delta.parameter):  # its store takes a weight as a whole
-                        weight = weight.clone()
+                    offloaded = is_offloaded(lm.model, delta.parameter)
+                    changed = weight.clone() if offloaded else weight
                     for index, part in parts:
-                        weight[index] = part
-                    if is_offloaded(lm.model, delta.parameter):
-                        write_values(lm.model, delta.parameter, weight)
+                        changed[index] = part
+                    if offloaded:  # its store takes a weight as a whole
+                        write_values(lm.model, delta.parameter, changed)
         except BaseException:
             snapshot.restore()
             raise
