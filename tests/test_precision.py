@@ -23,6 +23,7 @@ from editkit.models.experts import down_of
 from editkit.models.generate import generate, generate_batch
 from editkit.models.load import load
 from editkit.models.precision import HALF, wide, widened
+from editkit.models.products import multiplies
 from editkit.moments import second_moments
 from editkit.nethook import Trace, get_module, get_parameter
 from editkit.session import Session
@@ -51,7 +52,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def in_half(patch: pytest.MonkeyPatch) -> None:
     """As if no memory were free for the float32 copies."""
-    patch.setattr(precision, "_free_bytes", lambda: 0)
+    patch.setattr(precision, "free_bytes", lambda: 0)
 
 
 def logits(lm: LanguageModel) -> torch.Tensor:
@@ -269,15 +270,32 @@ def test_within_another_it_does_nothing() -> None:
 def test_where_memory_is_short_it_runs_in_half_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("gpt2", dtype=torch.float16)
     count = sum(parameter.numel() for parameter in lm.model.parameters())
-    monkeypatch.setattr(precision, "_free_bytes", lambda: int(4 * count / precision.SHARE) - 4)
+    monkeypatch.setattr(precision, "free_bytes", lambda: int(4 * count / precision.SHARE) - 4)
     with pytest.warns(UserWarning, match="float16 on the CPU, which is slow"), widened(lm):
         assert lm.dtype == torch.float16
-    monkeypatch.setattr(precision, "_free_bytes", lambda: int(4 * count / precision.SHARE) + 4)
+    monkeypatch.setattr(precision, "free_bytes", lambda: int(4 * count / precision.SHARE) + 4)
     with widened(lm):
         assert lm.dtype == torch.float32
-    monkeypatch.setattr(precision, "_free_bytes", lambda: None)
+    monkeypatch.setattr(precision, "free_bytes", lambda: None)
     with widened(lm):
         assert lm.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("native", "small", "as_it_is"), [(True, 0, True), (True, 2**40, False), (False, 0, False)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_large_model_runs_as_it_is_where_the_processor_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, native: bool, small: int, as_it_is: bool
+) -> None:
+    lm = tiny_lm("gpt2", dtype=dtype)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(precision, "SMALL", small)
+    multiplies.cache_clear()
+    try:
+        with widened(lm):
+            assert lm.dtype == (dtype if as_it_is and dtype == torch.bfloat16 else torch.float32)
+    finally:
+        multiplies.cache_clear()
 
 
 def test_a_write_to_a_copy_is_an_error() -> None:

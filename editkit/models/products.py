@@ -48,6 +48,13 @@ def faster() -> bool:
     return ours and backends.cpu.get_cpu_capability() == "AVX512" and "AMD" in _vendor()
 
 
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of bfloat16, so that they are faster than float32's."""
+    named = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name for them
+    return dtype == torch.bfloat16 and any(getattr(torch.cpu, name, bool)() for name in named)
+
+
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [.., d_in] weightᵀ + bias [.., d_out], for a weight [d_out, d_in] that takes no gradient."""
     product: Callable[..., Tensor] = _Product.apply
