@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from editkit.files import whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAPPED = 64 << 20  # bytes of a tensor from which the file itself is its memory
 LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 SEAL = "sha256"  # the key of the digest
 # safetensors' names of dtypes: torch's name, bytes of one number
@@ -97,8 +99,7 @@ def read_tensors(path: Path | str, kind: FileKind, *, note: bool = True) -> tupl
     with explained(path, kind), Path(path).open("rb") as file:
         header, places = _read_header(file, path, kind)
         for place in places:  # in the order of the data part, without gaps
-            data = bytearray(place.end - place.start)
-            _fill(file, data)
+            data = _data(file, place.end - place.start)
             described[place.name] = [place.dtype, list(place.shape), hashlib.sha256(data).hexdigest()]
             dtype = getattr(torch, DTYPES[place.dtype][0])
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -257,6 +258,21 @@ def _described(tensor: "Tensor") -> list[Any]:
 
     data = tensor.detach().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
     return [CODES[str(tensor.dtype)], list(tensor.shape), hashlib.sha256(data).hexdigest()]
+
+
+def _data(file: BufferedReader, size: int) -> bytearray | memoryview:
+    """The next `size` bytes. Many of them are a view of the file, which takes no memory of its own; what is written to
+    it stays with this process. Files are replaced as a whole (files.py), so the view keeps what it shows."""
+    if size < MAPPED:
+        data = bytearray(size)
+        _fill(file, data)
+        return data
+    begin = file.tell()
+    view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[begin : begin + size]
+    if len(view) < size:
+        raise ValueError(f"it ends {size - len(view)} bytes early")
+    file.seek(size, 1)
+    return view
 
 
 def _fill(file: BufferedReader, buffer: bytearray) -> None:

@@ -1,5 +1,7 @@
 """Second moments against a loop over single keys, in every family; the cache; health; refusals."""
 
+import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 
 from editkit.corpora import running_text
 from editkit.errors import EditkitError, ModelError
+from editkit.methods.shared.prelude import Factors
 from editkit.models.architecture import Architecture
 from editkit.models.load import LanguageModel
-from editkit.moments import SecondMoment, packed_blocks, second_moments
+from editkit.moments import SecondMoment, factored, packed_blocks, second_moments
 from editkit.settings import MomentSettings
 from tests.conftest import byte_level_tokenizer, tiny_lm
 from tests.families import SITES, build
@@ -145,9 +148,59 @@ def test_solving_needs_no_inverse(tmp_path: Path) -> None:
     k = torch.randn(moment.matrix.shape[0])
     ridge = 1e-2
     shifted = moment.matrix + ridge * moment.matrix.diagonal().mean() * torch.eye(len(k), dtype=torch.float64)
-    factored = moment.factor(ridge)
-    torch.testing.assert_close(factored.solve(k), torch.linalg.inv(shifted) @ k.double(), rtol=1e-8, atol=0)
-    assert factored.condition == pytest.approx(torch.linalg.cond(shifted).item(), rel=1e-6)
+    found = moment.factor(ridge)
+    torch.testing.assert_close(found.solve(k), torch.linalg.inv(shifted) @ k.double(), rtol=1e-8, atol=0)
+    assert found.condition == pytest.approx(torch.linalg.cond(shifted).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_a_large_one_is_factored_and_solved_with_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    moment = second_moments(tiny_lm("gpt2"), [1], SETTINGS, progress=False, cache=tmp_path)[1]
+    k = torch.randn(moment.d_ff, 3)
+    small = moment.factor(1e-2)
+    monkeypatch.setattr(factored, "LARGE", 0)
+    monkeypatch.setattr(factored, "free_bytes", lambda: free)
+    monkeypatch.setattr("editkit.moments.moment.KEPT", 0)
+    large = dataclasses.replace(moment).factor(1e-2)
+    torch.testing.assert_close(large.lower, small.lower, rtol=1e-12, atol=0)
+    torch.testing.assert_close(large.solve(k), small.solve(k), rtol=1e-10, atol=0)
+    torch.testing.assert_close(large.solve(k[:, 0]), small.solve(k[:, 0]), rtol=1e-10, atol=0)
+    exact = (torch.linalg.svdvals(small.lower)[[0, -1]] ** 2).tolist()
+    assert exact[0] / exact[1] * 0.9 < large.condition <= exact[0] / exact[1] * (1 + 1e-9)
+
+
+def test_the_largest_eigenvalue_of_a_known_spectrum() -> None:
+    values = torch.cat((torch.linspace(0, 1, 500), torch.tensor([1.5]))).double()
+    assert factored.largest_eigenvalue(lambda x: values * x, 501) == pytest.approx(1.5, rel=1e-3)
+    assert factored.largest_eigenvalue(lambda x: values[-3:] * x, 3) == pytest.approx(1.5)
+
+
+def test_large_factors_are_made_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = second_moments(tiny_lm("gpt2"), [0, 1], SETTINGS, progress=False, cache=tmp_path)
+    kept = Factors(found, 1e-2)
+    monkeypatch.setattr("editkit.moments.moment.KEPT", 0)
+    made: list[str] = []
+    factor = SecondMoment.factor
+
+    def counted(self: SecondMoment, ridge: float = 0.0) -> factored.Factored:
+        made.append(self.module)
+        return factor(self, ridge)
+
+    monkeypatch.setattr(SecondMoment, "factor", counted)
+    large = Factors({layer: dataclasses.replace(moment) for layer, moment in found.items()}, 1e-2)
+    assert made == []
+    first = weakref.ref(large[0])
+    assert large[0] is first() and made == [found[0].module]
+    assert torch.equal(large[1].lower, kept[1].lower) and first() is None
+    assert large.condition == pytest.approx(kept.condition)
+
+
+def test_a_singular_one_is_refused_before_anything_is_computed() -> None:
+    moment = SecondMoment("m", torch.zeros(8, 8, dtype=torch.float64), 100, "text")
+    with pytest.raises(EditkitError, match="singular"):
+        Factors({0: moment}, 0.0)
 
 
 def test_health_is_that_of_a_known_spectrum() -> None:

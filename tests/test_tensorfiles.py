@@ -37,6 +37,27 @@ def every_dtype() -> dict[str, Tensor]:
     return tensors | {"scalar": torch.tensor(-0.0), "empty": torch.empty(0, 3), "turned": torch.randn(2, 3).T}
 
 
+@pytest.fixture(params=["read", "mapped"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tensors are read from the file, or the file is their memory."""
+    monkeypatch.setattr("editkit.tensorfiles.MAPPED", {"read": 2**60, "mapped": 1}[request.param])
+    return str(request.param)
+
+
+def test_what_is_written_to_a_mapped_tensor_stays_out_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("editkit.tensorfiles.MAPPED", 1)
+    path = write_tensors(tmp_path / "a", KIND, VALUES, {"x": torch.ones(1000)})
+    before = path.read_bytes()
+    tensor = read_tensors(path, KIND)[1]["x"]
+    tensor.zero_()
+    assert path.read_bytes() == before and tensor.sum() == 0
+    write_tensors(path, KIND, VALUES, {"x": torch.full((1000,), 2.0)})  # another file in its place
+    assert tensor.sum() == 0
+
+
+@pytest.mark.usefixtures("either_way")
 def test_what_is_written_is_read_again_bit_for_bit(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "new" / "a", KIND, VALUES, every_dtype())
     values, tensors = read_tensors(path, KIND)
@@ -157,6 +178,7 @@ def subjects(damage: types.ModuleType, atlas_lm: LanguageModel, tmp_path_factory
     return damage.subjects(atlas_lm, tmp_path_factory.mktemp("sound"), ["edit", "session", "moment", "hypernetwork"])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("kind", ["edit", "session", "moment", "hypernetwork"])
 def test_a_damage_is_a_clear_error_or_changes_nothing(kind: str, damage: types.ModuleType, subjects: Any) -> None:
     each = list(damage.trials(subjects[kind], 60, seed=1))

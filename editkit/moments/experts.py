@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from editkit.errors import EditkitError
-from editkit.moments.factored import Factored
+from editkit.moments.factored import Factored, cholesky, solved
 
 
 class FactoredExperts(Factored):
     """C of a mixture of experts, one block [d_ff, d_ff] an expert: each is factored when a key first needs it."""
 
-    def __init__(self, module: str, blocks: Tensor, routed: tuple[int, ...]) -> None:
-        """`blocks` [E, d_ff, d_ff]: those of C with the ridge. `module`, `routed`: of the moment, for its errors."""
+    def __init__(self, module: str, blocks: Tensor, shift: float, routed: tuple[int, ...]) -> None:
+        """`blocks` [E, d_ff, d_ff]: those of C. `shift`: the ridge, added to each diagonal. `module`, `routed`: of the
+        moment, for its errors."""
         super().__init__(torch.empty(0, dtype=torch.float64))
-        self._module, self._blocks, self._routed = module, blocks, routed
+        self._module, self._blocks, self._shift, self._routed = module, blocks, shift, routed
         self._lowers: dict[int, Tensor] = {}
 
     def solve(self, keys: Tensor) -> Tensor:
@@ -37,14 +38,14 @@ class FactoredExperts(Factored):
         Raises EditkitError for an expert that the text has given no key, or whose block is singular.
         """
         k = keys.detach().double().cpu().reshape(len(self._blocks), self._blocks.shape[-1], -1)
-        solved = torch.zeros_like(k)
+        found = torch.zeros_like(k)
         for expert in k.any(-1).any(-1).nonzero().flatten().tolist():
-            solved[expert] = torch.cholesky_solve(k[expert], self._lower(expert))
-        return solved.view(keys.shape)
+            found[expert] = solved(self._lower(expert), k[expert])
+        return found.view(keys.shape)
 
     def _lower(self, expert: int) -> Tensor:
         if expert not in self._lowers:
-            lower, failed = torch.linalg.cholesky_ex(self._blocks[expert])
+            lower, failed = cholesky(self._blocks[expert], self._shift)
             if failed or not self._routed[expert]:
                 raise EditkitError(
                     f"The second moment of expert {expert} at {self._module} is singular: the text has sent it "
@@ -56,6 +57,7 @@ class FactoredExperts(Factored):
 
     def matrix(self, size: int) -> Tensor:
         whole: Tensor = torch.block_diag(*self._blocks)
+        whole.diagonal().add_(self._shift)
         return whole
 
     @property
@@ -63,4 +65,4 @@ class FactoredExperts(Factored):
         """Condition number of the blocks that were solved with, together; of all where none was."""
         used = list(self._lowers) or range(len(self._blocks))
         values = torch.linalg.eigvalsh(self._blocks[torch.tensor(used)])
-        return float(values.max() / values.min())
+        return float((values.max() + self._shift) / (values.min() + self._shift))

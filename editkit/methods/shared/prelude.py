@@ -41,17 +41,49 @@ class Given(Generic[S_co]):
     templates: list[str]  # contexts with one `{}` for the prompt, the bare "{}" first
 
     @cached_property
-    def factored(self) -> dict[int, Factored]:
-        """The Cholesky factor of C + ridge, for each layer."""
-        return {layer: Identity() if c is None else c.factor(self.ridge) for layer, c in self.moments.items()}
+    def factored(self) -> "Factors":
+        """The Cholesky factor of C + ridge, by layer."""
+        return Factors(self.moments, self.ridge)
 
     def provenance(self, method: str, *, facts: Sequence[Fact] | None = None, **more: Any) -> dict[str, Any]:
         """How an edit of `facts` (None: all) was computed, as JSON; with C's condition where C was factored."""
         moments = dict(self.described)
         if "factored" in self.__dict__ and "keys" in moments:
-            moments["condition"] = max(factor.condition for factor in self.factored.values())
+            moments["condition"] = self.factored.condition
         how = {"seed": self.seed, "moments": moments, "contexts": self.templates}
         return provenance(method, self.settings, self.facts if facts is None else facts, **how, **more)
+
+
+class Factors:
+    """The Cholesky factor of C + ridge of each layer, made at once, so that a C which cannot be factored fails before
+    the values are computed. Large ones are made when they are asked for, and one of them is held at a time."""
+
+    def __init__(self, moments: Mapping[int, SecondMoment | None], ridge: float) -> None:
+        """`moments`: C by layer, None for the identity. `ridge`: added to its diagonal, as a fraction of its mean."""
+        self._moments, self._ridge = moments, ridge
+        self._large: tuple[int | None, Factored] = None, Identity()
+        self._conditions: dict[int, float] = {}  # of large ones
+        for moment in moments.values():
+            if moment is not None and moment.keeps:
+                moment.factor(ridge)
+
+    def __getitem__(self, layer: int) -> Factored:
+        moment = self._moments[layer]
+        if moment is None:
+            return Identity()
+        if moment.keeps:
+            return moment.factor(self._ridge)
+        if self._large[0] != layer:
+            self._large = None, Identity()  # frees the former
+            self._large = layer, moment.factor(self._ridge)
+            self._conditions[layer] = self._large[1].condition
+        return self._large[1]
+
+    @property
+    def condition(self) -> float:
+        """The largest condition number of those that there are."""
+        kept = [self[layer].condition for layer, moment in self._moments.items() if moment is None or moment.keeps]
+        return max([*kept, *self._conditions.values()])
 
 
 def prepare(
