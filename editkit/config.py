@@ -79,6 +79,7 @@ class _Top:
     device: str = "auto"
     matmul: str = "highest"
     resume: bool = False
+    plan: bool = False
 
 
 def _typed(schema: type, values: Any, where: str) -> Any:

@@ -7,6 +7,7 @@ An EditkitError is one line on stderr and exit code 1 (2 for a wrong configurati
 jobs go on, the table holds those that finished, and the exit code is 1.
 """
 
+import json
 import os
 import sys
 import traceback
@@ -38,6 +39,7 @@ def main() -> None:
         flags, overrides = _split(sys.argv[1:])
         sweep = "-m" in flags or "--multirun" in flags
         helping = any(f in flags for f in ("--help", "-h", "--hydra-help", "--version"))
+        planning = any(text.lower() == "plan=true" for text in overrides)  # then there are no results
         if not helping:
             overrides = prepare(overrides, _config_dirs(flags))
         folder = _folder(overrides, sweep)
@@ -53,7 +55,7 @@ def main() -> None:
         sys.exit(130)
     finally:
         start.resume_collector()
-    if sweep and not helping:
+    if sweep and not helping and not planning:
         _finish_sweep(folder)
 
 
@@ -80,7 +82,16 @@ def _run(composed: DictConfig, folder: Path) -> None:
     run = get_task(config.task.name).load()
     start.import_libraries()
     start.resume_collector()
-    run(config, folder)
+    from editkit import plan  # which imports torch
+
+    if config.plan:
+        found = plan.plan_of(config)
+        print(found, flush=True)
+        write_text(folder / names.PLAN, json.dumps(found.to_json(), indent=2) + "\n")
+        found.require_fit()
+    else:
+        plan.require_fit(config)
+        run(config, folder)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -64,6 +64,20 @@ SHAPES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         },
     ),
+    "mixtral-tiny": Shape(
+        "mixtral",
+        2,
+        {
+            "num_hidden_layers": 8,
+            "hidden_size": 1024,
+            "intermediate_size": 3584,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "vocab_size": 32_000,
+        },
+    ),
     "tiny": _gpt2(4, 64, 4, 1, vocab_size=1024),  # for tests
 }
 

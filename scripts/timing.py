@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from unittest import mock
 
 import torch
 import transformers
-from machine import processor
+from machine import commit, processor
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -156,12 +155,6 @@ def _of_linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
 
 def machine_of(bench: Bench, clock: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    root = Path(__file__).parent.parent
-    try:
-        asked = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-        commit = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     load = Path("/proc/loadavg")
     return {
         "cpu": processor(),
@@ -171,7 +164,7 @@ def machine_of(bench: Bench, clock: str) -> dict[str, Any]:
         "load_before": load.read_text(encoding="ascii").split()[0] if load.exists() else None,
         "matrix_gflops": bench.rate / 1e9,
         "quick_matrix_gflops": bench.quick_rate / 1e9,
-        "commit": commit,
+        "commit": commit(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,

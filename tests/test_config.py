@@ -10,13 +10,13 @@ import yaml
 from editkit.config import CONF_DIR, GROUPS, options, prepare, to_config
 from editkit.config import _composed as composed
 from editkit.data import formats
+from editkit.data.cases import case_of
 from editkit.errors import ConfigError
 from editkit.methods import get_method
 from editkit.metrics.scoring import score_probes
 from editkit.models.load import LanguageModel
 from editkit.settings import ContextSettings, DataSettings, EditSettings, ModelSettings, MomentSettings
 from editkit.tasks import get_task
-from editkit.tasks.edit import case_of
 
 ALL = [(group, option) for group in GROUPS for option in options(group)]
 

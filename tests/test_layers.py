@@ -22,7 +22,7 @@ LAYERS = [
     {"edits", "facts", "moments"},
     {"activations", "data", "methods", "tracing"},
     {"lenses", "metrics", "session"},
-    {"runs"},
+    {"plan", "runs"},
     {"report"},
     {"plots"},
     {"tasks"},

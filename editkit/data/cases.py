@@ -23,6 +23,7 @@ from editkit.data.kinds import (
 )
 from editkit.errors import FactError
 from editkit.facts import Fact
+from editkit.settings import EditSettings
 
 __all__ = [
     "ATTRIBUTE",
@@ -95,3 +96,20 @@ def make_case(
         probes.append(Probe(NEIGHBORHOOD, text, fact.target_true, fact.target_new))
     probes += [Probe(PORTABILITY, hop.text, hop.target_true, hop.target_new) for hop in portability]
     return Case((fact,), tuple(probes))
+
+
+def case_of(settings: EditSettings) -> Case:
+    """The fact and its probes. A prompt without `{}` may hold the subject itself. Raises FactError."""
+    prompt = settings.prompt
+    targets = (settings.target_new, settings.target_true)
+    if "{}" not in prompt and settings.subject and settings.subject in prompt:
+        fact = Fact.in_text(prompt, settings.subject, *targets)
+    elif "{}" not in prompt:
+        raise FactError(
+            f"The subject {settings.subject!r} is not in the prompt {prompt!r}. Write the prompt with {{}} in the "
+            "subject's place, as in '{} is located in the city of', or with the subject itself."
+        )
+    else:
+        fact = Fact(prompt, settings.subject, *targets)
+    hops = [Fact(p.prompt, fact.subject, p.target_new, p.target_true) for p in settings.portability]
+    return make_case(fact, settings.paraphrases, settings.neighborhood, hops)

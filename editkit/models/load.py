@@ -100,13 +100,9 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name_or_path).expanduser()
-    source: str | Path = BUNDLED.get(str(name_or_path), path if path.is_dir() else str(name_or_path))
+    path, source, options = _source(name_or_path, revision, trust_remote_code)
     split = placement(device, device_map, max_memory, offload_folder)
-    device = _resolve_device(device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
+    device = resolve_device(device)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         architecture = architecture_of(config.model_type)
@@ -140,6 +136,46 @@ def load(
     return LanguageModel(str(name_or_path), model if split else model.to(device), tokenizer, architecture)
 
 
+def skeleton(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """The same model on the meta device: its modules, shapes and tokenizer, and no values, which takes no memory.
+
+    Arguments as for `load`; "auto" is the dtype that the checkpoint's configuration names. Raises ModelError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path, source, options = _source(name_or_path, revision, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        architecture = architecture_of(config.model_type)
+        asked = _resolve_dtype(dtype)
+        with torch.device("meta"), _NoFirstWeights():
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=(config.dtype or torch.float32) if asked == "auto" else asked,
+                trust_remote_code=trust_remote_code,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(_not_loaded(str(name_or_path), path, error)) from error
+    return LanguageModel(str(name_or_path), model.eval(), tokenizer, architecture)
+
+
+def _source(
+    name_or_path: str | Path, revision: str | None, trust_remote_code: bool
+) -> tuple[Path, str | Path, dict[str, Any]]:
+    """The path that was named, what transformers is to open, and with which options."""
+    path = Path(name_or_path).expanduser()
+    source: str | Path = BUNDLED.get(str(name_or_path), path if path.is_dir() else str(name_or_path))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    return path, source, options | ({} if revision is None else {"revision": revision})
+
+
 class _NoFirstWeights(TorchFunctionMode):
     """torch.nn.init does nothing to a tensor on the meta device, which has no values.
 
@@ -170,7 +206,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of this name; "auto" is CUDA where there is one. Raises ModelError for one that there is not."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -107,17 +107,29 @@ def _copies(places: list[Place]) -> dict[int, Tensor]:
     return copies
 
 
-def _fits(places: list[Place], lm: LanguageModel) -> bool:
-    """Whether the model is to be widened. Warns where that would be the faster way and memory does not allow it."""
-    distinct = {id(tensor): tensor.numel() for _, _, tensor in places}
-    needed, free = 4 * sum(distinct.values()), free_bytes()
-    if needed > SMALL and multiplies(lm.dtype):
-        return False
-    if free is None or needed <= SHARE * free:
-        return True
-    warnings.warn(
-        f"'{lm.name}' runs in {str(lm.dtype).removeprefix('torch.')} on the CPU, which is slow and less exact: float32 "
-        f"copies of its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-        stacklevel=4,
+def widens(dtype: torch.dtype, parameters: int, free: int | None) -> bool:
+    """Whether `widened` makes float32 copies of a model on the CPU.
+
+    - `dtype`, `parameters`: of the model. `free`: bytes of memory, None where they are not known.
+    """
+    return (
+        dtype in HALF and not _better_as_it_is(dtype, parameters) and (free is None or 4 * parameters <= SHARE * free)
     )
+
+
+def _better_as_it_is(dtype: torch.dtype, parameters: int) -> bool:
+    return 4 * parameters > SMALL and multiplies(dtype)
+
+
+def _fits(places: list[Place], lm: LanguageModel) -> bool:
+    """Whether the model is widened. Warns where that would be the faster way and memory does not allow it."""
+    count, free = sum({id(tensor): tensor.numel() for _, _, tensor in places}.values()), free_bytes()
+    if widens(lm.dtype, count, free):
+        return True
+    if free is not None and not _better_as_it_is(lm.dtype, count):
+        warnings.warn(
+            f"'{lm.name}' runs in {str(lm.dtype).removeprefix('torch.')} on the CPU, which is slow and less exact: "
+            f"float32 copies of its weights take {4 * count / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            stacklevel=4,
+        )
     return False

@@ -3,6 +3,7 @@
 FORMAT = 2  # of record.json, journals and tables; 1 had metrics by name, with "_before" and "_after" behind them
 
 RECORD = "record.json"
+PLAN = "plan.json"  # of a run that was planned and not started
 CONFIG = "config.yaml"
 FAILED = "failed.txt"
 REPORT = "report.html"

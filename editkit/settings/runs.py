@@ -194,6 +194,7 @@ class Config:
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:N
     matmul: str = "highest"  # float32 products on CUDA: highest, high (TF32) or medium (bfloat16); process-wide
     resume: bool = False  # go on with the run that hydra.run.dir holds
+    plan: bool = False  # show what the run would take, and do not start it
 
     def __post_init__(self) -> None:
         require_one_of(self.matmul, "matmul", MATMUL)

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from editkit import report
-from editkit.data.cases import Case, make_case
+from editkit.data.cases import Case, case_of
 from editkit.edits.edit import Edit, weight_norm
 from editkit.edits.routing import routing_change
 from editkit.edits.spectra import spectra
-from editkit.errors import FactError
-from editkit.facts import Fact
 from editkit.metrics.audit import audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.scoring import continuation, top_next
@@ -26,7 +24,7 @@ from editkit.models.load import LanguageModel
 from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.tables import Tables
-from editkit.settings import Config, EditSettings
+from editkit.settings import Config
 from editkit.tasks import console
 from editkit.tasks.common import Clock, below_of, bind_method, described, load_model, measured, plain, spectrum_beside
 
@@ -112,23 +110,6 @@ def _routing(lm: LanguageModel, edit: Edit, case: Case) -> dict[str, dict[str, A
     kinds = dict.fromkeys(probe.kind for probe in case.probes) if lm.architecture.experts is not None else ()
     prompts = {kind: [probe.prompt for probe in case.probes if probe.kind == kind] for kind in kinds}
     return {kind: routing_change(lm, edit, asked).to_json() for kind, asked in prompts.items()}
-
-
-def case_of(settings: EditSettings) -> Case:
-    """The fact and its probes. A prompt without `{}` may hold the subject itself. Raises FactError."""
-    prompt = settings.prompt
-    targets = (settings.target_new, settings.target_true)
-    if "{}" not in prompt and settings.subject and settings.subject in prompt:
-        fact = Fact.in_text(prompt, settings.subject, *targets)
-    elif "{}" not in prompt:
-        raise FactError(
-            f"The subject {settings.subject!r} is not in the prompt {prompt!r}. Write the prompt with {{}} in the "
-            "subject's place, as in '{} is located in the city of', or with the subject itself."
-        )
-    else:
-        fact = Fact(prompt, settings.subject, *targets)
-    hops = [Fact(p.prompt, fact.subject, p.target_new, p.target_true) for p in settings.portability]
-    return make_case(fact, settings.paraphrases, settings.neighborhood, hops)
 
 
 @dataclass(frozen=True)

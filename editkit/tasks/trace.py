@@ -12,6 +12,7 @@ from typing import Any
 
 from editkit import plots, report
 from editkit.data import load_cases
+from editkit.data.cases import case_of
 from editkit.errors import EditkitError
 from editkit.metrics.metric import AFTER, DIFFERENCE, PROBABILITY, Average, Metric, Protocol, Score, register
 from editkit.models.load import LanguageModel
@@ -22,7 +23,6 @@ from editkit.runs.journal import Journal
 from editkit.settings import Config
 from editkit.tasks import console
 from editkit.tasks.common import Clock, data_of, described, load_model, measured, plain
-from editkit.tasks.edit import case_of
 from editkit.tracing import AverageTrace, Proposal, propose_layers, trace
 from editkit.tracing.average import TracedFact, average_of, trace_each, with_sigma
 

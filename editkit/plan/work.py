@@ -1,0 +1,256 @@
+"""What a run does, step by step: how many operations, how long, and how much memory beside the weights.
+
+Counted from shapes, settings and the real tokens of the facts. Steps that end when they are done (a value's loss falls
+under its stop) count as if they went on to their limit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from editkit.data.cases import Case
+from editkit.facts import Fact
+from editkit.methods.shared.engine import FactRows, bytes_of, rows_of
+from editkit.methods.shared.value import CPU_BYTES
+from editkit.models.load import LanguageModel
+from editkit.models.tokens import spaced, token_counts
+from editkit.moments.collect import BATCH, PANELS
+from editkit.moments.moment import KEPT
+from editkit.plan.sizes import Sizes
+from editkit.plan.speed import Speed
+from editkit.settings import (
+    ContextSettings,
+    MeasureSettings,
+    MethodSettings,
+    MomentSettings,
+    SpreadSettings,
+    TuningSettings,
+    ValueSettings,
+)
+
+LANCZOS_AND_SOLVES = 100  # products of a vector with a factor: its condition, and the solves of a few facts
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run. `device`, `host`: bytes beside the weights while it runs, there and in the CPU's memory."""
+
+    name: str
+    operations: float = 0.0
+    seconds: float = 0.0
+    device: float = 0.0
+    host: float = 0.0
+    note: str = ""
+
+    def times(self, count: float) -> "Step":
+        """The same done so many times, one after the other."""
+        return replace(self, operations=self.operations * count, seconds=self.seconds * count)
+
+
+def together(name: str, steps: Sequence[Step]) -> Step:
+    """Steps as one, with the most memory that any of them takes."""
+    return Step(
+        name,
+        sum(step.operations for step in steps),
+        sum(step.seconds for step in steps),
+        max((step.device for step in steps), default=0.0),
+        max((step.host for step in steps), default=0.0),
+        "; ".join(dict.fromkeys(step.note for step in steps if step.note)),
+    )
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counts the steps of runs of one model on one device."""
+
+    lm: LanguageModel  # its modules and tokenizer; values are not read
+    sizes: Sizes
+    speed: Speed
+    device: torch.device
+
+    # --- the model ------------------------------------------------------------------------------------------------
+
+    def digests(self, count: int = 1) -> Step:
+        """So many digests of all weights."""
+        step = Step("digests of all weights", seconds=self.sizes.weights / self.speed.digest)
+        return step.times(count)
+
+    def passes(
+        self, name: str, count: float, tokens: float, *, first: int = 0, backward: bool = False, logits: float = 0
+    ) -> Step:
+        """So many passes.
+
+        - `tokens`: of each pass, in all rows. `first`: the first block that runs.
+        - `backward`: whether a gradient goes back through all of it, but to no weight.
+        - `logits`: places of each pass whose logits are computed.
+        """
+        sizes, speed = self.sizes, self.speed
+        sides, itemsize = 1 + backward, sizes.runs_in.itemsize
+        operations = sides * (tokens * sizes.token(first, head=False) + logits * sizes.head)
+        # Of a mixture a pass of many tokens reads all experts.
+        read = sides * sizes.weights * itemsize / sizes.dtype.itemsize * (len(sizes.blocks) - first) / len(sizes.blocks)
+        each = max(operations / speed.operations, read / speed.bandwidth)
+        widest = max(down.d_ff for down in sizes.down)
+        memory = tokens * (4 * widest + 8 * sizes.d_model) * itemsize + logits * sizes.vocabulary * (itemsize + 8)
+        return Step(name, count * operations, count * each, device=memory)
+
+    # --- second moments -------------------------------------------------------------------------------------------
+
+    def moments(self, layers: Sequence[int], settings: MomentSettings) -> Step:
+        """One collection for all of `layers`."""
+        if not settings.enabled or not layers:
+            return Step("second moments", note="the identity")
+        downs, keys = [self.sizes.down[layer] for layer in layers], self.keys(layers, settings)
+        last = sum(self.sizes.blocks[: max(layers) + 1]) / sum(self.sizes.blocks)
+        run = self.passes("", last * keys / BATCH, BATCH)
+        share = (PANELS + 1) / (2 * PANELS)  # of the square: the panels of the lower triangle
+        sums = keys * sum(2 * share * down.d_ff**2 for down in downs)  # an expert has its share of the tokens
+        largest = max(down.moment for down in downs)
+        taken = BATCH * sum(down.d_ff for down in downs) * self.sizes.runs_in.itemsize
+        wide = BATCH * max(down.d_ff for down in downs) * 8
+        held = sum(down.moment for down in downs)
+        return Step(
+            "second moments",
+            run.operations + sums,
+            run.seconds + sums / self.speed.float64,
+            device=run.device + taken + wide,
+            host=max(held + largest / PANELS, 2 * held + largest),  # while they grow; when C is made of them
+            note=f"{keys:,.0f} keys, unless the cache has them",
+        )
+
+    def keys(self, layers: Sequence[int], settings: MomentSettings) -> int:
+        """How many keys are collected."""
+        return settings.tokens
+
+    # --- edits ----------------------------------------------------------------------------------------------------
+
+    def edit(self, facts: Sequence[Fact], settings: MethodSettings, moments: MomentSettings) -> list[Step]:
+        """One edit of `facts`; `settings` resolved for the model."""
+        if isinstance(settings, ValueSettings):
+            return self._value_edit(facts, settings, moments)
+        if isinstance(settings, TuningSettings):
+            return [self._tuning(facts, settings), self._write(settings.blocks)]
+        return [
+            Step(f"{type(settings).__name__}", note="not counted: a method that plans do not know"),
+            self._write(()),
+        ]
+
+    def contexts(self, settings: MethodSettings) -> Step:
+        """The samples that stand in front of prompts, one token after the other."""
+        if not isinstance(settings, ValueSettings):
+            return Step("contexts")
+        lengths, counts = settings.contexts.lengths, settings.contexts.counts
+        tokens = len(settings.contexts.starts) * sum(a * b for a, b in zip(lengths, counts, strict=True))
+        return self.passes("contexts", tokens, 1, logits=1)
+
+    def _value_edit(self, facts: Sequence[Fact], settings: ValueSettings, moments: MomentSettings) -> list[Step]:
+        layers = settings.blocks
+        first, sizes = max(layers), self.sizes
+        templates = _templates(settings.contexts)
+        jobs = [rows_of(self.lm, fact, settings.fact_token, templates) for fact in facts]
+        # 1) The factors of C, which are kept for the time of the values unless they are large.
+        factors = self._factors(layers, settings, moments)
+        # 2) The values, in batches.
+        room = torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == "cuda" else CPU_BYTES
+        each = max(bytes_of(self.lm, [job], first) for job in jobs)
+        size = max(1, min(len(jobs), int(room // each)))
+        batches, largest = -(-len(jobs) // size), max(jobs, key=lambda job: job.columns)
+        tokens = size * len(largest.lookup) * largest.columns
+        assert settings.steps is not None  # resolved
+        steps = self.passes(
+            "", settings.steps * batches, tokens, first=first, backward=True, logits=size * _logits(largest)
+        )
+        prefix = sum(len(offsets) for offsets in largest.scored.rows.offsets)
+        clean = self.passes("", batches, size * prefix)
+        values = replace(
+            together("values", [steps, clean]),
+            device=max(size * each, clean.device) + factors.device,
+            host=factors.host,
+            note=f"{len(facts)} facts, at most {settings.steps} evaluations each",
+        )
+        # 3) Keys and what is missing at each block.
+        several = isinstance(settings, SpreadSettings)
+        rows = sum(len(job.lookup) * (job.columns + max(job.lookup)) for job in jobs)
+        keys = self.passes("keys", (1 + len(layers)) if several else 0, rows / len(layers))
+        solve = together("solves", [factors, keys])
+        return [self.digests(), solve, values, self._write(layers)] if sizes.down else []
+
+    def _factors(self, layers: Sequence[int], settings: MethodSettings, moments: MomentSettings) -> Step:
+        """C of each layer made ready to solve with: one at a time where it is large, all of them where not."""
+        if not moments.enabled:
+            return Step("solves")
+        downs = [self.sizes.down[layer] for layer in layers]
+        large = any(8 * down.d_ff**2 > KEPT for down in downs)
+        cubes = sum(down.d_ff**3 for down in downs)
+        squares = sum(down.d_ff**2 for down in downs)
+        one = max(8 * down.d_ff**2 for down in downs)
+        # AlphaEdit takes all eigenvectors, and solves in the space of those with little energy.
+        eigen = hasattr(settings, "threshold")
+        operations = (12.0 if eigen else 1 / 3) * cubes + 2 * LANCZOS_AND_SOLVES * squares
+        read = 0 if large else sum(down.moment for down in downs)  # larger files are mapped
+        held = (3 if eigen else 1) * (one if large else sum(8 * down.d_ff**2 for down in downs))
+        return Step("solves", operations, operations / self.speed.float64, host=read + held + one)
+
+    def _tuning(self, facts: Sequence[Fact], settings: TuningSettings) -> Step:
+        """Descent on weights: a gradient goes to them too."""
+        first = min(settings.blocks, default=0)
+        lengths = [sum(token_counts(self.lm, [f.text + spaced(f.target_new)])) for f in facts]
+        size = min(len(facts), settings.batch)
+        tokens = size * max(lengths)
+        steps = self.passes("", settings.steps * -(-len(facts) // size), tokens, backward=True, logits=tokens)
+        layers = settings.blocks or range(len(self.sizes.blocks))
+        trained = sum(self.sizes.down[layer].numbers for layer in layers)
+        kept = tokens * len(self.sizes.blocks[first:]) * 24 * self.sizes.d_model * self.sizes.runs_in.itemsize
+        memory = steps.device + kept + 4 * 4 * trained  # ΔW, its gradient, Adam's two moments
+        note = f"{len(facts)} facts, at most {settings.steps} passes"
+        return replace(steps, name="descent", device=memory, note=note)
+
+    def _write(self, layers: Sequence[int]) -> Step:
+        """W + ΔW: clones of what is written, and the float32 sum of one weight."""
+        downs = [self.sizes.down[layer] for layer in layers]
+        clones = sum(down.numbers for down in downs) * self.sizes.dtype.itemsize
+        sums = 3 * 4 * max((down.numbers // down.experts for down in downs), default=0)
+        return Step("write and restore", seconds=2 * clones / self.speed.bandwidth, device=clones + sums)
+
+    # --- questions ------------------------------------------------------------------------------------------------
+
+    def look(self, case: Case, settings: MeasureSettings) -> Step:
+        """Everything that is asked about a case, once."""
+        prompts = [probe.prompt for probe in case.probes]
+        lengths = token_counts(self.lm, prompts) or [1]
+        rows = 2 * len(lengths) * (1 + settings.distracted / 2)
+        asked = self.passes("", 1, rows * (sum(lengths) / len(lengths) + 2), logits=2 * rows)
+        answers = [text for probe in case.probes for text in (probe.target_new, probe.target_true) if text]
+        longest = max(token_counts(self.lm, [spaced(text) for text in answers]), default=1)
+        said = self.passes(
+            "", longest + settings.generate if settings.generate else 0, len(lengths), logits=len(lengths)
+        )
+        texts = len(case.generation) if settings.fluency else 0
+        sampled = self.passes("", settings.fluency if texts else 0, texts, logits=texts)
+        return together("questions", [asked, said, sampled])
+
+    def trace(self, fact: Fact, kinds: int, samples: int) -> Step:
+        """Every token and block put back, each in `samples` corrupted runs: half the blocks and tokens on average."""
+        (tokens,) = token_counts(self.lm, [fact.text])
+        places = kinds * tokens * len(self.sizes.blocks)
+        rows = 1 + samples
+        whole = self.passes("", places / 4, rows * tokens, logits=rows)
+        return replace(whole, name="trace", note=f"{places:,} places")
+
+
+def _logits(rows: FactRows) -> int:
+    return sum(map(len, rows.scored.positions)) + 1
+
+
+def _templates(settings: ContextSettings) -> list[str]:
+    """Texts as long as the contexts will be."""
+
+    def each() -> Iterator[str]:
+        yield "{}"
+        for length, count in zip(settings.lengths, settings.counts, strict=True):
+            for start in settings.starts:
+                for _ in range(count):
+                    yield f"{start}{' and' * length}. {{}}"
+
+    return list(each())
