@@ -1,0 +1,57 @@
+"""The table of README.md, from the figures of scripts/rehearse.py beside it.
+
+python experiments/sizes/table.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from editkit.files import write_text
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
+COLUMNS = (
+    "shape", "parameters", "dtype", "ROME, s", "MEMIT, s", "second moments, s", "digests, s",
+    "peak, GB", "planned, GB", "apart", "planned, s", "bits restored",
+)  # fmt: skip
+
+
+def row(found: dict[str, Any]) -> list[str]:
+    """One rehearsal's row of the table."""
+    plan, seconds = found["plan"], {}
+    for phase in found["phases"]:
+        seconds[phase["name"]] = seconds.get(phase["name"], 0.0) + phase["seconds"]
+    moments = sum(value for name, value in seconds.items() if "second moments" in name)
+    planned = [step["seconds"] for step in plan["steps"] if step["name"] in ("rome", "memit")]
+    return [
+        found["options"]["shape"],
+        f"{plan['model']['parameters'] / 1e9:.2f} · 10⁹",
+        found["options"]["dtype"],
+        f"{seconds['rome']:.0f}",
+        f"{seconds['memit']:.0f}",
+        f"{moments:.0f}",
+        f"{seconds['digests of all weights'] / 2:.0f}",
+        f"{found['peak'] / 1e9:.2f}",
+        f"{plan['peak'] / 1e9:.2f}",
+        f"{plan['peak'] / found['peak'] - 1:+.0%}",
+        " + ".join(f"{value:.0f}" for value in planned),
+        "yes" if found["reversal"]["exact"] else "NO",
+    ]
+
+
+def main() -> None:
+    files = sorted(HERE.glob("*.json"), key=lambda path: json.loads(path.read_text())["plan"]["model"]["weights"])
+    all_found = [json.loads(path.read_text()) for path in files]
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(row(found))} |" for found in all_found]
+    made = sorted({f"{found['commit']}, {found['threads']} threads, {found['cpu']}" for found in all_found})
+    readme = HERE / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    table = "\n".join([BEGIN, f"Commit {'; '.join(made)}.", "", *lines, after])
+    write_text(readme, before + table)
+
+
+if __name__ == "__main__":
+    main()
