@@ -21,7 +21,25 @@ from tests.hooking import count_hooks
 from tests.oracles import FactRows
 from tests.run_folders import TASKS, really_run
 
+CELL = "pretended"  # the property of a test that is one cell on the pretended accelerator
+
 torch.set_num_threads(1)  # for tiny models two threads wait for each other more than they work
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what ran on the pretended accelerator: cells, failures, seconds."""
+    cells = [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "call" and dict(report.user_properties).get(CELL)
+    ]
+    if cells:
+        failed, seconds = sum(report.failed for report in cells), sum(report.duration for report in cells)
+        terminalreporter.write_line(
+            f"pretended accelerator: {len(cells)} cells (method × family × dtype × device), {failed} failed, "
+            f"{seconds:.0f} s"
+        )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -210,7 +210,10 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     if cpu_kwargs.get("device") is not None:
         cpu_kwargs["device"] = torch.device("cpu")
     cpu_kwargs.pop("pin_memory", None)
-    result = func(*cpu_args, **cpu_kwargs)
+    if operation.name == "aten::histc" and not cpu_args[0].is_floating_point():  # CUDA counts integers, a CPU does not
+        result = func(cpu_args[0].double(), *cpu_args[1:], **cpu_kwargs).to(cpu_args[0].dtype)
+    else:
+        result = func(*cpu_args, **cpu_kwargs)
     for each in ours:
         if each.shape != each.held.shape:  # an `out=` that was given empty
             each.data = Pretended(each.held, each.device)
@@ -220,6 +223,7 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     def there(each: Tensor) -> Tensor:
         if (same := held.get(id(each))) is not None:
             return same
+        each = each.resolve_conj().resolve_neg()  # a conjugate by a mark alone: operations called from here miss it
         return each if target is None or target.type == "cpu" else Pretended(each, target)
 
     return _mapped(result, there)
@@ -336,6 +340,9 @@ class _Module:
 
     def _is_in_bad_fork(self) -> bool:
         return False
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
 
 
 class _Hook(torch._C._acc.PrivateUse1Hooks):  # pyright: ignore[reportAttributeAccessIssue]

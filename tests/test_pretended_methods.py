@@ -2,7 +2,8 @@
 
     python -m tests.test_pretended_methods          # every method × family × dtype, and a line with the counts
 
-The suite runs a covering set: every family in every dtype, every method in every dtype and on both devices.
+The suite runs a covering set: every family in every dtype, every method in every dtype and on both devices, and every
+method on every mixture of experts. Its last lines say how many cells ran, how many failed, and how long they took.
 """
 
 import tempfile
@@ -23,15 +24,15 @@ from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digests, tensors_of
 from editkit.settings import MomentSettings
 from tests import pretended
-from tests.conftest import tiny_lm
-from tests.families import DENSE
+from tests.conftest import CELL, tiny_lm
+from tests.families import DENSE, EXPERTS
 from tests.scripts import script
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of", "ignore:C has")  # tiny models: large updates, few keys
 
 method_families = script("method_families")  # a copy of its own
 method_families.SETTINGS["steps"] = 3
-FAMILIES = DENSE
+FAMILIES = [*DENSE, *EXPERTS]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,10 +49,15 @@ class Cell(NamedTuple):
 
 
 def covering() -> list[Cell]:
-    """Every family in every dtype, with the methods in turn."""
+    """Every dense family in every dtype, with the methods in turn; every mixture with every method, dtypes in turn."""
     methods = names()
-    pairs = enumerate(product(FAMILIES, DTYPES))
-    return [Cell(*pair, methods[n % len(methods)], f"pretended:{n // len(methods) % 2}") for n, pair in pairs]
+    cells = []
+    for n, (family, dtype) in enumerate(product(DENSE, DTYPES)):
+        cells.append(Cell(family, dtype, methods[n % len(methods)], f"pretended:{n // len(methods) % 2}"))
+    for n, (family, method) in enumerate(product(EXPERTS, methods)):
+        number = n // len(methods) + n  # so that a method meets each dtype in the families
+        cells.append(Cell(family, DTYPES[number % len(DTYPES)], method, f"pretended:{number % 2}"))
+    return cells
 
 
 def every() -> list[Cell]:
@@ -98,7 +104,7 @@ def failures(cell: Cell, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("cell", covering(), ids=str)
 def test_an_edit_is_the_cpus(cell: Cell, tmp_path: Path, record_property: Any) -> None:
-    record_property("pretended", str(cell))
+    record_property(CELL, str(cell))
     with pretended.accelerator():
         assert failures(cell, tmp_path) == []
 
@@ -108,6 +114,7 @@ def test_the_covering_set_covers() -> None:
     assert {(c.family, c.dtype) for c in cells} == set(product(FAMILIES, DTYPES))
     assert {(c.method, c.dtype) for c in cells} == set(product(names(), DTYPES))
     assert {(c.method, c.device) for c in cells} == set(product(names(), ("pretended:0", "pretended:1")))
+    assert {(c.method, c.family) for c in cells if c.family in EXPERTS} == set(product(names(), EXPERTS))
 
 
 def report(cells: Sequence[Cell]) -> int:

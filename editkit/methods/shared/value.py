@@ -191,13 +191,13 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
     - `norms`: ‖v0‖ [facts, sites].
     - `show`: told of the losses whenever they are read.
 
-    A fact that has ended is frozen at once, and leaves the batch when the losses are read: each reading waits for an
-    accelerator, so there they are read every few steps.
+    A fact that has ended is frozen at once, and leaves the batch when the losses are read: each look waits once for an
+    accelerator, so there is one every few steps.
     """
     assert loss.settings.solver  # resolved by the method
     batch = solver(loss.settings.solver, lm, norms, loss.settings)
     results = [Optimised(batch.delta[:, i]) for i in batch.facts]
-    unread: list[tuple[Tensor, Tensor]] = []  # of each step: loss terms [4, facts], and which facts were alive
+    unread: list[Tensor] = []  # of each step [5, facts]: the loss terms, and which facts were alive
     every = READ_EVERY.get(lm.device.type, 5)
     clean: Tensor | None = None  # log-probabilities at the KL position without δ, [facts, vocabulary]
 
@@ -210,26 +210,28 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
         clean = log_p.detach() if clean is None else clean
         kl = kl_div(clean, log_p, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ clean)
         losses, terms = loss.of(nll, kl, batch.decay(), likeliest)
-        unread.append((terms, batch.alive))
+        unread.append(torch.cat((terms, batch.alive[None].to(terms.dtype))))
 
         # 3) Which facts have ended: their δ no longer changes.
         batch.alive = batch.alive & ~loss.ended(terms, kl, likeliest) & ~batch.stuck()
+        kept = list(range(len(batch.facts)))
         last = step == loss.steps - 1
         if last or (step + 1) % every == 0:
-            kept = [] if last else [i for i, alive in enumerate(batch.alive.tolist()) if alive]
-            mean = _read(unread, batch, kept, results)
+            mean, alive = _look(unread, batch, results)
+            kept = [] if last else alive
             show(mean, len(unread), len(batch.facts) - len(kept))
             unread = []
+        if len(kept) == len(batch.facts):
+            gradient = engine.gradient(losses.sum())
+        else:
+            _end(batch, terms[0], kept, results)
             if not kept:
                 break
             gradient = engine.gradient(losses[kept].sum())[:, kept]
-            if len(kept) < len(batch.facts):  # the others leave
-                batch.keep(kept)
-                clean, terms = clean[kept], terms[:, kept]
-                with torch.no_grad():
-                    engine = engine.some(kept)
-        else:
-            gradient = engine.gradient(losses.sum())
+            batch.keep(kept)
+            clean, terms = clean[kept], terms[:, kept]
+            with torch.no_grad():
+                engine = engine.some(kept)
 
         # 4) A step, under the clamp.
         batch.step(terms[0], gradient)
@@ -283,25 +285,30 @@ def _answers(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return -logits.new_zeros(count).index_add(0, batch.fact, of_token * share), after, missed == 0
 
 
-def _read(unread: list[tuple[Tensor, Tensor]], batch: Solver, kept: list[int], results: list[Optimised]) -> float:
-    """Bring the losses of the latest steps, and the δ of facts that leave, into `results`. The latest mean loss.
+def _look(unread: list[Tensor], batch: Solver, results: list[Optimised]) -> tuple[float, list[int]]:
+    """Bring the losses of the latest steps into `results`. Returns the latest mean loss, and the places of the facts
+    that are alive. This is the loop's one wait for an accelerator: all numbers come in one copy.
 
-    - `unread`: of each step, the loss terms [4, facts] and which facts were alive [facts].
-    - `kept`: places of the facts that go on.
+    - `unread`: of each step [5, facts]: the loss terms, and which facts were alive.
     """
-    values = torch.stack([terms for terms, _ in unread]).tolist()  # [steps, 4, facts]
-    was_alive = torch.stack([alive for _, alive in unread]).tolist()
-    found, hit = batch.result(unread[-1][0][0])
-    deltas, hits = found.detach().double().cpu(), hit.tolist()
-    for place, fact in enumerate(batch.facts):
-        for terms, alive in zip(values, was_alive, strict=True):
-            if alive[place]:
+    *steps, alive = torch.cat((*unread, batch.alive[None].to(unread[0].dtype))).tolist()  # [5 · steps + 1, facts]
+    for begin in range(0, len(steps), 5):
+        *terms, was_alive = steps[begin : begin + 5]
+        for place, fact in enumerate(batch.facts):
+            if was_alive[place]:
                 own = [term[place] for term in terms]
                 results[fact].steps.append(dict(zip(("loss", "nll", "kl", "weight_decay"), own, strict=True)))
+    losses: list[float] = steps[-5]
+    return sum(losses) / len(losses), [place for place, lives in enumerate(alive) if lives]
+
+
+def _end(batch: Solver, losses: Tensor, kept: list[int], results: list[Optimised]) -> None:
+    """Bring the δ of the facts that leave into `results`. `losses` [facts]: at δ. `kept`: places of those that stay."""
+    found, hit = batch.result(losses)
+    deltas, hits = found.detach().double().cpu(), hit.tolist()
+    for place, fact in enumerate(batch.facts):
         if place not in kept:
             results[fact].delta, results[fact].clamp_hit = deltas[:, place].clone(), hits[place]
-    losses: list[float] = values[-1][0]
-    return sum(losses) / len(losses)
 
 
 def _fitting(lm: LanguageModel, layer: int, jobs: Sequence[FactRows]) -> int:
