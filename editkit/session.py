@@ -31,6 +31,7 @@ from editkit.models.architecture import as_stored
 from editkit.models.load import LanguageModel
 from editkit.models.offload import values_of, write_values
 from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
+from editkit.models.wrapped import require_editable
 from editkit.settings import ContextSettings, MethodSettings
 from editkit.tensorfiles import SEAL, FileKind, contents_digest, explained, require_fields, strict_json
 
@@ -270,6 +271,8 @@ class Session:
         for name in stored:
             if name not in self._held:  # no step has touched it: it is W0
                 self._held[name] = values_of(self.lm.model, name).clone()
+        for name in self._held:
+            require_editable(self.lm.model, name.rpartition(".")[0])
         sums, values = self._sums(steps), dict(self._held)
         for name, total in sums.items():
             start = self._held[name]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from editkit.errors import EditkitError, did_you_mean
 from editkit.files import whole
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Rows, tokenise
 from editkit.moments import cache_folder
@@ -50,6 +51,7 @@ class Norms:
     tokens: tuple[str, ...]
 
 
+@in_eval_mode
 def activation_norms(lm: LanguageModel, text: str, sites: str | Iterable[str]) -> Norms:
     """L2 norm of the output of each of `sites` at each token of `text`; `editkit.plots.norm_map` draws it.
 
@@ -79,6 +81,7 @@ def _look(lm: LanguageModel, texts: Sequence[str], sites: list[str]) -> tuple[Ro
 # Features for another task
 
 
+@in_eval_mode
 def features(
     lm: LanguageModel,
     texts: Iterable[str],

@@ -29,6 +29,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.offload import is_offloaded, values_of, write_values
 from editkit.models.precision import wide
 from editkit.models.snapshot import Reversal, Snapshot, digest
+from editkit.models.wrapped import require_editable
 from editkit.nethook import NameNotFound
 from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
 
@@ -135,7 +136,7 @@ class Edit:
         try:
             with torch.no_grad():
                 for delta in self.deltas:
-                    weight = values_of(lm.model, delta.parameter)
+                    weight = _weight(lm, delta.parameter)
                     dtype = wide(weight.dtype)
                     parts = []
                     for index, change in delta.parts():
@@ -285,6 +286,7 @@ class Applied:
 
 def _weight(lm: LanguageModel, name: str) -> Tensor:
     try:
+        require_editable(lm.model, name.rpartition(".")[0])
         return values_of(lm.model, name)
     except NameNotFound as error:
         raise EditkitError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from editkit.edits.edit import Edit
 from editkit.models.architecture import experts_in
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of, has_experts, routed, site_of
 from editkit.models.load import LanguageModel
 from editkit.models.precision import widened
@@ -42,6 +43,7 @@ class RoutingChange:
         return {"layers": list(self.layers), "prompts": len(self.prompts), **means}
 
 
+@in_eval_mode
 def routing_change(lm: LanguageModel, edit: Edit, prompts: Sequence[str]) -> RoutingChange:
     """Run `prompts` through `lm` without and with `edit`, and compare where their tokens are sent.
 

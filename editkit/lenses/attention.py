@@ -10,6 +10,7 @@ from torch import Tensor
 
 from editkit.errors import EditkitError
 from editkit.facts import Fact
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
@@ -33,6 +34,7 @@ class Attention:
         return self.weights[..., first : last + 1].sum(-1)
 
 
+@in_eval_mode
 @torch.no_grad()
 def attention_to_subject(lm: LanguageModel, fact: Fact) -> Attention:
     """The attention of the last token of the fact's prompt, by block and head.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from editkit.edits.edit import Edit
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace
@@ -34,6 +35,7 @@ class StreamChange:
     tokens: tuple[str, ...]
 
 
+@in_eval_mode
 def stream_change(lm: LanguageModel, edit: Edit, text: str) -> StreamChange:
     """How far `edit` moves the residual stream after each block, at each token of `text`."""
     rows = tokenise(lm, [text])

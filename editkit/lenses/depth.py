@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from editkit.errors import EditkitError
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced, tokenise, unflatten
@@ -44,6 +45,7 @@ class Lens:
         return DataFrame(rows, columns=[*self.axes, "probability", "rank", "said"])
 
 
+@in_eval_mode
 @torch.no_grad()
 def logit_lens(lm: LanguageModel, text: str, words: Sequence[str]) -> Lens:
     """The logit lens (nostalgebraist 2020) of one prompt: P(word) after each block.

@@ -15,6 +15,7 @@ from editkit.edits import Delta, Edit
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.shared.likelihood import nll_of_rows
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import keys_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
@@ -36,6 +37,7 @@ class SideEffects:
     drop: Tensor | None = None  # −Σ g · ΔW k′ over tokens: the decrease of log p(target), to first order
 
 
+@in_eval_mode
 def side_effects(
     lm: LanguageModel, edit: Edit, prompts: Sequence[str], targets: Sequence[str] | None = None
 ) -> SideEffects:

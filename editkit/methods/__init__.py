@@ -55,7 +55,10 @@ class Method:
     ) -> "Edit":
         if unknown := sorted({*options} - {*OPTIONS}):
             raise TypeError(f"no method takes {', '.join(unknown)}; options are {', '.join(OPTIONS)}")
-        return self.function(lm, facts, settings, **{k: v for k, v in options.items() if k in self.takes})
+        from editkit.models.evalmode import eval_mode  # here, since names are listed without importing torch
+
+        with eval_mode(lm):
+            return self.function(lm, facts, settings, **{k: v for k, v in options.items() if k in self.takes})
 
 
 _METHODS: Registry[Method] = Registry("method", package=__name__, group="editkit.methods")

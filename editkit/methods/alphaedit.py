@@ -23,6 +23,7 @@ from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
@@ -67,6 +68,7 @@ class AlphaEditSettings(SpreadSettings):
         require(self.l2 is None or self.l2 > 0, "method.l2", self.l2, "positive")
 
 
+@in_eval_mode
 def alphaedit(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

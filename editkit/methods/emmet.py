@@ -21,6 +21,7 @@ from editkit.methods.memit import MemitSettings
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import Constants, require
@@ -54,6 +55,7 @@ class EmmetSettings(MemitSettings):
             )
 
 
+@in_eval_mode
 def emmet(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

@@ -30,11 +30,13 @@ from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.offload import require_trainable
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
+from editkit.models.wrapped import require_all_editable
 from editkit.nethook import get_module, get_parameter, requires_grad
 from editkit.settings import Constants, TuningSettings, require
 
@@ -59,6 +61,7 @@ class FtSettings(TuningSettings):
         return None
 
 
+@in_eval_mode
 def ft(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -78,6 +81,7 @@ def ft(
     settings = (settings or FtSettings()).resolved(lm.name, lm.layers)
     assert settings.layer is not None and settings.lr is not None  # resolved
     site = down_of(lm, lm.check_layer(settings.layer))
+    require_all_editable(lm.model, [site])
     require_trainable(lm.model, site, "ft" if settings.bound is None else "ft_l")
     holder, base = get_module(lm.model, site), base_of(lm)
     layout = orientation(holder, site)

@@ -26,11 +26,13 @@ from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.likelihood import descend, kept_grads
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import experts_in, orientation, weight_name
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.offload import require_trainable
 from editkit.models.precision import wide
 from editkit.models.snapshot import Snapshot
+from editkit.models.wrapped import require_all_editable
 from editkit.nethook import get_module, replace_module, requires_grad
 from editkit.settings import Constants, TuningSettings, require
 
@@ -59,6 +61,7 @@ class LoraSettings(TuningSettings):
         require(self.lr > 0, "method.lr", self.lr, "positive")
 
 
+@in_eval_mode
 def lora(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -81,6 +84,7 @@ def lora(
     settings = (settings or LoraSettings()).resolved(lm.name, lm.layers)
     assert settings.layers is not None
     layers = [lm.check_layer(layer) for layer in settings.layers]
+    require_all_editable(lm.model, [down_of(lm, layer) for layer in layers])
     for layer in layers:
         require_trainable(lm.model, down_of(lm, layer), "lora")
     base = base_of(lm)

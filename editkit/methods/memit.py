@@ -25,6 +25,7 @@ from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
 from editkit.settings import Constants, SpreadSettings, require
@@ -64,6 +65,7 @@ class MemitSettings(SpreadSettings):
         require(weight is None or weight > 0, "method.mom2_update_weight", weight, "positive")
 
 
+@in_eval_mode
 def memit(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

@@ -31,9 +31,11 @@ from editkit.methods import register
 from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of, keys_of
 from editkit.models.load import LanguageModel
 from editkit.models.precision import wide
+from editkit.models.wrapped import require_all_editable
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
 from editkit.settings import MethodSettings
 from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
@@ -173,6 +175,7 @@ def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[
     return pairs, losses.detach()
 
 
+@in_eval_mode
 def mend(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -193,6 +196,7 @@ def mend(
     path = Path(settings.hypernetwork) if settings.hypernetwork else BUNDLED / f"{lm.name}_mend.safetensors"
     network = Mend.load(path)
     network.check_base(lm, earlier)
+    require_all_editable(lm.model, network.sites)
     found = checked_facts(lm, facts)
     pairs, losses = rank_one_gradients(lm, network.sites, found)
     deltas = []

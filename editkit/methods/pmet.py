@@ -23,6 +23,7 @@ from editkit.methods.memit import MemitSettings, least_squares
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.settings import Constants, require
 
@@ -53,6 +54,7 @@ class PmetSettings(MemitSettings):
         require(0 <= self.nll_weight <= 1, "method.nll_weight", self.nll_weight, "from 0 to 1")
 
 
+@in_eval_mode
 def pmet(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

@@ -26,6 +26,7 @@ from editkit.methods import register
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.value import Optimised, compute_deltas, named
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
@@ -64,6 +65,7 @@ class RomeSettings(ValueSettings):
         require_one_of(self.keys, "method.keys", ("mixed", "mean"))
 
 
+@in_eval_mode
 def rome(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -100,6 +102,7 @@ def rome(
     return _edit(lm, facts, updates, given)
 
 
+@in_eval_mode
 def rome_each(
     lm: LanguageModel,
     facts: Sequence[Fact],

@@ -21,6 +21,7 @@ from editkit.metrics import generation
 from editkit.metrics.metric import AFTER, WHEN, Score, registered
 from editkit.metrics.scoring import ProbeScore, TargetScore, score_probes
 from editkit.models.columns import Below
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
@@ -39,6 +40,7 @@ class Look:
     texts: tuple[str, ...]  # a sampled text for each generation prompt, or none
 
 
+@in_eval_mode
 def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0, below: Below | None = None) -> Look:
     """Ask `lm`, as it is now, everything about `case`.
 

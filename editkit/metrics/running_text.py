@@ -11,6 +11,7 @@ from editkit.corpora import atlas_prose, running_text
 from editkit.errors import ConfigError
 from editkit.metrics.drift import drift_scores, exp
 from editkit.metrics.metric import Score
+from editkit.models.evalmode import eval_mode
 from editkit.models.load import LanguageModel
 from editkit.moments import packed_blocks
 
@@ -58,7 +59,8 @@ class Drift:
 def _log_probabilities(lm: LanguageModel, blocks: Tensor) -> Iterator[Tensor]:
     """[length - 1, vocabulary] of each block, in float32 on the CPU."""
     for ids in blocks:
-        logits = lm.model(input_ids=ids[None].to(lm.device), use_cache=False).logits[0, :-1]
+        with eval_mode(lm):
+            logits = lm.model(input_ids=ids[None].to(lm.device), use_cache=False).logits[0, :-1]
         yield logits.float().log_softmax(-1).cpu()
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import log_softmax
 
 from editkit.data.cases import Probe
 from editkit.models.columns import Below, columns
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.generate import generate
 from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
@@ -54,6 +55,7 @@ class ProbeScore:
         return self.true is not None and self.true.nll < self.new.nll
 
 
+@in_eval_mode
 def score_targets(
     lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], below: Below | None = None
 ) -> list[TargetScore]:
@@ -121,6 +123,7 @@ def score_probes(lm: LanguageModel, probes: Sequence[Probe], below: Below | None
     return [ProbeScore(p, true.get(i), scores[i]) for i, p in enumerate(probes)]
 
 
+@in_eval_mode
 def top_next(lm: LanguageModel, prompt: str, k: int = 5) -> list[tuple[str, float]]:
     """The k most likely next tokens after `prompt`, as (text, probability)."""
     rows = tokenise(lm, [prompt])
@@ -130,6 +133,7 @@ def top_next(lm: LanguageModel, prompt: str, k: int = 5) -> list[tuple[str, floa
     return [(str(lm.tokenizer.decode([t])), float(v)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
+@in_eval_mode
 def continuation(lm: LanguageModel, prompt: str, tokens: int) -> str:
     """The greedy continuation of `prompt`, without it."""
     (text,) = generate(lm, [prompt], tokens)

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from editkit.errors import ModelError, did_you_mean
+from editkit.nethook import inside
 from editkit.registry import Registry
 
 
@@ -154,6 +155,8 @@ def orientation(module: nn.Module, name: str) -> str:
     """
     from transformers.pytorch_utils import Conv1D
 
+    while (inner := inside(module)) is not None:  # under an adapter or a compiled call
+        module = inner
     if isinstance(module, Conv1D):
         return "in_out"
     if isinstance(module, nn.Linear):

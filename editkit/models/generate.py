@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from editkit.errors import FactError
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.precision import widened
 
@@ -32,6 +33,7 @@ def _plainly(model: "PreTrainedModel") -> Iterator[None]:
         model.generation_config = kept
 
 
+@in_eval_mode
 @torch.inference_mode()
 def generate_batch(
     lm: LanguageModel,
@@ -80,6 +82,7 @@ def generate_batch(
     return [str(lm.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
 
 
+@in_eval_mode
 def generate(
     lm: LanguageModel, prompts: Sequence[str], new_tokens: int, *, top_k: int | None = None, seed: int = 0
 ) -> list[str]:

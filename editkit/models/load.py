@@ -16,7 +16,8 @@ from editkit.models.architecture import Architecture, architecture_of
 from editkit.models.offload import execution_device
 from editkit.models.snapshot import model_digest
 from editkit.models.split import DeviceMap, placement
-from editkit.nethook import get_module, get_parameter
+from editkit.models.wrapped import unwrapped
+from editkit.nethook import get_module
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded: its import takes longer than torch's
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class LanguageModel:
     """A Hugging Face causal LM with its tokenizer and its `Architecture`.
 
-    `model` is the plain transformers model in eval mode; nothing is wrapped, folded or renamed.
+    `model` is the plain transformers model; nothing is folded or renamed. Of one that is given inside torch.compile's,
+    DataParallel's or PEFT's object it is the transformers model in there, with its adapters (wrapped.py).
     """
 
     name: str
@@ -38,11 +40,15 @@ class LanguageModel:
     tokenizer: "PreTrainedTokenizerBase"
     architecture: Architecture
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", unwrapped(self.model))
+
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding; of an offloaded one that on which it is run."""
-        weight = get_parameter(self.model, f"{self.architecture.embedding}.weight", allow_meta=True)
-        run_on = execution_device(get_module(self.model, self.architecture.embedding)) if weight.is_meta else None
+        embedding = get_module(self.model, self.architecture.embedding)
+        weight = next(embedding.parameters())  # whatever wraps it
+        run_on = execution_device(embedding) if weight.is_meta else None
         return run_on or weight.device
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from editkit.errors import ModelError
 from editkit.models.architecture import experts_in, weight_name
-from editkit.nethook import get_module, get_parameter
+from editkit.nethook import get_module, get_parameter, inside
 
 
 def is_offloaded(model: nn.Module, name: str) -> bool:
@@ -31,8 +31,7 @@ def values_of(model: nn.Module, name: str) -> Tensor:
 
     Raises ModelError for an empty one without a store, nethook's errors as `get_parameter` does.
     """
-    owner, _, leaf = name.rpartition(".")
-    module = get_module(model, owner)
+    module, leaf = _holder(model, name)
     held = module._buffers.get(leaf)
     if held is None:
         held = get_parameter(model, name, allow_meta=True)
@@ -41,8 +40,7 @@ def values_of(model: nn.Module, name: str) -> Tensor:
 
 def write_values(model: nn.Module, name: str, values: Tensor) -> None:
     """Give the parameter `name` these values, where its own are kept. A parameter stays the same object."""
-    owner, _, leaf = name.rpartition(".")
-    module = get_module(model, owner)
+    module, leaf = _holder(model, name)
     parameter = get_parameter(model, name, allow_meta=True)
     if not parameter.is_meta:
         with torch.no_grad():
@@ -57,6 +55,15 @@ def write_values(model: nn.Module, name: str, values: Tensor) -> None:
     new = values.to("cpu", stored.dtype, copy=True)
     if not torch.equal(_bytes(new), _bytes(stored.cpu())):
         memory[key] = new
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter or buffer `name`, under wrappers and adapters too, and its name there."""
+    owner, _, leaf = name.rpartition(".")
+    module = get_module(model, owner)
+    while leaf not in module._parameters and leaf not in module._buffers and (inner := inside(module)) is not None:
+        module = inner
+    return module, leaf
 
 
 def require_trainable(model: nn.Module, module: str, method: str) -> None:

@@ -15,6 +15,7 @@ from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Rows
 from editkit.models.tree import Tree, room
+from editkit.models.wrapped import adapters_of
 
 # How far a replayed row may be from the whole model, relative to its largest logit; some families attend in float32.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -84,14 +85,15 @@ def packed_or_not(lm: LanguageModel, texts: Sequence[Sequence[int]], run: Callab
 
 
 def state_of(lm: LanguageModel) -> object:
-    """What decides how a model runs, but for its weights: attention, precision, and every hook that is on it."""
+    """What decides how a model runs, but for its weights: attention, precision, adapters, and every hook on it."""
     hooks = [
         number
         for module in lm.model.modules()
         for each in (module._forward_hooks, module._forward_pre_hooks)
         for number in each
     ]
-    return lm.model.config._attn_implementation, lm.dtype, lm.device, lm.model.training, tuple(hooks)
+    modes = lm.model.training, adapters_of(lm.model)
+    return lm.model.config._attn_implementation, lm.dtype, lm.device, modes, tuple(hooks)
 
 
 def earlier(lm: LanguageModel, texts: Sequence[Sequence[int]], most: int) -> tuple[Tensor, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from editkit.errors import ReversalError
 from editkit.models.offload import values_of, write_values
+from editkit.models.wrapped import plain_name
 from editkit.nethook import get_parameter
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,17 +49,19 @@ def digest(tensor: Tensor) -> str:
 
 
 def tensors_of(model: nn.Module, *, persistent_only: bool = False) -> dict[str, Tensor]:
-    """Every parameter and buffer once, under its canonical name; aliases of tied weights are left out.
+    """Every parameter and buffer once, under its canonical name, in which wrappers inside of the model do not count
+    (wrapped.py); aliases of tied weights are left out.
 
     `persistent_only` keeps what the state dict holds: caches such as rotary tables are left out. Offloaded ones are
     empty; `digests` and `values_of` know where their values are.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded aliases are not the same object
-    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if not (p.is_meta and n in tied)}
+    parameters = {plain_name(n): p for n, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {n: p for n, p in parameters.items() if not (p.is_meta and n in tied)}
     kept = model.state_dict().keys() if persistent_only else None
     for name, buffer in model.named_buffers():
         if kept is None or name in kept:
-            tensors[name] = buffer
+            tensors[plain_name(name)] = buffer
     return tensors
 
 

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from editkit.corpora import source_digest
 from editkit.errors import EditkitError, OutputError
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.moments.collect import Sums, collect, saver
@@ -34,6 +35,7 @@ IMPORTED = "imported:"  # the source of moments that `python -m editkit.moments 
 NOTICE_AFTER = 1.0  # seconds of waiting for another process
 
 
+@in_eval_mode
 def second_moments(
     lm: LanguageModel,
     layers: Sequence[int],

@@ -43,8 +43,16 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
         raise _not_found(model, "module", name) from None
 
 
+def inside(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper holds: one of torch.compile, of activation checkpointing, or a layer of PEFT. None for
+    a module that is no wrapper."""
+    names = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
+    return next((module._modules[name] for name in names if name in module._modules), None)
+
+
 def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> nn.Parameter:
-    """The parameter called `name`, not a copy; any alias of a tied weight will do.
+    """The parameter called `name`, not a copy; any alias of a tied weight will do. Under a wrapper or an adapter it has
+    the name of the plain model too.
 
     Raises NameNotFound with the nearest name, and HookError for weights where a write would be lost or wrong:
     parametrised, quantised and, unless `allow_meta`, offloaded ones.
@@ -54,6 +62,8 @@ def get_parameter(model: nn.Module, name: str, *, allow_meta: bool = False) -> n
         module = model.get_submodule(owner)
     except AttributeError:
         raise _not_found(model, "parameter", name) from None
+    while leaf not in module._parameters and (inner := inside(module)) is not None:
+        module = inner
     if parametrize.is_parametrized(module, leaf):
         raise HookError(f"'{name}' is parametrised, a write is lost: call parametrize.remove_parametrizations first.")
     parameter = module._parameters.get(leaf)

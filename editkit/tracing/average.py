@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from editkit.errors import EditkitError, FactError
 from editkit.facts import Fact
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.settings import TraceSettings
@@ -197,6 +198,7 @@ def trace_each(
             bar.update()
 
 
+@in_eval_mode
 def _traced_fact(
     lm: LanguageModel, fact: Fact, settings: TraceSettings, others: Sequence[str], seed: int
 ) -> TracedFact:
@@ -240,6 +242,7 @@ def average_of(
     )
 
 
+@in_eval_mode
 def average_trace(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -283,6 +286,7 @@ def _by_part(traced: Traced, kind: str) -> Tensor:
     return torch.stack([effect[tokens].mean(0) if tokens else none for tokens in traced.parts.values()])
 
 
+@in_eval_mode
 @torch.inference_mode()
 def knows(lm: LanguageModel, fact: Fact) -> bool:
     """Whether greedy decoding gives all tokens of target_true after the fact's prompt."""

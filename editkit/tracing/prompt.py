@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from editkit.facts import Fact
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.precision import widened
@@ -119,6 +120,7 @@ def parts_of(tokens: int, subject: tuple[int, int]) -> dict[str, list[int]]:
     return dict(zip(PARTS, positions if after <= end else [*positions[:3], [], [], []], strict=True))
 
 
+@in_eval_mode
 def trace(
     lm: LanguageModel,
     fact: Fact,

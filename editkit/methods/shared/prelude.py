@@ -16,7 +16,10 @@ from editkit.edits.edit import Base, base_of
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.facts import Fact
 from editkit.methods.shared.contexts import context_templates
+from editkit.models.evalmode import in_eval_mode
+from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
+from editkit.models.wrapped import require_all_editable
 from editkit.moments import Factored, Identity, SecondMoment, second_moments
 from editkit.settings import MethodSettings, MomentSettings, SpreadSettings, ValueSettings
 
@@ -151,8 +154,9 @@ def _with_targets(lm: LanguageModel, facts: Fact | Sequence[Fact]) -> list[Fact]
 def checked_layers(lm: LanguageModel, settings: MethodSettings) -> list[int]:
     """The blocks that `settings` (resolved) name, ascending.
 
-    Raises ModelError for a block the model does not have, and for several blocks of SpreadSettings in a family with a
-    norm between the MLP and the residual stream.
+    Raises ModelError for a block the model does not have, for a weight that cannot be edited as the model is wrapped
+    (models/wrapped.py), and for several blocks of SpreadSettings in a family with a norm between the MLP and the
+    residual stream.
     """
     layers = [lm.check_layer(layer) for layer in settings.blocks]
     if len(layers) > 1 and isinstance(settings, SpreadSettings) and lm.architecture.mlp_norm is not None:
@@ -160,6 +164,7 @@ def checked_layers(lm: LanguageModel, settings: MethodSettings) -> list[int]:
             f"Layers {layers} were asked for; '{lm.architecture.family}' has a norm between the MLP and the residual "
             "stream, so a residual cannot be shared out over several blocks. Give one, as in method.layers=[3]."
         )
+    require_all_editable(lm.model, [down_of(lm, layer) for layer in layers])
     return layers
 
 
@@ -185,6 +190,7 @@ class Collected(dict[int, SecondMoment]):
         self.settings = settings
 
 
+@in_eval_mode
 def shared_inputs(
     lm: LanguageModel, settings: MethodSettings, moments: Moments, seed: int, progress: bool
 ) -> dict[str, Any]:
