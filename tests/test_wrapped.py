@@ -1,5 +1,5 @@
-"""Models as notebooks leave them: training, checkpointed, compiled, under wrappers. Each gives the plain model's edit, and
-comes back as it was: modes, flags, wrappers, objects and bits. What cannot be edited truly is refused in one line."""
+"""Models as notebooks leave them: training, checkpointed, compiled, under wrappers. Each gives the plain model's edit,
+and comes back as it was: modes, flags, wrappers, objects and bits."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -48,7 +48,7 @@ def with_dropout(lm: LanguageModel) -> LanguageModel:
     """Llama's configuration has none."""
     for module in lm.model.modules():
         if getattr(module, "attention_dropout", None) == 0.0:
-            module.attention_dropout = 0.3  # type: ignore[assignment]
+            module.attention_dropout = 0.3
     return lm
 
 
@@ -125,7 +125,7 @@ METHODS = ("r_rome", "memit", "pmet", "alphaedit", "ft", "lora", "mend")
 
 def state(model: nn.Module) -> dict[str, Any]:
     """All that may not change: objects, modes, flags, gradients, hooks, adapters and bits."""
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     return {
         "modules": {name: id(module) for name, module in modules.items()},
         "training": {name: module.training for name, module in modules.items()},

@@ -1,4 +1,4 @@
-"""Weights under PEFT's adapters, tied, computed from others, or without values: edited truly, or refused in one line."""
+"""Weights under PEFT's adapters, tied, computed from others, or without values: edited, or refused in one line."""
 
 import copy
 from collections.abc import Callable
@@ -35,7 +35,8 @@ DOWN = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"]}
 def adapted(family: str, targets: list[str], *, start: bool = False, **options: Any) -> tuple[LanguageModel, Any]:
     """A tiny model with LoRA adapters, and the PeftModel around it. B is not 0, unless `start`."""
     lm = tiny_lm(family)
-    config = peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=targets, **options)
+    options = {"lora_dropout": 0.5} | options
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, **options)
     outer: Any = peft.get_peft_model(lm.model, config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in outer.named_parameters():
@@ -46,15 +47,22 @@ def adapted(family: str, targets: list[str], *, start: bool = False, **options: 
     return replace(lm, model=outer), outer
 
 
+WHERE: dict[str, tuple[dict[str, list[str]], dict[str, Any]]] = {
+    "on other modules": (OTHERS, {}),
+    "on the down-projections": (DOWN, {}),
+    "and a copy of the head": (OTHERS, {"modules_to_save": ["lm_head"]}),
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("where", ["on other modules", "on the down-projections"])
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_under_an_adapter_the_edit_is_that_of_the_merged_model(
     family: str, where: str, method: str, tmp_path: Path
 ) -> None:
     """The model that is edited is the one with its adapters; the oracle has them in its weights."""
-    targets = (OTHERS if where == "on other modules" else DOWN)[family]
-    lm, outer = adapted(family, targets)
+    targets, options = WHERE[where]
+    lm, outer = adapted(family, targets[family], **options)
     merged: Any = copy.deepcopy(outer).merge_and_unload()
     before, outer_modes = state(lm.model), state(outer)
     edit = edited(lm, method, tmp_path)
@@ -67,11 +75,9 @@ def test_under_an_adapter_the_edit_is_that_of_the_merged_model(
         assert apart < (0.02 if method in ("ft", "ft_l") else 1e-3)  # Adam's first steps are the signs of gradients
     ids = torch.tensor([[5, 6, 7, 8]])
     outer.eval()
-    with (
-        torch.no_grad(),
-        edit.applied(lm, everything=True) as applied,
-        edit.applied(replace(lm, model=merged), check=False),
-    ):
+    merged.eval()
+    in_merged = edit.applied(replace(lm, model=merged), check=False)
+    with torch.no_grad(), edit.applied(lm, everything=True) as applied, in_merged:
         torch.testing.assert_close(outer(ids).logits, merged(ids).logits, rtol=1e-3, atol=1e-3)
     assert applied.reversal is not None and applied.reversal.exact
     outer.train()
@@ -111,6 +117,30 @@ def test_a_session_under_adapters_undoes_each_step_and_leaves_the_adapter() -> N
         with outer.disable_adapter():
             assert lm.digest == first  # nothing but a switch
     assert state(outer) == before
+
+
+def test_an_adapter_merged_elsewhere_is_no_hindrance(tmp_path: Path) -> None:
+    lm, outer = adapted("gpt2", OTHERS["gpt2"])
+    wanted = edited(lm, "r_rome", tmp_path)
+    outer.merge_adapter()
+    before = state(outer)
+    found = edited(lm, "r_rome", tmp_path)
+    apart = (found.deltas[0].change() - wanted.deltas[0].change()).norm() / wanted.deltas[0].change().norm()
+    assert apart < 1e-3 and state(outer) == before
+
+
+def test_a_mixture_is_edited_under_adapters_of_attention_and_refused_under_those_of_its_experts(tmp_path: Path) -> None:
+    lm, outer = adapted("mixtral", ["q_proj", "v_proj"])
+    merged: Any = copy.deepcopy(outer).merge_and_unload()
+    oracle = edited(replace(lm, model=merged), "r_rome", tmp_path).deltas[0]
+    before = state(outer)
+    found = edited(lm, "r_rome", tmp_path).deltas[0]
+    assert (found.change() - oracle.change()).norm() / oracle.change().norm() < 1e-3
+    assert (found.module, found.experts) == (oracle.module, oracle.experts) and state(outer) == before
+    lm, outer = adapted("mixtral", [], target_parameters=["mlp.experts.down_proj"], lora_dropout=0.0)
+    for method in ("r_rome", "ft"):
+        with pytest.raises(ModelError, match=r"no plain LoRA \(.*ParamWrapper\).*merge_and_unload"):
+            edited(lm, method, tmp_path)
 
 
 def test_adapters_compiled_blocks_and_checkpoints_together(tmp_path: Path) -> None:

@@ -128,15 +128,18 @@ class Edit:
         W + ΔW is added in float32 (float64 for float64 weights) and cast once to the weight's dtype. If
         anything fails, the weights are put back before the exception leaves. `check=False` skips
         the comparison with the base; `everything` is that of `Snapshot.take`. Warns of an update larger than its
-        weight. Raises EditkitError for another base or a result that is not finite.
+        weight. Raises EditkitError for another base, a weight that cannot be edited as the model is wrapped
+        (models/wrapped.py), or a result that is not finite.
         """
+        for name in self.parameters:
+            _weight(lm, name)
         if check:
             self.check_base(lm)
         snapshot = Snapshot.take(lm.model, self.parameters, everything=everything)
         try:
             with torch.no_grad():
                 for delta in self.deltas:
-                    weight = _weight(lm, delta.parameter)
+                    weight = values_of(lm.model, delta.parameter)
                     dtype = wide(weight.dtype)
                     parts = []
                     for index, change in delta.parts():

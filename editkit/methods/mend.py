@@ -89,8 +89,10 @@ class Mend(nn.Module):
 
     @classmethod
     def for_model(cls, lm: LanguageModel, layers: Sequence[int], **options: Any) -> "Mend":
-        """An untrained network for the down-projections of `layers`. Raises ModelError for a layer lm lacks."""
+        """An untrained network for the down-projections of `layers`. Raises ModelError for a layer lm lacks or
+        cannot edit."""
         sites = [down_of(lm, lm.check_layer(layer)) for layer in layers]
+        require_all_editable(lm.model, sites)
         shapes = {site: _shape(lm, site) for site in sites}
         if len({*shapes.values()}) > 1:
             raise ModelError(

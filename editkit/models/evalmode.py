@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import uninterrupted
 from editkit.models.wrapped import AROUND
@@ -24,8 +25,13 @@ def eval_mode(lm: LanguageModel) -> Iterator[None]:
     """In the body the model runs in eval mode, without compiled calls and without wrappers around its modules.
 
     Transformers checkpoints activations in training alone, so eval mode turns that off too. On every exit each module
-    has its own mode, compiled call and wrapper again.
+    has its own mode, compiled call and wrapper again. Raises ModelError for a model without values.
     """
+    if lm.device.type == "meta":
+        raise ModelError(
+            f"'{lm.name}' was to be run, and it has no values: it lies on the meta device. Load the model with its "
+            "weights, or with model.device_map=auto."
+        )
     modules: list[Any] = list(lm.model.modules())
     modes = [(module, module.training) for module in modules if module.training]
     compiled = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl is not None]

@@ -82,7 +82,7 @@ def require_editable(model: nn.Module, module: str) -> None:
     name = weight_name(module, experts_in(layer))
     leaf = name.rpartition(".")[2]
     if parametrize.is_parametrized(layer, leaf):
-        kind = type(layer.parametrizations[leaf][0]).__name__  # type: ignore[index,union-attr]
+        kind = type(layer.parametrizations[leaf][0]).__name__  # type: ignore[index]
         raise ModelError(
             f"'{name}' was to be edited, and it is computed from other parameters ({kind}): a change of it would be "
             f"lost. Call torch.nn.utils.parametrize.remove_parametrizations(module, '{leaf}') first, or edit another "
