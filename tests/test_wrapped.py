@@ -19,9 +19,9 @@ from editkit.metrics.measure import look
 from editkit.metrics.running_text import Drift
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
-from editkit.models.snapshot import digests, tensors_of
+from editkit.models.snapshot import digest, digests, tensors_of
 from editkit.moments import second_moments
-from editkit.nethook import get_module
+from editkit.nethook import get_module, get_parameter
 from editkit.settings import MeasureSettings, MomentSettings, TraceSettings
 from tests.conftest import tiny_lm
 from tests.test_pretended_methods import edited
@@ -55,6 +55,9 @@ def with_dropout(lm: LanguageModel) -> LanguageModel:
 def training(lm: LanguageModel) -> LanguageModel:
     with_dropout(lm).model.train()
     get_module(lm.model, lm.architecture.attention.format(0)).eval()  # modes may differ
+    weight = get_parameter(lm.model, f"{lm.architecture.down(1)}.weight")
+    weight.grad = torch.ones_like(weight)  # of a step that is under way
+    get_parameter(lm.model, f"{lm.architecture.down(0)}.weight").requires_grad_(False)
     return lm
 
 
@@ -137,7 +140,8 @@ def state(model: nn.Module) -> dict[str, Any]:
             for name, m in modules.items()
             if hasattr(m, "merged_adapters")
         },
-        "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
+        "parameters": {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
+        "gradients": {name: digest(p.grad) for name, p in model.named_parameters() if p.grad is not None},
         "bits": digests(tensors_of(model)),
     }
 

@@ -105,6 +105,16 @@ def test_an_adapter_that_does_nothing_changes_no_edit(family: str, tmp_path: Pat
     assert edited(replace(lm, model=unloaded), "r_rome", tmp_path).digest == plain.digest
 
 
+def test_adapters_and_compiled_blocks_added_while_an_edit_is_applied_do_not_keep_it(tmp_path: Path) -> None:
+    lm = tiny_lm("gpt2")
+    start, edit = lm.digest, edited(lm, "r_rome", tmp_path)
+    with edit.applied(lm, everything=True) as applied:
+        outer: Any = peft.get_peft_model(lm.model, peft.LoraConfig(target_modules=DOWN["gpt2"]))
+        compiled_block(lm)
+    assert applied.reversal is not None and applied.reversal.exact
+    assert replace(lm, model=outer.unload()).digest == start
+
+
 def test_a_session_under_adapters_undoes_each_step_and_leaves_the_adapter() -> None:
     lm, outer = adapted("gpt2", DOWN["gpt2"])
     before = state(outer)
