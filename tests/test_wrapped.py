@@ -46,7 +46,8 @@ def block(lm: LanguageModel, number: int = 1) -> tuple[Any, str]:
 
 def with_dropout(lm: LanguageModel) -> LanguageModel:
     """Llama's configuration has none."""
-    for module in lm.model.modules():
+    modules: list[Any] = list(lm.model.modules())
+    for module in modules:
         if getattr(module, "attention_dropout", None) == 0.0:
             module.attention_dropout = 0.3
     return lm
