@@ -1,6 +1,8 @@
 """Second moments on the command line.
 
     python -m editkit.moments collect --model atlas --layers 3,4,5 --source text.txt --tokens 100000
+    torchrun --nproc-per-node 8 -m editkit.moments collect …     # shared between processes, each on its own device
+    python -m editkit.moments collect … --shard 0/8              # one share of eight, as in an array of jobs
     python -m editkit.moments info                        # what the cache holds, killed collections among it
     python -m editkit.moments info FILE.safetensors       # count, condition, effective rank
     python -m editkit.moments verify FILE.safetensors --model atlas
@@ -11,6 +13,7 @@ The cache is $EDITKIT_CACHE, else ~/.cache/editkit. Errors are one line and exit
 """
 
 import argparse
+import signal
 import sys
 import traceback
 import warnings
@@ -18,15 +21,19 @@ from collections.abc import Callable
 from os import environ
 from pathlib import Path
 
-from editkit.errors import EditkitError
-from editkit.models.architecture import experts_in, orientation
+from editkit.errors import ConfigError, EditkitError
+from editkit.models.architecture import experts_in
 from editkit.models.experts import down_of
 from editkit.models.load import DTYPES, LanguageModel, load
+from editkit.moments.amount import key_shape, resolved
 from editkit.moments.cache import IMPORTED, cache_folder, second_moments, stored_at
-from editkit.moments.moment import ENOUGH, MOMENT_FILE, PARTIAL_FILE, SecondMoment
+from editkit.moments.collect import Share
+from editkit.moments.group import TIMEOUT, Group, launched, local_rank
+from editkit.moments.moment import ENOUGH, MOMENT_FILE, PARTIAL_FILE, SHARD_FILE, SecondMoment
 from editkit.moments.reference import SAMPLE_SIZE, from_npz, to_npz
-from editkit.nethook import get_module, get_parameter
-from editkit.settings import MomentSettings
+from editkit.moments.shards import collect_share, collect_together
+from editkit.nethook import get_module
+from editkit.settings import FEWEST_KEYS, KEYS_PER_DIMENSION, MomentSettings
 from editkit.tensorfiles import read_header
 
 
@@ -71,10 +78,10 @@ def info(options: argparse.Namespace) -> int:
 
 
 def _info_folder(folder: Path) -> int:
-    paths = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.partial")])
+    kinds = {".safetensors": MOMENT_FILE, ".partial": PARTIAL_FILE, ".shard": SHARD_FILE}
     shown = 0
-    for path in paths:
-        kind = MOMENT_FILE if path.suffix == ".safetensors" else PARTIAL_FILE
+    for path in sorted(path for suffix in kinds for path in folder.rglob(f"*{suffix}")):
+        kind = kinds[path.suffix]
         try:
             header = read_header(path, kind)
         except EditkitError:
@@ -89,9 +96,13 @@ def _info_folder(folder: Path) -> int:
             )
         else:
             settings = header["settings"]
+            goal, how = settings["tokens"], "unfinished"
+            if kind is SHARD_FILE:
+                rank, of = header["share"]
+                goal, how = -(-goal // of), f"share {rank}/{of} {'finished' if header['finished'] else how}"
             what = (
-                f"{header['model']}, {len(header['modules'])} modules: unfinished, {header['count']:,} of "
-                f"{settings['tokens']:,} keys of {settings['source']}"
+                f"{header['model']}, {len(header['modules'])} modules: {how}, {header['count']:,} of {goal:,} keys of "
+                f"{settings['source']}"
             )
         print(f"{what}\n    {where}, {path.stat().st_size / 1e6:.1f} MB")
     print(f"{shown} in {folder}" if shown else f"no second moments in {folder}")
@@ -124,11 +135,28 @@ def _sound(path: Path) -> SecondMoment:
 
 
 def collect(options: argparse.Namespace) -> int:
-    """Collect the layers' second moments in one pass, into the cache."""
-    lm = _load(options)
+    """Collect the layers' second moments in one pass, into the cache. Under torchrun, each process a share of it."""
     settings = MomentSettings(source=options.source, tokens=options.tokens, block=options.block)
+    group = Group(timeout=options.timeout) if launched() else None
+    if group is not None:
+        if options.shard is not None:
+            raise ConfigError("--shard is for processes that know nothing of each other: leave it out under torchrun.")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, when another process has ended
+        options.device = _own_device(options.device)
+    lm = _load(options)
+    settings = resolved(lm, settings)
     layers = range(lm.layers) if options.layers is None else options.layers
-    found = second_moments(lm, layers, settings, seed=options.seed)
+    if group is not None:
+        found = collect_together(lm, layers, settings, group=group, seed=options.seed)
+        group.leave()
+        if group.rank:
+            return 0
+    elif options.shard is not None:
+        found = collect_share(lm, layers, settings, share=options.shard, seed=options.seed)
+        if not found:
+            print(f"share {options.shard} is finished; the last share to finish adds all up")
+    else:
+        found = second_moments(lm, layers, settings, seed=options.seed)
     for layer, moment in found.items():
         print(f"layer {layer}: {moment.count:,} keys, {moment.vectors_per_dimension:.3g} per dimension")
         print(f"    {stored_at(moment, settings, options.seed, cache_folder())}")
@@ -149,14 +177,12 @@ def import_(options: argparse.Namespace) -> int:
     source = IMPORTED + options.name
     made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
     moment = from_npz(options.file, module, source, made)
-    holder = get_module(lm.model, module)
-    if experts_in(holder) is not None:
+    if experts_in(get_module(lm.model, module)) is not None:
         raise EditkitError(
             f"{module} of {lm.name} is a mixture of experts, and a file of the reference holds one matrix for one "
             "down-projection. Collect its second moments with `python -m editkit.moments collect`."
         )
-    weight = get_parameter(lm.model, f"{module}.weight", allow_meta=True)
-    d_ff = weight.shape[0 if orientation(holder, module) == "in_out" else 1]
+    _, d_ff = key_shape(lm, module)
     if moment.d_ff != d_ff:
         raise EditkitError(
             f"'{options.file}' is of {moment.d_ff} dimensions, and {module} of {lm.name} takes keys of {d_ff}: it "
@@ -169,6 +195,28 @@ def import_(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> LanguageModel:
     return load(options.model, dtype=options.dtype, device=options.device)
+
+
+def _own_device(device: str) -> str:
+    """The device of this process among those of its machine: CUDA device i for the i-th, where there is CUDA."""
+    import torch
+
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    if local_rank() >= torch.cuda.device_count():
+        raise EditkitError(
+            f"Process {local_rank()} of this machine has no CUDA device of its own: there are "
+            f"{torch.cuda.device_count()}. Start as many processes as devices, or give --device cpu or cuda:N."
+        )
+    return f"cuda:{local_rank()}"
+
+
+def _share(text: str) -> Share:
+    try:
+        rank, of = map(int, text.split("/"))
+        return Share(rank, of)
+    except (ValueError, ConfigError):
+        raise argparse.ArgumentTypeError(f"'{text}': give i/n with 0 ≤ i < n, as in 0/8") from None
 
 
 def _layers(text: str) -> list[int] | None:
@@ -221,9 +269,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="atlas, a text file, a folder saved by `datasets`, or hub:NAME[:CONFIG[:SPLIT]]; default: atlas",
     )
-    one.add_argument("--tokens", type=int, default=defaults.tokens, help=f"keys; default: {defaults.tokens}")
+    one.add_argument(
+        "--tokens",
+        type=int,
+        default=defaults.tokens,
+        help=f"keys; default: {KEYS_PER_DIMENSION} a dimension of d_ff, and {FEWEST_KEYS:,} at least",
+    )
     one.add_argument("--block", type=int, default=defaults.block, help=f"tokens a block; default: {defaults.block}")
     one.add_argument("--seed", type=int, default=0, help="of the atlas text's order; default: 0")
+    one.add_argument("--shard", type=_share, metavar="i/n", help="collect the i-th of n shares alone, i from 0")
+    one.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="MINUTES",
+        help=f"under torchrun: to wait for another process's next batch; default: {TIMEOUT:g}",
+    )
 
     one = add("export", export)
     one.add_argument("file", type=Path, metavar="FILE.safetensors")

@@ -3,6 +3,7 @@
     CACHE/moments/MODEL/KEY-MODULE.safetensors    C at one module; MODEL is the model's digest, KEY the settings'
     CACHE/moments/MODEL/KEY-MODULE.lock           held while it is collected; the system frees it when its holder dies
     CACHE/moments/MODEL/KEY-MODULES.partial       the state of a pass that is under way, or was killed
+    CACHE/moments/MODEL/KEY-MODULES-1of4.shard    the same of one share of a pass, for the second of four processes
 
 So an edited model never reads the moments of another, and a killed pass is gone on with by whoever asks next.
 """
@@ -25,10 +26,11 @@ from editkit.errors import EditkitError, OutputError
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
+from editkit.moments.amount import resolved
 from editkit.moments.collect import Sums, collect, saver
-from editkit.moments.moment import ENOUGH, PARTIAL_FILE, SecondMoment
+from editkit.moments.moment import ENOUGH, PARTIAL_FILE, SHARD_FILE, SecondMoment
 from editkit.settings import MomentSettings
-from editkit.tensorfiles import read_header
+from editkit.tensorfiles import FileKind, read_header
 
 VERSION = 2  # of what is collected: change it and no old cache is read
 IMPORTED = "imported:"  # the source of moments that `python -m editkit.moments import` put into the cache
@@ -49,12 +51,13 @@ def second_moments(
 
     `cache` is a folder (default `$EDITKIT_CACHE`, else `~/.cache/editkit`). A pass that was killed is gone on with,
     and gives the same bits as if it had not been. Another process that collects the same is waited for.
+    Where `settings` give no number of keys, it is `keys_wanted(lm)`.
     Warns when there are fewer than 2 keys per dimension (arXiv 2506.04226). Raises ModelError for a layer the
     model does not have, EditkitError when the text is shorter than one block or a key is not finite.
     """
-    settings = settings or MomentSettings()
+    settings = resolved(lm, settings or MomentSettings())
     modules = {layer: down_of(lm, lm.check_layer(layer)) for layer in dict.fromkeys(layers)}
-    store = _Store(lm.digest, settings, seed, cache or cache_folder())
+    store = Store(lm.digest, settings, seed, cache or cache_folder())
     found = store.read(modules.values())
     if missing := [module for module in modules.values() if module not in found]:
         if settings.source.startswith(IMPORTED):
@@ -68,7 +71,7 @@ def second_moments(
             found |= store.read(missing, warn=True)
             if missing := [module for module in missing if module not in found]:
                 found |= store.collect(lm, missing, progress, cached)
-    _warn_few(found, settings)
+    warn_few(found, settings)
     return {layer: found[module] for layer, module in modules.items()}
 
 
@@ -78,11 +81,11 @@ def cache_folder() -> Path:
 
 
 def stored_at(moment: SecondMoment, settings: MomentSettings, seed: int, cache: Path) -> Path:
-    """Where `second_moments` looks for this moment when it is asked for with `settings` and `seed`."""
-    return _Store(moment.provenance["model_digest"], settings, seed, cache).path(moment.module)
+    """Where `second_moments` looks for this moment when it is asked for with `settings` (resolved) and `seed`."""
+    return Store(moment.provenance["model_digest"], settings, seed, cache).path(moment.module)
 
 
-class _Store:
+class Store:
     """The part of the cache that belongs to one model, one text and one way of reading it."""
 
     def __init__(self, digest: str, settings: MomentSettings, seed: int, cache: Path) -> None:
@@ -105,10 +108,11 @@ class _Store:
                         warnings.warn(f"collected again: {error}", stacklevel=3)
         return found
 
-    def lock(self, modules: list[str], held: ExitStack, progress: bool) -> bool:
+    def lock(self, modules: list[str], held: ExitStack, progress: bool, *, wait: bool = True) -> bool:
         """Hold the modules' locks until `held` ends. False, with a warning, where the cache cannot be written.
 
         All processes lock in one order, so that two which ask for overlapping layers cannot wait for each other.
+        Without `wait`, raises EditkitError where another process has one of them.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,10 @@ class _Store:
                 try:
                     held.enter_context(lock.acquire(timeout=NOTICE_AFTER))
                 except Timeout:
+                    if not wait:
+                        raise EditkitError(
+                            f"Another process collects the second moment at {module}. Start again when it is done."
+                        ) from None
                     if progress:
                         print(f"editkit: another process collects {module}; waiting for it", file=sys.stderr)
                     held.enter_context(lock.acquire())
@@ -127,20 +135,20 @@ class _Store:
 
     def collect(self, lm: LanguageModel, modules: list[str], progress: bool, cached: bool) -> dict[str, SecondMoment]:
         """One pass for all `modules`, from where the furthest killed pass over them stopped."""
-        provenance: dict[str, Any] = {
-            "model": lm.name,
-            "model_digest": self.digest,
-            "settings": _relevant(self.settings),
-            "seed": self.seed,
-        }
+        provenance = self.provenance(lm)
         if not cached:
             sums = collect(lm, modules, self.settings, seed=self.seed, progress=progress)
             return {m: sums.moment(m, self.settings.source, provenance) for m in modules}
-        name = hashlib.sha256("\n".join(sorted(modules)).encode()).hexdigest()[:8]
-        partial = self.folder / f"{self.key}-{name}.partial"
-        for written in (partial, *map(self.path, modules)):  # what a kill left of a write; we hold the locks
-            for left in self.folder.glob(f".{written.name}.*.part"):
-                left.unlink(missing_ok=True)
+        partial = self.folder / f"{self.stem(modules)}.partial"
+        self.tidy(partial, *map(self.path, modules))
+        for path, header in self.unfinished("*.shard", SHARD_FILE):
+            if set(modules) <= set(header["modules"]):
+                warnings.warn(
+                    f"'{path}' belongs to an unfinished collection over {header['share'][1]} processes. One process "
+                    "alone does not go on with it, and collects all keys anew.",
+                    stacklevel=4,
+                )
+                break
         sums = collect(
             lm,
             modules,
@@ -150,22 +158,46 @@ class _Store:
             start=self._furthest(modules),
             save=saver(partial, provenance),
         )
+        return self.keep(sums, modules, provenance)
+
+    def keep(self, sums: Sums, modules: list[str], provenance: dict[str, Any]) -> dict[str, SecondMoment]:
+        """The moments, in the cache where it can be written; unfinished collections of what is now there go."""
         found = {m: sums.moment(m, self.settings.source, provenance) for m in modules}
         try:
             for module, moment in found.items():
                 moment.save(self.path(module))
         except OutputError as error:
             warnings.warn(f"second moments are not cached: {error}", stacklevel=3)
-        for path, header in self._partials():
+        for path, header in [*self.unfinished("*.partial", PARTIAL_FILE), *self.unfinished("*.shard", SHARD_FILE)]:
             if all(self.path(module).exists() for module in header["modules"]):
                 path.unlink(missing_ok=True)
         return found
 
-    def _partials(self) -> list[tuple[Path, dict[str, Any]]]:
+    def provenance(self, lm: LanguageModel) -> dict[str, Any]:
+        """How the moments are collected, as JSON."""
+        return {
+            "model": lm.name,
+            "model_digest": self.digest,
+            "settings": _relevant(self.settings),
+            "seed": self.seed,
+        }
+
+    def stem(self, modules: list[str]) -> str:
+        """How the names of files about a pass over `modules` begin."""
+        return f"{self.key}-{hashlib.sha256(chr(10).join(sorted(modules)).encode()).hexdigest()[:8]}"
+
+    def tidy(self, *written: Path) -> None:
+        """Delete what a kill left of a write of these files, whose locks are held."""
+        for path in written:
+            for left in self.folder.glob(f".{path.name}.*.part"):
+                left.unlink(missing_ok=True)
+
+    def unfinished(self, names: str, kind: FileKind) -> list[tuple[Path, dict[str, Any]]]:
+        """The files of passes that are under way or were killed, with their headers. `names`: a pattern."""
         found = []
-        for path in self.folder.glob(f"{self.key}-*.partial"):
+        for path in self.folder.glob(f"{self.key}-{names}"):
             with suppress(EditkitError):
-                found.append((path, read_header(path, PARTIAL_FILE)))
+                found.append((path, read_header(path, kind)))
         return found
 
     def _furthest(self, modules: list[str]) -> Sums | None:
@@ -174,7 +206,9 @@ class _Store:
         A damaged one is left out, with a warning.
         """
         usable = [
-            (header["count"], path) for path, header in self._partials() if set(modules) <= set(header["modules"])
+            (header["count"], path)
+            for path, header in self.unfinished("*.partial", PARTIAL_FILE)
+            if set(modules) <= set(header["modules"])
         ]
         for _, path in sorted(usable, reverse=True):
             try:
@@ -198,7 +232,7 @@ def _key(settings: MomentSettings, seed: int) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _warn_few(found: dict[str, SecondMoment], settings: MomentSettings) -> None:
+def warn_few(found: dict[str, SecondMoment], settings: MomentSettings) -> None:
     """One warning for the module that has the fewest keys for its size."""
     moment = min(found.values(), key=lambda m: m.vectors_per_dimension, default=None)
     if moment is None or moment.vectors_per_dimension >= ENOUGH:
@@ -206,7 +240,7 @@ def _warn_few(found: dict[str, SecondMoment], settings: MomentSettings) -> None:
     fewest = min(moment.routed, default=moment.count)
     needed = ENOUGH * moment.d_ff * (moment.count / max(fewest, 1) if moment.routed else 1)
     remedy = f"Set moments.tokens to {needed:.0f} or more"
-    if moment.count < settings.tokens:
+    if settings.tokens is not None and moment.count < settings.tokens:
         remedy += f", and moments.source to a longer text: '{moment.source}' gave {moment.count} of {settings.tokens}"
     warnings.warn(
         f"The second moment at {moment.module} has {fewest} keys {'of one expert ' if moment.routed else ''}for "

@@ -1,4 +1,4 @@
-"""One pass over running text: the sums Σ k kᵀ at all asked down-projections, with the place in the text.
+"""One pass over running text, or over a share of it: Σ k kᵀ at all asked down-projections, and the place in the text.
 
 The forward pass stops after the last of them. On a CPU a half model runs in float32 (models/precision.py). Products
 and sums are float64 whatever the model's dtype. Only
@@ -19,16 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from editkit.corpora import running_text
-from editkit.errors import EditkitError, OutputError
+from editkit.errors import ConfigError, EditkitError, OutputError
 from editkit.models.architecture import experts_in
 from editkit.models.experts import expert_keys
 from editkit.models.load import LanguageModel
 from editkit.models.precision import HALF, widened
 from editkit.models.snapshot import uninterrupted
+from editkit.moments.group import LostProcessError
 from editkit.moments.moment import PARTIAL_FILE, SecondMoment
 from editkit.nethook import Trace, get_module
 from editkit.settings import MomentSettings
-from editkit.tensorfiles import explained, read_tensors, write_tensors
+from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
 
 BATCH = 2048  # tokens a forward pass
 PANELS = 8  # of columns
@@ -81,6 +82,36 @@ def packed_blocks(lm: LanguageModel, texts: Iterator[str], length: int) -> Itera
     return Blocks(lm, texts, length)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which batches of the text a process takes: those at rank, rank + of, rank + 2 · of, …
+
+    All processes read and tokenise the whole text, which takes next to no time beside the forward passes. So all
+    shares together are the batches of one process: the same blocks, in the same passes of the model.
+    """
+
+    rank: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.of:
+            raise ConfigError(f"A share must be i/n with 0 ≤ i < n; found {self}.")
+
+    def __str__(self) -> str:
+        return f"{self.rank}/{self.of}"
+
+    def takes(self, batch: int) -> bool:
+        """Whether batch number `batch` of the text belongs to this share."""
+        return batch % self.of == self.rank
+
+    def behind(self, taken: int) -> int:
+        """How many batches of the text are behind a process that has taken `taken` of them."""
+        return (taken - 1) * self.of + self.rank + 1 if taken else 0
+
+
+ALONE = Share()
+
+
 @dataclass
 class Sums:
     """The state of a pass between two batches: what was summed, and where in the text."""
@@ -120,6 +151,18 @@ class Sums:
         norms = torch.stack([squares.sum(), squares.square().sum()]).cpu()
         self.norms[module] = self.norms[module] + norms if module in self.norms else norms
 
+    def merge(self, other: "Sums") -> None:
+        """Add the sums of another share of the same text. This one's place in the text stays."""
+        for module, product in other.products.items():
+            if module in self.products:
+                self.products[module] += product
+                self.norms[module] += other.norms[module]
+            else:
+                self.products[module], self.norms[module] = product, other.norms[module]
+        for module, counts in other.routed.items():
+            self.routed[module] = self.routed[module] + counts if module in self.routed else counts
+        self.count += other.count
+
     def moment(self, module: str, source: str, provenance: dict[str, Any]) -> SecondMoment:
         """C at `module`, exactly symmetric."""
         lower = self.products[module].tril()
@@ -129,20 +172,21 @@ class Sums:
         routed = tuple(self.routed[module].tolist()) if module in self.routed else ()
         return SecondMoment(module, matrix, self.count, source, effective, provenance, routed)
 
-    def save(self, path: Path, described: dict[str, Any]) -> None:
-        """Write the state, whole or not at all. Raises OutputError."""
+    def save(self, path: Path, described: dict[str, Any], kind: FileKind = PARTIAL_FILE) -> None:
+        """Write the state, whole or not at all, with what `described` says of it. Raises OutputError."""
         tensors = {f"products.{module}": product for module, product in self.products.items()}
         tensors |= {f"norms.{module}": norm for module, norm in self.norms.items()}
         tensors |= {f"routed.{module}": counts for module, counts in self.routed.items()}
         tensors["waiting"] = torch.tensor(self.waiting, dtype=torch.int64)
         place = {"count": self.count, "documents": self.documents, "modules": sorted(self.products)}
-        write_tensors(path, PARTIAL_FILE, described | place, tensors)
+        write_tensors(path, kind, place | described, tensors)
 
     @classmethod
-    def load(cls, path: Path, modules: list[str]) -> "Sums":
+    def load(cls, path: Path, modules: list[str], kind: FileKind = PARTIAL_FILE) -> "Sums":
         """The saved state, with the sums of `modules` alone. Raises EditkitError for a damaged file."""
-        header, tensors = read_tensors(path, PARTIAL_FILE, note=False)
-        with explained(path, PARTIAL_FILE):
+        header, tensors = read_tensors(path, kind, note=False)
+        with explained(path, kind):
+            modules = modules if header["count"] else []  # a share without a batch has no sums
             products, norms = ({m: tensors[f"{what}.{m}"] for m in modules} for what in ("products", "norms"))
             routed = {m: tensors[f"routed.{m}"] for m in modules if f"routed.{m}" in tensors}
             return cls(products, norms, routed, header["count"], header["documents"], tensors["waiting"].tolist())
@@ -166,26 +210,36 @@ def collect(
     progress: bool = True,
     start: Sums | None = None,
     save: Callable[[Sums], None] | None = None,
+    share: Share = ALONE,
+    together: Callable[[int], int] | None = None,
 ) -> Sums:
     """Go over the text until `settings.tokens` keys have been summed at each of `modules`, or the text ends.
 
+    - `settings`: with the number of keys, as `amount.resolved` gives them.
     - `seed`: of the order of the text.
+    - `progress`: whether to show a bar.
     - `start`: the state to continue from; the result has the same bits as that of a pass without a break.
     - `save`: called with the state every SAVE_EVERY seconds, and on Ctrl-C, which waits for the sums of a batch but
       not for its forward pass.
+    - `share`: the batches to take. The pass ends where that of one process ends: all shares together have its keys.
+    - `together`: given after each batch how many keys this process has summed; says how many all processes have.
 
     Raises EditkitError when the text is shorter than one block, or a key is not finite.
     """
+    tokens = settings.tokens
+    assert tokens is not None  # resolved
     sums = start or Sums({}, {})
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or settings.block
     length = min(settings.block, limit)
     texts = running_text(settings.source, seed=seed)
     blocks = Blocks(lm, texts, length, documents=sums.documents, waiting=sums.waiting)
     rows = max(1, BATCH // length)
+    behind = share.behind(-(-sums.count // (rows * length)))  # batches of the text; only its last may be smaller
+    goal = tokens if together is not None else -(-tokens // share.of)
     due = time.monotonic() + SAVE_EVERY
     bar = tqdm(
-        total=settings.tokens,
-        initial=min(sums.count, settings.tokens),
+        total=goal,
+        initial=min(sums.count, goal),
         unit="key",
         unit_scale=True,
         desc="second moments",
@@ -195,7 +249,10 @@ def collect(
     )
     with bar, torch.inference_mode(), widened(lm):
         try:
-            while sums.count < settings.tokens and (batch := list(islice(blocks, rows))):
+            while behind * rows * length < tokens and (batch := list(islice(blocks, rows))):
+                behind += 1
+                if not share.takes(behind - 1):
+                    continue
                 ids = torch.stack(batch).to(lm.device)
                 with Trace(lm.model, modules, inputs=True, outputs=False, stop=True) as trace:
                     lm.model(input_ids=ids, use_cache=False)
@@ -212,16 +269,17 @@ def collect(
                             sums.add_experts(module, experts, routed.experts, keys)
                     sums.count += ids.numel()
                     sums.documents, sums.waiting = blocks.documents, blocks.waiting
-                bar.update(min(ids.numel(), settings.tokens - bar.n))
+                done = sums.count if together is None else together(sums.count)
+                bar.update(min(done, goal) - bar.n)
                 if save is not None and time.monotonic() >= due:
                     began = time.monotonic()
                     save(sums)
                     due = time.monotonic() + max(SAVE_EVERY, SAVE_SHARE * (time.monotonic() - began))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, LostProcessError):
             if save is not None and sums.count:
                 save(sums)
             raise
-    if not sums.count:
+    if not behind:
         raise EditkitError(
             f"The running text '{settings.source}' has fewer than {length} tokens: no second moment can be "
             "collected from it. Give a longer text in moments.source."
@@ -229,12 +287,12 @@ def collect(
     return sums
 
 
-def saver(path: Path, described: dict[str, Any]) -> Callable[[Sums], None]:
+def saver(path: Path, described: dict[str, Any], kind: FileKind = PARTIAL_FILE) -> Callable[[Sums], None]:
     """`Sums.save` to `path`. A state that cannot be written costs a warning, not the run."""
 
     def save(sums: Sums) -> None:
         try:
-            sums.save(path, described)
+            sums.save(path, described, kind)
         except OutputError as error:
             warnings.warn(f"a killed collection would start again: {error}", stacklevel=2)
 

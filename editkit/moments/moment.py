@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,13 @@ PARTIAL_FILE = FileKind(  # the state of a collection that is under way, or was 
     remedy="Delete it: the collection starts again.",
     origin=_ORIGIN,
     renew="continue the collection",
+)
+SHARD_FILE = replace(  # one share of a collection over several processes, under way or finished: shards.py
+    PARTIAL_FILE,
+    format="editkit-moment-shard/1",
+    noun="one share of a collection of second moments",
+    fields=dict(PARTIAL_FILE.fields) | {"share": (list,), "finished": (bool,)},
+    remedy="Delete it: this share is collected again.",
 )
 ENOUGH = 2  # keys per dimension of d_ff; 2 to 10 suffice (arXiv 2506.04226)
 KEPT = 2**30  # bytes of a factor up to which it is kept

@@ -7,6 +7,8 @@ the code). None in a method's settings means: the constant of this method and mo
 from editkit.settings.checks import require, require_one_of
 from editkit.settings.constants import Constants
 from editkit.settings.methods import (
+    FEWEST_KEYS,
+    KEYS_PER_DIMENSION,
     LOOKUP_TOKENS,
     ContextSettings,
     MethodSettings,
@@ -32,6 +34,8 @@ from editkit.settings.runs import (
 )
 
 __all__ = [
+    "FEWEST_KEYS",
+    "KEYS_PER_DIMENSION",
     "LOOKUP_TOKENS",
     "TRACE_KINDS",
     "BatchSettings",

@@ -16,6 +16,8 @@ TRANSFORMS = ("rect", "prune")
 ENGINES = ("replay", "full")
 SOLVERS = ("adam", "descent")
 ADAMS = ("lr", "weight_decay")  # settings of a value that Adam alone has
+KEYS_PER_DIMENSION = 10  # of d_ff, behind a second moment (arXiv 2506.04226)
+FEWEST_KEYS = 40_000  # behind the second moment of a small model: 53 a dimension of the atlas model
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -48,16 +50,19 @@ class ContextSettings:
 
 @dataclass(frozen=True)
 class MomentSettings:
-    """How the second moment C = E[k kᵀ] is collected (ROME section 3.1, code `layer_stats.py`)."""
+    """How the second moment C = E[k kᵀ] is collected (ROME section 3.1, code `layer_stats.py`).
+
+    `tokens` None: ten keys a dimension of d_ff, and 40,000 at least (`editkit.moments.keys_wanted`).
+    """
 
     source: str = "atlas"  # running text: see `corpora.running_text`; or imported:NAME, from the reference's .npz
-    tokens: int = 40_000  # key vectors to collect; 2 to 10 per dimension of d_ff suffice (arXiv 2506.04226)
+    tokens: int | None = None  # key vectors to collect; None: as many as the model needs
     block: int = 128  # tokens a packed block
     ridge: float = 1e-4  # added to C's diagonal, as a fraction of its mean; explicit, 0 turns it off
     enabled: bool = True  # False uses the identity in place of C
 
     def __post_init__(self) -> None:
-        require(self.tokens > 0, "moments.tokens", self.tokens, "positive")
+        require(self.tokens is None or self.tokens > 0, "moments.tokens", self.tokens, "positive")
         require(self.block > 1, "moments.block", self.block, "2 or more")
         require(self.ridge >= 0, "moments.ridge", self.ridge, "0 or more")
 

@@ -20,7 +20,7 @@ from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.wrapped import require_all_editable
-from editkit.moments import Factored, Identity, SecondMoment, second_moments
+from editkit.moments import Factored, Identity, SecondMoment, resolved, second_moments
 from editkit.settings import MethodSettings, MomentSettings, SpreadSettings, ValueSettings
 
 # How to collect C, or C itself for each layer.
@@ -205,6 +205,7 @@ def shared_inputs(
     layers = checked_layers(lm, settings)
     moments = moments or MomentSettings()
     if isinstance(moments, MomentSettings) and moments.enabled:
+        moments = resolved(lm, moments)
         moments = Collected(second_moments(lm, layers, moments, seed=seed, progress=progress), moments)
     return {"moments": moments, "contexts": context_templates(lm, settings.contexts, seed)}
 
@@ -219,6 +220,8 @@ def find_moments(
     settings = _settings_of(moments)
     if settings is not None and not settings.enabled:
         return dict.fromkeys(layers), asdict(settings)
+    if settings is not None:
+        settings = resolved(lm, settings)
     if not isinstance(moments, Mapping):
         moments = second_moments(lm, layers, settings, seed=seed, progress=progress)
     elif absent := [layer for layer in layers if layer not in moments]:
