@@ -27,7 +27,7 @@ from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
-from editkit.settings import Constants, SpreadSettings, require
+from editkit.settings import EASYEDIT, Constants, SpreadSettings, require
 
 CONSTANTS = Constants(
     default={"clamp": 0.75, "steps": 25, "lr": 0.1, "weight_decay": 0.5, "l2": 10.0},
@@ -43,7 +43,12 @@ CONSTANTS = Constants(
         },
         "gpt2-xl": {"layers": (13, 14, 15, 16, 17)},
         "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8)},
-        "Llama-3-8B": {"layers": (4, 5, 6, 7, 8)},
+        "Llama-3-8B": {"layers": (4, 5, 6, 7, 8), "l2": 10.0},  # the authors' file; EasyEdit's has l2 1, earlier 10
+        "Llama-2-7B": {"layers": (4, 5, 6, 7, 8), **EASYEDIT},  # EasyEdit's for MEMIT; nobody's for AlphaEdit
+        "Llama-3.2-3B": {"layers": (2, 3, 4, 5, 6), **EASYEDIT},  # likewise; EasyEdit's own file has blocks 4 to 8
+        # EasyEdit and SPHERE; EasyEdit has l2 1. NAS (arXiv 2602.02543) disagrees in all but steps and l2, where it has
+        # the authors' 10: blocks 7 to 11, lr .1, decay .5, clamp .75.
+        "Qwen2.5-7B": {"layers": (4, 5, 6, 7, 8), "l2": 1.0, **EASYEDIT},
     },
     blocks="range",
     like=ROME,

@@ -28,7 +28,7 @@ from editkit.methods.shared.spread import write_values
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
-from editkit.settings import Constants, SpreadSettings, require
+from editkit.settings import EASYEDIT, Constants, SpreadSettings, require
 
 # The authors' hparams files; the atlas model's are measured, as ROME's.
 CONSTANTS = Constants(
@@ -45,6 +45,10 @@ CONSTANTS = Constants(
         "gpt2-xl": {"layers": (13, 14, 15, 16, 17), "mom2_update_weight": 20_000.0},
         "gpt-j-6b": {"layers": (3, 4, 5, 6, 7, 8), "steps": 25},
         "Llama-3-8B": {"layers": (4, 5, 6, 7, 8), "lr": 0.1},
+        "Llama-2-7B": {"layers": (4, 5, 6, 7, 8), **EASYEDIT},
+        "Llama-3.2-3B": {"layers": (2, 3, 4, 5, 6), **EASYEDIT},  # EasyEdit's own file has blocks 4 to 8
+        # EasyEdit and SPHERE. NAS (arXiv 2602.02543) disagrees: blocks 7 to 11, lr .1, decay .5, clamp .75.
+        "Qwen2.5-7B": {"layers": (4, 5, 6, 7, 8), **EASYEDIT},
     },
     blocks="range",
     like=ROME,

@@ -30,7 +30,7 @@ from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored
-from editkit.settings import Constants, ValueSettings, require_one_of
+from editkit.settings import EASYEDIT, Constants, ValueSettings, require_one_of
 
 Update = tuple[Tensor, Tensor, dict[str, Any]]  # left [d_model] and right [d_ff] in float64, and a health report
 
@@ -46,6 +46,10 @@ CONSTANTS = Constants(
         "gpt-j-6b": {"layer": 5},
         "gpt-neox-20b": {"layer": 15},
         "Llama-3-8B": {"layer": 5},
+        # EasyEdit's files; the authors of ROME have none for these models.
+        "Llama-2-7B": {"layer": 5, **EASYEDIT},
+        "Llama-3.2-3B": {"layer": 5, **EASYEDIT},
+        "Qwen2.5-7B": {"layer": 5, **EASYEDIT},
     },
     blocks="layer",
 )

@@ -62,7 +62,10 @@ def info(options: argparse.Namespace) -> int:
         return _info_folder(path)
     moment = _sound(path)
     made = moment.provenance
-    few = "" if moment.vectors_per_dimension >= ENOUGH else f"; 2 to 10 are needed: {ENOUGH * moment.d_ff} keys or more"
+    few = ""
+    if moment.vectors_per_dimension < KEYS_PER_DIMENSION:
+        needed = "" if moment.vectors_per_dimension >= ENOUGH else f"{ENOUGH} are needed, and "
+        few = f"; {needed}{KEYS_PER_DIMENSION} are advised: {KEYS_PER_DIMENSION * moment.d_ff:,} keys or more"
     effective = "unknown" if moment.effective_count is None else f"{moment.effective_count:,.0f} keys carry C"
     print(f"module           {moment.module}, d_ff {moment.d_ff}")
     if moment.routed:

@@ -157,8 +157,8 @@ class _Shard:
         for rank in range(self._share.of):
             if not self._finished(rank):
                 raise EditkitError(
-                    f"Share {rank}/{self._share.of} is not in '{self._store.folder}'. All processes need one cache: set "
-                    "EDITKIT_CACHE to a folder that every machine has."
+                    f"Share {rank}/{self._share.of} is not in '{self._store.folder}'. All processes need one cache: "
+                    "set EDITKIT_CACHE to a folder that every machine has."
                 )
             total.merge(Sums.load(self._path(rank), self._modules, SHARD_FILE))
         self._store.keep(total, self._modules, self._store.provenance(self._lm) | {"processes": self._share.of})

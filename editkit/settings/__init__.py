@@ -5,7 +5,7 @@ the code). None in a method's settings means: the constant of this method and mo
 """
 
 from editkit.settings.checks import require, require_one_of
-from editkit.settings.constants import Constants
+from editkit.settings.constants import EASYEDIT, Constants
 from editkit.settings.methods import (
     FEWEST_KEYS,
     KEYS_PER_DIMENSION,
@@ -34,6 +34,7 @@ from editkit.settings.runs import (
 )
 
 __all__ = [
+    "EASYEDIT",
     "FEWEST_KEYS",
     "KEYS_PER_DIMENSION",
     "LOOKUP_TOKENS",

@@ -10,7 +10,18 @@ from typing import Any, Literal
 DEPTH_FRACTION = 0.35  # GPT-2 XL's 17 of 48, where a model has no published block
 RANGE = 5  # blocks at most of a range that nobody published
 
-_ALIASES = {"Meta-Llama-3-8B": "Llama-3-8B"}
+_ALIASES = {  # a model's other names on the Hub, and its tuned versions, which are edited with the same constants
+    "Meta-Llama-3-8B": "Llama-3-8B",
+    "Meta-Llama-3-8B-Instruct": "Llama-3-8B",
+    "Llama-2-7b-hf": "Llama-2-7B",
+    "Llama-2-7b-chat-hf": "Llama-2-7B",
+    "Llama-3.2-3B-Instruct": "Llama-3.2-3B",
+    "Qwen2.5-7B-Instruct": "Qwen2.5-7B",
+}
+
+# What EasyEdit's files (github.com/zjunlp/EasyEdit, hparams/) have for Qwen2.5-7B, Llama-2-7B and Llama-3.2-3B, in each
+# method. Where others disagree, the methods' files say so beside the blocks.
+EASYEDIT: Mapping[str, Any] = {"clamp": 4.0, "steps": 25, "lr": 0.5, "weight_decay": 1e-3}
 
 
 @dataclass(frozen=True)

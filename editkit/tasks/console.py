@@ -16,7 +16,7 @@ from editkit.metrics.verdict import Verdict
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal
 from editkit.runs.read import Sides, sides_of
-from editkit.settings import Config
+from editkit.settings import KEYS_PER_DIMENSION, Config
 
 if TYPE_CHECKING:  # an edit needs no tracing
     from editkit.tracing import AverageTrace, Traced
@@ -151,6 +151,8 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
         text = f"second moment: {moments['keys']} keys ({moments['keys_per_dimension']:.0f} a dimension)"
         if "condition" in moments:
             text += f", condition {moments['condition']:.2g}"
+        if moments["keys_per_dimension"] < KEYS_PER_DIMENSION:
+            text += f"; few: {KEYS_PER_DIMENSION} a dimension or more are advised (moments.tokens)"
         lines += _wrapped("  ", text)
     return "\n".join(lines)
 

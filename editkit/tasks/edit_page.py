@@ -8,6 +8,7 @@ from editkit.report import charts
 from editkit.report.html import Body, Charts, Fold, Pairs, Section, Table, Text, cell
 from editkit.report.parts import plain_title, probe_table, score_tiles, scores, spectra
 from editkit.runs.read import Run
+from editkit.settings import KEYS_PER_DIMENSION
 
 HEALTH = {
     "k_dot_u": "k · u",
@@ -110,6 +111,9 @@ def _update(run: Run) -> list[Any]:
             ("condition", "condition of C"),
         ):
             items += [(label, cell(moments[name]))] if moments.get(name) is not None else []
+        each = moments.get("keys_per_dimension")
+        if isinstance(each, int | float) and each < KEYS_PER_DIMENSION:
+            items.append(("warning", f"few keys in C: {KEYS_PER_DIMENSION} a dimension or more are advised"))
     lost = edit.get("lost_in_rounding") if isinstance(edit.get("lost_in_rounding"), dict) else {}
     rows = [(name, finite(lost.get(name))) for name in edit.get("parameters") or []]
     blocks: list[Any] = [Pairs(items)]

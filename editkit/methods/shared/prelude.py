@@ -229,8 +229,8 @@ def find_moments(
     found = {layer: moments[layer] for layer in layers}
     if settings is None:
         return dict(found), {"given": True}
-    first = found[layers[0]]
-    size = {"keys": first.count, "keys_per_dimension": first.vectors_per_dimension}
+    fewest = min(found.values(), key=lambda moment: moment.vectors_per_dimension)
+    size = {"keys": fewest.count, "keys_per_dimension": fewest.vectors_per_dimension}
     return dict(found), asdict(settings) | size
 
 
