@@ -21,6 +21,7 @@ from collections.abc import Callable
 from os import environ
 from pathlib import Path
 
+from editkit import start
 from editkit.errors import ConfigError, EditkitError
 from editkit.models.architecture import experts_in
 from editkit.models.experts import down_of
@@ -197,6 +198,7 @@ def import_(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> LanguageModel:
+    start.import_libraries()
     return load(options.model, dtype=options.dtype, device=options.device)
 
 
