@@ -191,7 +191,7 @@ class Rows:
             rate = bench.matrix_rate(torch.float64)
             row["ratio_counted"] = counted(self.lm, layers, settings.block, bench.rate / rate)
             row["share_of_counted"] = row["ratio"] / row["ratio_counted"]
-            sums = operations_of_sums(self.lm, layers) * settings.tokens
+            sums = operations_of_sums(self.lm, layers) * self.options.keys
             for cost in (row["full"], row["fast"]):
                 cost["share_of_floor"] = ((cost["flop"] - sums) / bench.rate + sums / rate) / cost["seconds"]
             row["share_of_floor"] = row["fast"]["share_of_floor"]

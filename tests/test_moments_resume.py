@@ -26,7 +26,8 @@ from tests.conftest import tiny_lm
 
 Interrupt = tuple[int, Callable[[], None]]  # batches that are kept, and what takes the interrupt away
 
-SETTINGS = MomentSettings(tokens=12_800, block=32)
+KEYS = 12_800
+SETTINGS = MomentSettings(tokens=KEYS, block=32)
 BATCH = 64  # tokens a forward pass, so that there are 200 of them
 
 # A server that has imported everything once, and forks real processes on demand.
@@ -93,12 +94,12 @@ def test_killed_twice_and_resumed_gives_the_digest_of_one_go(
 ) -> None:
     first = killed_after(tmp_path, 1)
     second = killed_after(tmp_path, first + 640)
-    assert 0 < first < second < SETTINGS.tokens
+    assert 0 < first < second < KEYS
     assert list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob("*.safetensors"))
     lm = tiny_lm("gpt2")
     with forwards(lm) as count:
         resumed = second_moments(lm, [0, 2], SETTINGS, progress=True, cache=tmp_path)
-    assert len(count) == (SETTINGS.tokens - second) / BATCH
+    assert len(count) == (KEYS - second) / BATCH
     assert {layer: moment.digest for layer, moment in resumed.items()} == in_one_go
     assert "waiting" not in capsys.readouterr().err  # the dead process's lock is free
     left = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}

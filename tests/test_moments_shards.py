@@ -69,9 +69,7 @@ def assert_equal(found: dict[int, SecondMoment], wanted: dict[int, SecondMoment]
         assert torch.equal(moment.matrix, moment.matrix.mT)
 
 
-def one_of_a_group(
-    rank: int, size: int, port: int, family: str, cache: Path, options: dict[str, Any], told: Any
-) -> None:
+def one_of_a_group(place: dict[str, int | str], family: str, cache: Path, options: dict[str, Any], told: Any) -> None:
     """A process of a gloo group: collects, saves after each batch, and tells its digests or its error.
 
     `place`: what torchrun puts into the environment.
@@ -235,10 +233,12 @@ def test_a_text_that_ends_early_and_more_processes_than_batches(tmp_path: Path) 
     lm = tiny_lm("gpt2")
     one = second_moments(lm, [1], settings, progress=False, cache=tmp_path / "one")
     assert one[1].count % BATCH and one[1].count < 8 * BATCH  # its last batch is smaller, and some shares have none
-    for rank in range(8):
-        found = collect_share(lm, [1], settings, share=Share(rank, 8), progress=False, cache=tmp_path / "shares")
-    assert 0 < one[1].count < 8 * BATCH
-    assert_equal(found, one)
+    shares = [
+        collect_share(lm, [1], settings, share=Share(rank, 8), progress=False, cache=tmp_path / "shares")
+        for rank in range(8)
+    ]
+    assert shares[:-1] == [{}] * 7
+    assert_equal(shares[-1], one)
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
