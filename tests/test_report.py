@@ -390,6 +390,11 @@ def like_a_paper(model: str = "gpt2-xl", data: str = "counterfact", method: str 
     return change
 
 
+def test_few_keys_behind_c_are_told(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    copied(real_runs["edit"], tmp_path / "run")  # of 2,000 keys for 768 dimensions
+    assert "few keys in C: 10 a dimension or more are advised" in page(tmp_path / "run").text
+
+
 def test_published_numbers_stand_beside_a_run_of_the_same_setting(real_runs: dict[str, Path], tmp_path: Path) -> None:
     found = copied(real_runs["benchmark"], tmp_path / "run", like_a_paper())
     run = Run.at(tmp_path / "run")

@@ -130,5 +130,5 @@ class Group:
             raise LostProcessError(
                 f"Another process of this collection has ended, or has not answered for {self._minutes:g} minutes. "
                 "What each has collected is kept: start the same number of processes again to go on. "
-                f"(torch.distributed: {str(error).splitlines()[0]})"
+                f"(torch.distributed: {str(error).splitlines()[0].partition('. ')[0]})"
             ) from error
