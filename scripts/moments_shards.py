@@ -48,11 +48,11 @@ def worker(place: dict[str, Any], task: str, options: argparse.Namespace, folder
     if task == "go on":
         collect.SAVE_EVERY, collect.SAVE_SHARE = 0, 0
         try:
-            found = collect_together(lm, layers, settings, group=group, progress=False, cache=folder)
+            moments = collect_together(lm, layers, settings, group=group, progress=False, cache=folder)
         except EditkitError as error:
             print(f"process {group.rank}: {type(error).__name__}: {error}", flush=True)
             raise SystemExit(1) from None
-        told.put((group.rank, [moment.digest for moment in found.values()]))
+        told.put((group.rank, [moment.digest for moment in moments.values()]))
         return
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
     used: dict[str, list[float]] = {"alone": [], "together": []}

@@ -25,7 +25,7 @@ def shape(config: Any) -> LanguageModel:
     return LanguageModel("shape", model, byte_level_tokenizer(), architecture_of(config.model_type))
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
