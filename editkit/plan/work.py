@@ -15,6 +15,7 @@ from editkit.methods.shared.engine import FactRows, bytes_of, rows_of
 from editkit.methods.shared.value import CPU_BYTES
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
+from editkit.moments.amount import keys_wanted
 from editkit.moments.collect import BATCH, PANELS
 from editkit.moments.moment import KEPT
 from editkit.plan.sizes import Sizes
@@ -101,7 +102,7 @@ class Counter:
         """One collection for all of `layers`."""
         if not settings.enabled or not layers:
             return Step("second moments", note="the identity")
-        downs, keys = [self.sizes.down[layer] for layer in layers], self.keys(layers, settings)
+        downs, keys = [self.sizes.down[layer] for layer in layers], settings.tokens or keys_wanted(self.lm)
         last = sum(self.sizes.blocks[: max(layers) + 1]) / sum(self.sizes.blocks)
         run = self.passes("", last * keys / BATCH, BATCH)
         share = (PANELS + 1) / (2 * PANELS)  # of the square: the panels of the lower triangle
@@ -118,10 +119,6 @@ class Counter:
             host=max(held + largest / PANELS, 2 * held + largest),  # while they grow; when C is made of them
             note=f"{keys:,.0f} keys, unless the cache has them",
         )
-
-    def keys(self, layers: Sequence[int], settings: MomentSettings) -> int:
-        """How many keys are collected."""
-        return settings.tokens
 
     # --- edits ----------------------------------------------------------------------------------------------------
 
