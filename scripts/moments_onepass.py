@@ -41,7 +41,7 @@ def largest_difference(modules: list[str], one: list[Sums], each: list[Sums]) ->
     """Over modules, the largest |C - C'| in units of the largest |C|."""
     found = []
     for module, alone in zip(modules, each, strict=True):
-        a, b = (sums.moment(module, "", {}).matrix for sums in (one[0], alone))
+        a, b = (sums.pop(module, "", {}).matrix for sums in (one[0], alone))
         found.append(((a - b).abs().max() / a.abs().max()).item())
     return max(found)
 

@@ -30,7 +30,7 @@ from editkit.moments.amount import resolved
 from editkit.moments.collect import Sums, collect, saver
 from editkit.moments.moment import ENOUGH, PARTIAL_FILE, SHARD_FILE, SecondMoment
 from editkit.settings import MomentSettings
-from editkit.tensorfiles import FileKind, read_header
+from editkit.tensorfiles import MAPPED, FileKind, read_header
 
 VERSION = 2  # of what is collected: change it and no old cache is read
 IMPORTED = "imported:"  # the source of moments that `python -m editkit.moments import` put into the cache
@@ -138,7 +138,7 @@ class Store:
         provenance = self.provenance(lm)
         if not cached:
             sums = collect(lm, modules, self.settings, seed=self.seed, progress=progress)
-            return {m: sums.moment(m, self.settings.source, provenance) for m in modules}
+            return {m: sums.pop(m, self.settings.source, provenance) for m in modules}
         partial = self.folder / f"{self.stem(modules)}.partial"
         self.tidy(partial, *map(self.path, modules))
         for path, header in self.unfinished("*.shard", SHARD_FILE):
@@ -161,13 +161,20 @@ class Store:
         return self.keep(sums, modules, provenance)
 
     def keep(self, sums: Sums, modules: list[str], provenance: dict[str, Any]) -> dict[str, SecondMoment]:
-        """The moments, in the cache where it can be written; unfinished collections of what is now there go."""
-        found = {m: sums.moment(m, self.settings.source, provenance) for m in modules}
-        try:
-            for module, moment in found.items():
-                moment.save(self.path(module))
-        except OutputError as error:
-            warnings.warn(f"second moments are not cached: {error}", stacklevel=3)
+        """The moments, in the cache where it can be written; unfinished collections of what is now there go. `sums` is
+        emptied on the way, and a large moment is read from its file: memory does not hold all of them."""
+        found, unwritten = {}, None
+        for module in modules:
+            found[module] = sums.pop(module, self.settings.source, provenance)
+            try:
+                found[module].save(self.path(module))
+            except OutputError as error:
+                unwritten = error
+            else:
+                if found[module].matrix.nbytes >= MAPPED:
+                    found[module] = SecondMoment.load(self.path(module))
+        if unwritten is not None:
+            warnings.warn(f"second moments are not cached: {unwritten}", stacklevel=3)
         for path, header in [*self.unfinished("*.partial", PARTIAL_FILE), *self.unfinished("*.shard", SHARD_FILE)]:
             if all(self.path(module).exists() for module in header["modules"]):
                 path.unlink(missing_ok=True)

@@ -128,7 +128,7 @@ class Sums:
         k = k.double()
         size = k.shape[1]
         if module not in self.products:
-            self.products[module] = torch.zeros(size, size, dtype=torch.float64)
+            self.products[module] = _zeros(size, size)
         _add_products(self.products[module], k)
         self._add_norms(module, k.square().sum(1))
 
@@ -138,7 +138,7 @@ class Sums:
         keys = keys.double()
         size = keys.shape[-1]
         if module not in self.products:
-            self.products[module] = torch.zeros(experts, size, size, dtype=torch.float64)
+            self.products[module] = _zeros(experts, size, size)
             self.routed[module] = torch.zeros(experts, dtype=torch.int64)
         for expert in chosen.unique().tolist():
             of_expert = keys[chosen == expert]
@@ -163,10 +163,17 @@ class Sums:
             self.routed[module] = self.routed[module] + counts if module in self.routed else counts
         self.count += other.count
 
-    def moment(self, module: str, source: str, provenance: dict[str, Any]) -> SecondMoment:
-        """C at `module`, exactly symmetric."""
-        lower = self.products[module].tril()
-        matrix = (lower + lower.tril(-1).mT) / self.count
+    def pop(self, module: str, source: str, provenance: dict[str, Any]) -> SecondMoment:
+        """C at `module`, exactly symmetric; made of its sums in their memory, so that they are no longer here."""
+        matrix = self.products.pop(module)
+        size = matrix.shape[-1]
+        width = -(-size // PANELS)
+        for start in range(0, size, width):
+            here, later = slice(start, start + width), slice(start + width, None)
+            lower = matrix[..., here, here].tril()
+            matrix[..., here, here] = lower + lower.tril(-1).mT
+            matrix[..., here, later] = matrix[..., later, here].mT
+        matrix /= self.count
         second, fourth = self.norms[module].tolist()
         effective = second**2 / fourth if fourth else 0.0
         routed = tuple(self.routed[module].tolist()) if module in self.routed else ()
@@ -190,6 +197,12 @@ class Sums:
             products, norms = ({m: tensors[f"{what}.{m}"] for m in modules} for what in ("products", "norms"))
             routed = {m: tensors[f"routed.{m}"] for m in modules if f"routed.{m}" in tensors}
             return cls(products, norms, routed, header["count"], header["documents"], tensors["waiting"].tolist())
+
+
+def _zeros(*shape: int) -> Tensor:
+    """In float64, and not of inference mode, in which keys are collected: C is made in their memory later."""
+    with torch.inference_mode(False):
+        return torch.zeros(*shape, dtype=torch.float64)
 
 
 def _add_products(products: Tensor, k: Tensor) -> None:
