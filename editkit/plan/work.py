@@ -117,7 +117,7 @@ class Counter:
             run.operations + sums,
             run.seconds + sums / self.speed.float64,
             device=run.device + taken + wide,
-            host=max(held + largest / PANELS, 2 * held + largest),  # while they grow; when C is made of them
+            host=held + 2 * largest / PANELS,  # C is made in their memory
             note=f"{keys:,.0f} keys, unless the cache has them",
         )
 
