@@ -6,7 +6,7 @@
 It shows, before a model is downloaded, that this machine can edit it, and beside what was measured the plan that
 `python -m editkit.run plan=true` counts. The constants are those published for the model; random weights know no fact,
 so a value takes all of its steps, as it would in the plan. C is collected for real, of few keys (--keys) and a larger
-ridge, one block at a time: the solves are those of the real size.
+ridge, one block at a time: the solves are those of the real size. --steps makes a shorter rehearsal: memory is the same.
 
 Memory is that of this process without mapped files (RssAnon), or the allocator's on CUDA; "weights" are made before the
 first figure is taken, and are in all of them. The digests of all weights before and after everything are compared.
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ class Rehearsal:
     def _settings(self, method: str) -> Any:
         shape: str = self.options.shape
         name = NAMES.get(shape, shape)
-        return get_method(method).settings().resolved(name, self.skeleton.layers)
+        found = get_method(method).settings().resolved(name, self.skeleton.layers)
+        return found if self.options.steps is None else replace(found, steps=self.options.steps)
 
     def facts_of(self, method: str) -> list[Fact]:
         return self.facts[:1] if method == "rome" else self.facts
@@ -175,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         figures: dict[str, Any] = {"options": vars(options), "commit": commit(), "cpu": processor()}
         figures["threads"] = torch.get_num_threads()
+        figures["steps"] = {name: settings.steps for name, settings in rehearsal.settings.items()}
         figures |= {"plan": plan.to_json(), "phases": [asdict(phase) for phase in watch.phases], "peak": peak, **found}
         write_text(Path(options.json), json.dumps(figures, indent=2, default=str) + "\n")
 
@@ -185,6 +187,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--facts", type=int, default=10, help="of the MEMIT edit")
+    parser.add_argument("--steps", type=int, help="evaluations of a value; default: the published number")
     parser.add_argument("--keys", type=int, default=2048, help="keys of each second moment; 0: the identity for C")
     parser.add_argument("--ridge", type=float, default=1e-2, help="added to C's diagonal, as a fraction of its mean")
     parser.add_argument("--threads", type=int, help="of torch; default: its own")

@@ -12,7 +12,7 @@ from editkit.files import write_text
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
 COLUMNS = (
-    "shape", "parameters", "dtype", "ROME, s", "MEMIT, s", "second moments, s", "digests, s",
+    "shape", "parameters", "dtype", "evaluations", "ROME, s", "MEMIT, s", "second moments, s", "digests, s",
     "peak, GB", "planned, GB", "apart", "planned, s", "bits restored",
 )  # fmt: skip
 
@@ -28,6 +28,7 @@ def row(found: dict[str, Any]) -> list[str]:
         found["options"]["shape"],
         f"{plan['model']['parameters'] / 1e9:.2f} · 10⁹",
         found["options"]["dtype"],
+        " / ".join(str(found["steps"][method]) for method in ("rome", "memit")),
         f"{seconds['rome']:.0f}",
         f"{seconds['memit']:.0f}",
         f"{moments:.0f}",
