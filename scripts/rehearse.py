@@ -6,7 +6,8 @@
 It shows, before a model is downloaded, that this machine can edit it, and beside what was measured the plan that
 `python -m editkit.run plan=true` counts. The constants are those published for the model; random weights know no fact,
 so a value takes all of its steps, as it would in the plan. C is collected for real, of few keys (--keys) and a larger
-ridge, one block at a time: the solves are those of the real size. --steps makes a shorter rehearsal: memory is the same.
+ridge, one block at a time: the solves are those of the real size.
+With --steps a rehearsal is shorter, and takes the same memory.
 
 Memory is that of this process without mapped files (RssAnon), or the allocator's on CUDA; "weights" are made before the
 first figure is taken, and are in all of them. The digests of all weights before and after everything are compared.
