@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from editkit.errors import ModelError, did_you_mean
+from editkit.models.quantized import is_quantized
 from editkit.nethook import inside
 from editkit.registry import Registry
 
@@ -150,8 +151,9 @@ def architecture_of(model_type: str) -> Architecture:
 def orientation(module: nn.Module, name: str) -> str:
     """How the module stores W: "in_out" for Conv1D ([d_ff, d_model]), "out_in" for Linear ([d_model, d_ff]).
 
-    Of experts each slice [d_ff, d_model] or [d_model, d_ff] is stored so. Decided by type, or by what the experts
-    declare: a square weight has no shape to tell by. Raises ModelError for any other module.
+    A quantised module counts as a Linear. Of experts each slice [d_ff, d_model] or [d_model, d_ff] is stored so.
+    Decided by type, or by what the experts declare: a square weight has no shape to tell by. Raises ModelError for any
+    other module.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -159,14 +161,13 @@ def orientation(module: nn.Module, name: str) -> str:
         module = inner
     if isinstance(module, Conv1D):
         return "in_out"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_quantized(module):
         return "out_in"
     if experts_in(module) is not None:
         return "in_out" if getattr(module, "is_transposed", False) else "out_in"
     raise ModelError(
         f"'{name}' is a {type(module).__name__}; editkit edits the weights of Linear and Conv1D modules, and of "
-        "experts that are one 3-D parameter. Quantised or adapted layers: load the model in float32, float16 or "
-        "bfloat16, or merge the adapter first."
+        "experts that are one 3-D parameter, quantised ones too. Adapted layers: merge the adapter first."
     )
 
 

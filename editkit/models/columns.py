@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from editkit.models.load import LanguageModel
-from editkit.models.passes import TOLERANCE, Columns, check, first_pass, packed_or_not, second_pass, select, state_of
+from editkit.models.passes import Columns, check, first_pass, packed_or_not, second_pass, select, state_of, tolerance
 from editkit.models.products import quick_products
 from editkit.models.replay import Replay, replayed_calls
 from editkit.models.tokens import Rows
@@ -100,7 +100,7 @@ class Below:
         asked = self.start, state_of(self._lm)
         if _agreed.get(self._lm.model, (None, False))[0] != asked:
             apart = ((ready.run(ready.stream) - final).abs().max() / final.abs().max()).item()
-            _agreed[self._lm.model] = asked, apart <= TOLERANCE[self._lm.dtype]
+            _agreed[self._lm.model] = asked, apart <= tolerance(self._lm)
         return _agreed[self._lm.model][1]
 
 

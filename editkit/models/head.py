@@ -44,7 +44,7 @@ class _InPieces(torch.autograd.Function):
 def _by_pieces(head: torch.nn.Module, final: Tensor) -> bool:
     """Whether the head does no more than a product, and of the kind that a processor does slowly as a whole."""
     plain = type(head) is torch.nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
-    plain = plain and not head.weight.is_meta
+    plain = plain and not head.weight.is_meta and type(head.weight) is torch.nn.Parameter
     learns = torch.is_grad_enabled() and head.weight.requires_grad
     float32 = final.dtype == head.weight.dtype == torch.float32
     return plain and not learns and not faster() and float32 and final.device.type == "cpu" and final.ndim == 2

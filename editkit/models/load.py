@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from editkit.errors import ModelError
 from editkit.models.architecture import Architecture, architecture_of
 from editkit.models.offload import execution_device
+from editkit.models.quantization import check_way, method_of, quantizer, quiet_imports, settle
+from editkit.models.quantized import scheme_in
 from editkit.models.snapshot import model_digest
 from editkit.models.split import DeviceMap, placement
 from editkit.models.wrapped import unwrapped
@@ -32,16 +34,19 @@ class LanguageModel:
     """A Hugging Face causal LM with its tokenizer and its `Architecture`.
 
     `model` is the plain transformers model; nothing is folded or renamed. Of one that is given inside torch.compile's,
-    DataParallel's or PEFT's object it is the transformers model in there, with its adapters (wrapped.py).
+    DataParallel's or PEFT's object it is the transformers model in there, with its adapters (wrapped.py). `edited` is
+    how quantised weights are edited: "adapter" or "wide" (quantized.py).
     """
 
     name: str
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     architecture: Architecture
+    edited: str = "adapter"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
+        settle(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +61,11 @@ class LanguageModel:
         """That of the weights and activations (inside `widened`, float32)."""
         found: torch.dtype = self.model.dtype
         return found
+
+    @property
+    def quantization(self) -> str | None:
+        """How its weights are quantised, such as "bnb-nf4"; None when none is."""
+        return scheme_in(self.model)
 
     @property
     def layers(self) -> int:
@@ -89,6 +99,8 @@ def load(
     device_map: DeviceMap | None = None,
     max_memory: Mapping[str | int, str | int] | None = None,
     offload_folder: str | Path | None = None,
+    quantization: str | None = None,
+    edited: str = "adapter",
 ) -> LanguageModel:
     """Load a causal language model for editing.
 
@@ -101,17 +113,28 @@ def load(
       anything on your machine; both are off unless asked for here.
     - `device_map`, `max_memory`, `offload_folder`: split it over devices, the CPU's memory and files (split.py), in
       place of `device`.
+    - `quantization`: quantise it now: "bnb-8bit", "bnb-nf4", "bnb-fp4", "torchao-int8" or "torchao-int4". A checkpoint
+      that is quantised already needs no word.
+    - `edited`: how a quantised weight is edited. "adapter": ΔW is added beside it; "wide": the weight is kept
+      dequantised while it is edited (quantized.py).
 
     Raises ModelError when the model is not found or not of a family editkit knows.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    with quiet_imports():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    check_way(edited)
     path, source, options = _source(name_or_path, revision, trust_remote_code)
     split = placement(device, device_map, max_memory, offload_folder)
     device = resolve_device(device)
+    already: str | None = None
     try:
         config = AutoConfig.from_pretrained(source, **options)
         architecture = architecture_of(config.model_type)
+        already = method_of(config)
+        quantize = quantizer(quantization, config, _resolve_dtype(dtype))
+        if (quantize or already is not None) and not split:
+            split = {"device_map": {"": device}}  # it is quantised where it will lie, and cannot be moved later
         with _quiet() if str(name_or_path) in BUNDLED else contextlib.nullcontext(), _NoFirstWeights():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -120,12 +143,13 @@ def load(
                 use_safetensors=not allow_pickle or None,
                 output_loading_info=True,
                 **split,
+                **quantize,
                 **options,
             )
         model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_not_loaded(str(name_or_path), path, error)) from error
+        raise ModelError(_not_loaded(str(name_or_path), path, error, already)) from error
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
             f"The weights of '{name_or_path}' lack {len(missing)} parameters ({', '.join(missing[:3])}, …): they would "
@@ -139,7 +163,8 @@ def load(
     model.eval()
     if architecture.experts is not None and model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # transformers' grouped products take no float64
-    return LanguageModel(str(name_or_path), model if split else model.to(device), tokenizer, architecture)
+    model = model if split else model.to(device)
+    return LanguageModel(str(name_or_path), model, tokenizer, architecture, edited)
 
 
 def skeleton(
@@ -233,7 +258,7 @@ def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[dtype]
 
 
-def _not_loaded(name: str, path: Path, error: Exception) -> str:
+def _not_loaded(name: str, path: Path, error: Exception, quantized_by: str | None = None) -> str:
     """One message for the many ways in which transformers says no."""
     said = " ".join(str(error).split())
     first = said[:300]
@@ -244,6 +269,12 @@ def _not_loaded(name: str, path: Path, error: Exception) -> str:
         )
     if "offload_folder" in said or "device set" in said or "device_map" in said:
         return f"model.device_map does not fit '{name}' (a part on disk needs model.offload_folder=FOLDER): {first}"
+    if quantized_by is not None:
+        return (
+            f"'{name}' is quantised by {quantized_by} and does not load here: {first} Install what that asks for, or "
+            "load the model that is not quantised, with model.quantization=bnb-nf4 if it is too large. (Once loaded, "
+            "such weights are edited with model.edited=adapter.)"
+        )
     if path.is_dir():
         what = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         return (

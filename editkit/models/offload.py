@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from editkit.errors import ModelError
 from editkit.models.architecture import experts_in, weight_name
+from editkit.models.quantized import dequantized, is_quantized, quantized_shape
 from editkit.nethook import get_module, get_parameter, inside
 
 
@@ -27,15 +28,25 @@ def is_offloaded(model: nn.Module, name: str) -> bool:
 
 def values_of(model: nn.Module, name: str) -> Tensor:
     """The values of the parameter or buffer `name`: itself, or what an offloaded one has in its store, which is not to
-    be written to (`write_values` does that).
+    be written to (`write_values` does that); of a quantised weight its values in float32, [d_out, d_in].
 
     Raises ModelError for an empty one without a store, nethook's errors as `get_parameter` does.
     """
     module, leaf = _holder(model, name)
+    if leaf == "weight" and is_quantized(module):
+        return dequantized(module)
     held = module._buffers.get(leaf)
     if held is None:
         held = get_parameter(model, name, allow_meta=True)
     return held.detach() if not held.is_meta else _store(module, name)[leaf]
+
+
+def shape_of(model: nn.Module, name: str) -> torch.Size:
+    """The shape of the parameter `name`; of a quantised weight [d_out, d_in]."""
+    module, leaf = _holder(model, name)
+    if leaf == "weight" and is_quantized(module):
+        return quantized_shape(module)
+    return get_parameter(model, name, allow_meta=True).shape
 
 
 def write_values(model: nn.Module, name: str, values: Tensor) -> None:
@@ -68,8 +79,9 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def require_trainable(model: nn.Module, module: str, method: str) -> None:
     """Raise ModelError where the weight of `module`, which `method` trains, is offloaded."""
-    name = weight_name(module, experts_in(get_module(model, module)))
-    if is_offloaded(model, name):
+    found = get_module(model, module)
+    name = weight_name(module, experts_in(found))
+    if not is_quantized(found) and is_offloaded(model, name):
         raise ModelError(
             f"method={method} trains {name}, which is offloaded. Give its block a device in model.device_map, "
             "or use a method that computes the change of a weight, such as r_rome or memit."

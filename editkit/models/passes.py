@@ -20,6 +20,14 @@ from editkit.models.wrapped import adapters_of
 # How far a replayed row may be from the whole model, relative to its largest logit; some families attend in float32.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+QUANTISED_INPUTS = 5e-2  # of bitsandbytes' 8-bit layers, which round their inputs to int8: a last bit may become a step
+
+
+def tolerance(lm: LanguageModel) -> float:
+    """How far the model run in parts may be from the whole, relative to its largest logit."""
+    return max(TOLERANCE[lm.dtype], QUANTISED_INPUTS if "bnb-8bit" in (lm.quantization or "") else 0.0)
+
+
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # of each block, [rows, heads, tokens, d_head]
 
 
@@ -187,5 +195,5 @@ def check(lm: LanguageModel, rows: Rows, ends: Tensor, last: Sequence[int], row:
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
     wanted = lm.model(input_ids=rows.ids[row : row + 1, : last[row] + 1], use_cache=False, **few).logits[0, -1]
     apart = ((logits_of(lm, found) - wanted).abs().max() / wanted.abs().max()).item()
-    if not (apart <= TOLERANCE[lm.dtype] and ends.isfinite().all()):
+    if not (apart <= tolerance(lm) and ends.isfinite().all()):
         raise CannotReplay("run in parts it gives other logits than as a whole")

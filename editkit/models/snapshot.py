@@ -2,6 +2,9 @@
 
 Restoring copies; it never subtracts (W += Δ; W -= Δ leaves about a fifth of the entries unequal). Equality
 is of integer views, so that −0.0 differs from 0.0 and a NaN equals itself.
+
+A quantised weight is cloned with all of its quantisation state. An edit never writes it, but puts another module in the
+place of its module (quantized.py); to restore is to put that very module back.
 """
 
 import contextlib
@@ -18,8 +21,9 @@ from torch import Tensor, nn
 
 from editkit.errors import ReversalError
 from editkit.models.offload import values_of, write_values
+from editkit.models.quantized import is_quantized, storage_of, stored_tensors
 from editkit.models.wrapped import plain_name
-from editkit.nethook import get_parameter
+from editkit.nethook import get_module, get_parameter, replace_module
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,7 +57,8 @@ def tensors_of(model: nn.Module, *, persistent_only: bool = False) -> dict[str, 
     (wrapped.py); aliases of tied weights are left out.
 
     `persistent_only` keeps what the state dict holds: caches such as rotary tables are left out. Offloaded ones are
-    empty; `digests` and `values_of` know where their values are.
+    empty; `digests` and `values_of` know where their values are. A quantised weight counts as the tensors that it is
+    stored in: its codes, scales, code book.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded aliases are not the same object
     parameters = {plain_name(n): p for n, p in model.named_parameters()}
@@ -62,7 +67,24 @@ def tensors_of(model: nn.Module, *, persistent_only: bool = False) -> dict[str, 
     for name, buffer in model.named_buffers():
         if kept is None or name in kept:
             tensors[plain_name(name)] = buffer
+    for name, module in model.named_modules():
+        if (stored := stored_tensors(module)) is not None:
+            tensors.pop(plain_name(_in(name, "weight")), None)
+            tensors |= {plain_name(_in(name, part)): tensor for part, tensor in stored.items()}
     return tensors
+
+
+def _in(module: str, name: str) -> str:
+    """The name in the model of what a module calls `name`."""
+    return f"{module}.{name}" if module else name
+
+
+def weight_digest(model: nn.Module, name: str) -> str:
+    """sha256 of the parameter `name`; of a quantised weight, of all tensors that it is stored in."""
+    module = get_module(model, name.rpartition(".")[0])
+    if not is_quantized(module):
+        return digest(values_of(model, name))
+    return _joined({part: digest(tensor) for part, tensor in storage_of(module).items()})
 
 
 def digests(tensors: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, str]:
@@ -79,7 +101,11 @@ def digests(tensors: dict[str, Tensor], model: nn.Module | None = None) -> dict[
 
 def model_digest(model: nn.Module) -> str:
     """Identity of a model's state: canonical names, dtypes, shapes and bits of all persistent tensors."""
-    each = digests(tensors_of(model, persistent_only=True), model)
+    return _joined(digests(tensors_of(model, persistent_only=True), model))
+
+
+def _joined(each: dict[str, str]) -> str:
+    """One digest of many, by name."""
     return hashlib.sha256("".join(f"{name}={each[name]}\n" for name in sorted(each)).encode()).hexdigest()
 
 
@@ -129,34 +155,70 @@ class Snapshot:
     model: nn.Module
     clones: dict[str, Tensor]
     others: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # that hold the quantised ones among them, by name
 
     @classmethod
     def take(cls, model: nn.Module, names: Iterable[str], *, everything: bool | None = None) -> "Snapshot":
         """Clone the parameters `names`, found through `get_parameter` (aliases of tied weights too), where they live;
-        of offloaded ones the values in their store.
+        of offloaded ones the values in their store, of quantised ones the tensors that they are stored in.
 
         `everything` adds digests of all other parameters and buffers, so that `verify` can show that
         nothing else moved; the default does so for models up to 2 GiB.
         Raises nethook's NameNotFound for an unknown name.
         """
-        clones = {name: values_of(model, name).clone() for name in names}
+        clones: dict[str, Tensor] = {}
+        modules: dict[str, nn.Module] = {}
+        for name in names:
+            owner = name.rpartition(".")[0]
+            module = get_module(model, owner)
+            if is_quantized(module):
+                modules[owner] = module
+                clones |= {_in(owner, part): tensor.clone() for part, tensor in storage_of(module).items()}
+            else:
+                clones[name] = values_of(model, name).clone()
         tensors = tensors_of(model)
         if everything is None:
             everything = size_in_bytes(tensors.values()) <= SMALL_MODEL
         if not everything:
-            return cls(model, clones)
-        held = {id(get_parameter(model, name, allow_meta=True)) for name in clones}
-        return cls(model, clones, digests({n: t for n, t in tensors.items() if id(t) not in held}, model))
+            return cls(model, clones, modules=modules)
+        quantized = {name for owner in modules for name in clones if name.startswith(_in(owner, ""))}
+        held = {id(get_parameter(model, name, allow_meta=True)) for name in clones.keys() - quantized}
+        others = {n: t for n, t in tensors.items() if n not in quantized and id(t) not in held}
+        return cls(model, clones, digests(others, model), modules)
 
     def restore(self) -> None:
         """Copy the clones back. The parameters stay the same objects. A Ctrl-C meanwhile waits for the end."""
         with uninterrupted():
+            for owner, module in self.modules.items():
+                if get_module(self.model, owner) is not module:
+                    replace_module(self.model, owner, module)
+            stored = self._stored()
             for name, clone in self.clones.items():
-                write_values(self.model, name, clone)
+                if name not in stored:
+                    write_values(self.model, name, clone)
+                elif not same_bits(stored[name], clone):  # nothing of ours writes them
+                    stored[name].copy_(clone)
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The tensors of the quantised modules that are in their places now."""
+        found: dict[str, Tensor] = {}
+        for owner in self.modules:
+            module = get_module(self.model, owner)
+            if is_quantized(module):
+                found |= {_in(owner, part): tensor for part, tensor in storage_of(module).items()}
+        return found
+
+    def _is_back(self, name: str, clone: Tensor, stored: dict[str, Tensor]) -> bool:
+        owner = next((owner for owner in self.modules if name.startswith(_in(owner, ""))), None)
+        if owner is None:
+            return same_bits(values_of(self.model, name), clone)
+        same = get_module(self.model, owner) is self.modules[owner]
+        return same and name in stored and same_bits(stored[name], clone)
 
     def verify(self) -> Reversal:
         """Compare integer views of the cloned parameters, and digests of the rest where they were taken."""
-        unequal = [n for n, clone in self.clones.items() if not same_bits(values_of(self.model, n), clone)]
+        stored = self._stored()
+        unequal = [n for n, clone in self.clones.items() if not self._is_back(n, clone, stored)]
         now = tensors_of(self.model)
         present = {n: now[n] for n in self.others if n in now}
         unequal += [n for n in self.others if n not in now]

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from editkit.errors import ModelError
 from editkit.models.architecture import experts_in, weight_name
+from editkit.models.quantized import is_quantized, scheme_of
 from editkit.nethook import NameNotFound, get_module, get_parameter, inside
 
 AROUND = {  # class of a wrapper that only runs the module in it: where it keeps that
@@ -79,6 +80,13 @@ def require_editable(model: nn.Module, module: str) -> None:
             f"The weight of '{module}' was to be edited, and PEFT trains a copy of it (modules_to_save). Merge that "
             "(model.merge_and_unload()), or edit another block."
         )
+    if is_quantized(layer):
+        if layer is not get_module(model, module):
+            raise ModelError(
+                f"The weight of '{module}' was to be edited, and it is quantised ({scheme_of(layer)}) and lies in a "
+                "wrapper or under an adapter. Take that off (model.merge_and_unload()), or edit another block."
+            )
+        return
     name = weight_name(module, experts_in(layer))
     leaf = name.rpartition(".")[2]
     if parametrize.is_parametrized(layer, leaf):
@@ -113,6 +121,8 @@ def require_all_editable(model: nn.Module, modules: Iterable[str]) -> None:
     named: dict[int, str] = {}
     for module in modules:
         require_editable(model, module)
+        if is_quantized(get_module(model, module)):
+            continue  # quantisers leave tied weights as they are
         name = weight_name(module, experts_in(get_module(model, module)))
         weight = get_parameter(model, name, allow_meta=True)
         if (other := named.setdefault(id(weight), name)) != name:

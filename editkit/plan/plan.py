@@ -18,6 +18,7 @@ from editkit.data.cases import Case, case_of
 from editkit.errors import EditkitError
 from editkit.models.load import BUNDLED, LanguageModel, resolve_device, skeleton
 from editkit.models.memory import free_bytes, own_bytes
+from editkit.models.quantization import method_of
 from editkit.plan.sizes import Sizes, readable
 from editkit.plan.speed import Speed
 from editkit.plan.work import Counter, Step, together
@@ -159,8 +160,11 @@ def plan_of(config: Config) -> Plan:
     )
     cases = _cases(config)
     found = planned(lm, resolve_device(config.device), lambda counter: steps_of(config, counter, cases))
-    # How accelerate will split a model is its own decision.
-    return replace(found, free=None, host_free=None) if settings.device_map is not None else found
+    # How accelerate will split a model is its own decision, and the sizes here are those of weights that are not
+    # quantised: no verdict then.
+    quantized = settings.quantization is not None or method_of(lm.model.config) is not None
+    unknown = settings.device_map is not None or quantized
+    return replace(found, free=None, host_free=None) if unknown else found
 
 
 def planned(lm: LanguageModel, device: torch.device, steps: Callable[[Counter], Sequence[Step]]) -> Plan:
@@ -219,7 +223,7 @@ def _cases(config: Config) -> Sequence[Case]:
 
 def require_fit(config: Config) -> None:
     """Raise EditkitError for a run of a large model that cannot fit into memory. A small one is not planned."""
-    if config.model.device_map is None and _large(config.model.name):
+    if config.model.device_map is None and config.model.quantization is None and _large(config.model.name):
         plan_of(config).require_fit()
 
 

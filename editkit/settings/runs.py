@@ -136,6 +136,9 @@ class ModelSettings:
     device_map: Any = None
     max_memory: Any = None  # what a plan may take of each device: {0: 20GiB, cpu: 60GiB}
     offload_folder: str | None = None  # for what goes to disk
+    # Quantise it at load: bnb-8bit, bnb-nf4, bnb-fp4, torchao-int8, torchao-int4. None: as the checkpoint is.
+    quantization: str | None = None
+    edited: str = "adapter"  # how a quantised weight is edited: adapter, ΔW beside it; wide, dequantised meanwhile
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from editkit.methods.shared.engine import AtLookup
 from editkit.models.experts import site_of
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
-from editkit.models.passes import TOLERANCE
+from editkit.models.passes import tolerance
 from editkit.models.precision import wide, widened
 from editkit.models.products import quick_products
 from editkit.models.tokens import tokenise, unflatten
@@ -187,7 +187,7 @@ class Lookups:
         part = self._parts[0]
         wanted = torch.stack([self._start[self._target_site][i] for i in part.which])
         apart = ((self._target(part) - wanted).abs().max() / wanted.abs().max()).item()
-        return bool(apart <= TOLERANCE[self._lm.dtype])
+        return bool(apart <= tolerance(self._lm))
 
     def _run(self, part: _Part, block: int, stream: Tensor) -> Tensor:
         """[rows, tokens, d_model] that leaves block `block`."""
