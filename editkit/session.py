@@ -11,13 +11,13 @@ so undoing any step leaves, bit for bit, the composition of the others. What met
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from editkit.edits.delta import joined
 from editkit.edits.edit import Edit, base_of
@@ -30,8 +30,10 @@ from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.architecture import as_stored
 from editkit.models.load import LanguageModel
 from editkit.models.offload import values_of, write_values
+from editkit.models.quantized import edited_module, is_quantized
 from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
 from editkit.models.wrapped import require_editable
+from editkit.nethook import get_module, replace_module
 from editkit.settings import ContextSettings, MethodSettings
 from editkit.tensorfiles import SEAL, FileKind, contents_digest, explained, require_fields, strict_json
 
@@ -95,6 +97,7 @@ class Session:
         self.steps: list[Edit] = []
         self._start = Snapshot.take(lm.model, [])  # digests of everything, to verify by at the end
         self._held: dict[str, Tensor] = {}  # W0 of every parameter that a step has changed
+        self._modules: dict[str, nn.Module] = {}  # that hold the quantised ones among them at W0
         self._summed: tuple[list[Edit], dict[str, Tensor]] = [], {}  # the last sums: one step more adds to them
         self._saved: set[Path] = set()  # files of steps that are known to be sound
         self._moments = moments
@@ -249,7 +252,7 @@ class Session:
         if self.transform is None or not steps:
             return one
         with self._undone_if_it_fails(always=True):
-            self._copy(self._held)
+            self._copy({**self._held, **self._modules})
             return TRANSFORMS[self.transform](self.lm, one)
 
     def _sums(self, steps: Sequence[Edit]) -> dict[str, Tensor]:
@@ -270,37 +273,55 @@ class Session:
         stored = {delta.parameter: delta for step in steps for delta in step.deltas}
         for name in stored:
             if name not in self._held:  # no step has touched it: it is W0
+                module = get_module(self.lm.model, stored[name].module)
+                if is_quantized(module):
+                    self._modules[name] = module
                 self._held[name] = values_of(self.lm.model, name).clone()
         for name in self._held:
             require_editable(self.lm.model, name.rpartition(".")[0])
-        sums, values = self._sums(steps), dict(self._held)
+        sums: dict[str, Tensor] = self._sums(steps)
+        values: dict[str, Tensor | nn.Module] = {**self._held, **self._modules}
         for name, total in sums.items():
             start = self._held[name]
             change = as_stored(total, stored[name].orientation, stored[name].experts)
             changed = start.double() + change.to(start.device)
             if not changed.to(start.dtype).isfinite().all():
                 raise EditkitError(f"{name} is not finite in {start.dtype} with this step; the step was not taken.")
-            values[name] = changed.to(start.dtype)
+            if name in self._modules:
+                module, way, site = self._modules[name], self.lm.edited, stored[name].module
+                values[name] = edited_module(module, total.float(), None, way, self.lm.dtype, site)
+            else:
+                values[name] = changed.to(start.dtype)
         self._copy(values)
 
-    def _copy(self, values: dict[str, Tensor]) -> None:
+    def _copy(self, values: Mapping[str, Tensor | nn.Module]) -> None:
+        """Give the parameters these values; a quantised one is given its module, or what takes that one's place."""
         with uninterrupted():
             for name, value in values.items():
-                write_values(self.lm.model, name, value)
+                if isinstance(value, nn.Module):
+                    replace_module(self.lm.model, name.rpartition(".")[0], value)
+                else:
+                    write_values(self.lm.model, name, value)
+
+    def _now(self, name: str) -> Tensor | nn.Module:
+        """What `_copy` takes to leave the parameter as it is now."""
+        if name in self._modules:
+            return get_module(self.lm.model, name.rpartition(".")[0])
+        return values_of(self.lm.model, name).clone()
 
     @contextlib.contextmanager
     def _undone_if_it_fails(self, *, always: bool = False) -> Iterator[None]:
         """Weights and steps as they were, after an exception in the body (`always`: after the body)."""
         steps = self.steps
-        now = {name: values_of(self.lm.model, name).clone() for name in self._held}
+        now = {name: self._now(name) for name in self._held}
         try:
             yield
         except BaseException:
             self.steps = steps
-            self._copy(self._held | now)
+            self._copy({**self._held, **self._modules, **now})
             raise
         if always:
-            self._copy(self._held | now)
+            self._copy({**self._held, **self._modules, **now})
 
 
 def _read(path: Path) -> dict[str, Any]:

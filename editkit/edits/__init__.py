@@ -2,6 +2,7 @@
 
 from editkit.edits.delta import Delta, dense_delta, joined, low_rank_delta
 from editkit.edits.edit import Applied, Base, Edit, apply_files, base_of, compressed, weight_norm
+from editkit.edits.requantized import Requantized, requantized
 from editkit.edits.routing import RoutingChange, routing_change, routing_report
 from editkit.edits.spectra import Spectrum, alignment, spectra
 
@@ -10,6 +11,7 @@ __all__ = [
     "Base",
     "Delta",
     "Edit",
+    "Requantized",
     "RoutingChange",
     "Spectrum",
     "alignment",
@@ -19,6 +21,7 @@ __all__ = [
     "dense_delta",
     "joined",
     "low_rank_delta",
+    "requantized",
     "routing_change",
     "routing_report",
     "spectra",

@@ -10,8 +10,8 @@ from torch import Tensor
 from editkit.errors import EditkitError
 from editkit.models.architecture import as_stored, experts_in, matrix_shape, orientation, weight_name
 from editkit.models.load import LanguageModel
-from editkit.models.offload import values_of
-from editkit.models.snapshot import digest
+from editkit.models.offload import shape_of
+from editkit.models.snapshot import weight_digest
 from editkit.nethook import get_module
 
 
@@ -118,8 +118,8 @@ def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | Non
     """A Delta for `module` of `lm` from these very factors, or from ΔW in `left`. Raises as `low_rank_delta` does."""
     found = get_module(lm.model, module)
     kind, experts = orientation(found, module), experts_in(found)
-    weight = values_of(lm.model, weight_name(module, experts))
-    d_model, d_ff = matrix_shape(weight.shape, kind)
+    name = weight_name(module, experts)
+    d_model, d_ff = matrix_shape(shape_of(lm.model, name), kind)
     if right is None:
         if left.shape != (d_model, d_ff):
             raise EditkitError(f"ΔW {tuple(left.shape)} does not fit {module}: W is [{d_model}, {d_ff}].")
@@ -135,4 +135,4 @@ def make_delta(lm: LanguageModel, module: str, left: Tensor, right: Tensor | Non
         )
     bias = getattr(found, "bias" if experts is None else "down_proj_bias", None) is not None
     right = None if right is None else right.float().cpu()
-    return Delta(module, left.float().cpu(), right, kind, bias, digest(weight), experts)
+    return Delta(module, left.float().cpu(), right, kind, bias, weight_digest(lm.model, name), experts)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from editkit.edits.delta import Delta, joined, make_delta
 from editkit.edits.peft import write_adapter
@@ -28,10 +28,13 @@ from editkit.files import write_bytes
 from editkit.models.load import LanguageModel
 from editkit.models.offload import is_offloaded, values_of, write_values
 from editkit.models.precision import wide
-from editkit.models.snapshot import Reversal, Snapshot, digest
+from editkit.models.quantized import edited_module, is_quantized
+from editkit.models.snapshot import Reversal, Snapshot, weight_digest
 from editkit.models.wrapped import require_editable
-from editkit.nethook import NameNotFound
+from editkit.nethook import NameNotFound, get_module, replace_module
 from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
+
+QUANTIZED_BASE = "/"  # in the dtype of a quantised base, between its scheme and the dtype of its activations
 
 EDIT_FILE = FileKind(
     format="editkit-edit/1",
@@ -108,7 +111,7 @@ class Edit:
         The weights that the edit changes are always compared; `whole` compares the digest of the whole model.
         """
         for delta in self.deltas:
-            found = digest(_weight(lm, delta.parameter))
+            found = _weight_digest(lm, delta.parameter)
             if found != delta.before:
                 raise EditkitError(
                     f"This edit was computed for '{self.base.name}' with {delta.parameter} = {delta.before[:12]}; "
@@ -125,43 +128,22 @@ class Edit:
     def apply(self, lm: LanguageModel, *, check: bool = True, everything: bool | None = None) -> Snapshot:
         """Write the edit into the model and return the snapshot that undoes it (`restore()`, `verify()`).
 
-        W + ΔW is added in float32 (float64 for float64 weights) and cast once to the weight's dtype. If
+        W + ΔW is added in float32 (float64 for float64 weights) and cast once to the weight's dtype; a quantised weight
+        is not written, but edited by the way `lm.edited` (models/quantized.py). If
         anything fails, the weights are put back before the exception leaves. `check=False` skips
         the comparison with the base; `everything` is that of `Snapshot.take`. Warns of an update larger than its
         weight. Raises EditkitError for another base, a weight that cannot be edited as the model is wrapped
         (models/wrapped.py), or a result that is not finite.
         """
         for name in self.parameters:
-            _weight(lm, name)
+            _require(lm, name)
         if check:
             self.check_base(lm)
         snapshot = Snapshot.take(lm.model, self.parameters, everything=everything)
         try:
             with torch.no_grad():
                 for delta in self.deltas:
-                    weight = values_of(lm.model, delta.parameter)
-                    dtype = wide(weight.dtype)
-                    parts = []
-                    for index, change in delta.parts():
-                        part = (weight[index].to(dtype) + change.to(weight.device, dtype)).to(weight.dtype)
-                        if not part.isfinite().all():
-                            raise EditkitError(
-                                f"The edited {delta.parameter} is not finite in {weight.dtype}; the model was left as "
-                                "it was. Lower the clamp or the learning rate, or load the model in float32."
-                            )
-                        parts.append((index, part))
-                    if (size := delta.norm()) > (whole := weight.float().norm().item()):
-                        warnings.warn(
-                            f"the update of {delta.parameter} is larger than the weight (‖ΔW‖ {size:.3g}, ‖W‖ "
-                            f"{whole:.3g}): edits of this size usually break the model",
-                            stacklevel=2,
-                        )
-                    offloaded = is_offloaded(lm.model, delta.parameter)
-                    changed = weight.clone() if offloaded else weight
-                    for index, part in parts:
-                        changed[index] = part
-                    if offloaded:  # its store takes a weight as a whole
-                        write_values(lm.model, delta.parameter, changed)
+                    _write(lm, delta)
         except BaseException:
             snapshot.restore()
             raise
@@ -179,10 +161,13 @@ class Edit:
                 f"'{lm.name}' and the base of this edit are both {self.base.dtype}: apply the edit as it is."
             )
         for name in self.parameters:
-            _weight(lm, name)
+            _weight_digest(lm, name)
         deltas = tuple(make_delta(lm, each.module, each.left, each.right) for each in self.deltas)
         for old, new in zip(self.deltas, deltas, strict=True):
-            if (old.orientation, old.bias, old.experts) != (new.orientation, new.bias, new.experts):
+            # A Conv1D that is quantised becomes a Linear: the same W, stored the other way.
+            turned = old.orientation != new.orientation and not is_quantized(get_module(lm.model, new.module))
+            turned = turned and QUANTIZED_BASE not in self.base.dtype
+            if turned or (old.bias, old.experts) != (new.bias, new.experts):
                 raise EditkitError(
                     f"{old.module} is stored {old.orientation} with bias={old.bias} in the base of this edit, and "
                     f"{new.orientation} with bias={new.bias} in '{lm.name}': another model, not another dtype."
@@ -287,10 +272,57 @@ class Applied:
     reversal: Reversal | None = None
 
 
-def _weight(lm: LanguageModel, name: str) -> Tensor:
+def _write(lm: LanguageModel, delta: Delta) -> None:
+    """Write one change into the model. Warns of one larger than its weight; raises EditkitError where the result is not
+    finite. What was written before the error stays."""
+    weight = values_of(lm.model, delta.parameter)
+    module = get_module(lm.model, delta.module)
+    new: nn.Module | None = None
+    # 1) The edited weight, in parts; or of a quantised one, what takes the place of its module.
+    written: list[Tensor] = []
+    parts: list[tuple[Any, Tensor]] = []
+    if is_quantized(module):
+        new = edited_module(module, delta.left, delta.right, lm.edited, lm.dtype, delta.module)
+        written = list(new.parameters(recurse=False))  # those of a Beside's base are not new
+    else:
+        dtype = wide(weight.dtype)
+        for index, change in delta.parts():
+            part = (weight[index].to(dtype) + change.to(weight.device, dtype)).to(weight.dtype)
+            parts.append((index, part))
+            written.append(part)
+    # 2) Is it one that can be used?
+    if not all(part.isfinite().all() for part in written):
+        raise EditkitError(
+            f"The edited {delta.parameter} is not finite in {weight.dtype if new is None else lm.dtype}; the model was "
+            "left as it was. Lower the clamp or the learning rate, or load the model in float32."
+        )
+    if (size := delta.norm()) > (whole := weight.float().norm().item()):
+        warnings.warn(
+            f"the update of {delta.parameter} is larger than the weight (‖ΔW‖ {size:.3g}, ‖W‖ {whole:.3g}): edits of "
+            "this size usually break the model",
+            stacklevel=3,
+        )
+    # 3) Put it in its place.
+    if new is not None:
+        replace_module(lm.model, delta.module, new)
+        return
+    offloaded = is_offloaded(lm.model, delta.parameter)
+    changed = weight.clone() if offloaded else weight
+    for index, part in parts:
+        changed[index] = part
+    if offloaded:  # its store takes a weight as a whole
+        write_values(lm.model, delta.parameter, changed)
+
+
+def _weight_digest(lm: LanguageModel, name: str) -> str:
+    _require(lm, name)
+    return weight_digest(lm.model, name)
+
+
+def _require(lm: LanguageModel, name: str) -> None:
+    """Raise EditkitError where the model has no such weight, or it cannot be edited as the model is wrapped."""
     try:
         require_editable(lm.model, name.rpartition(".")[0])
-        return values_of(lm.model, name)
     except NameNotFound as error:
         raise EditkitError(
             f"This edit changes {name}, which '{lm.name}' does not have. Load the base it was made for."
@@ -298,8 +330,10 @@ def _weight(lm: LanguageModel, name: str) -> Tensor:
 
 
 def base_of(lm: LanguageModel) -> Base:
-    """The identity of `lm` as it is now."""
-    return Base(lm.name, lm.digest, str(lm.dtype).removeprefix("torch."))
+    """The identity of `lm` as it is now. The dtype of a quantised model is its scheme and the dtype of its activations,
+    as in "bnb-nf4/float32"."""
+    dtype, scheme = str(lm.dtype).removeprefix("torch."), lm.quantization
+    return Base(lm.name, lm.digest, dtype if scheme is None else f"{scheme}{QUANTIZED_BASE}{dtype}")
 
 
 def weight_norm(lm: LanguageModel, edit: Edit) -> float:
@@ -362,7 +396,7 @@ def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Appl
             )
         before.append(edit.digest)
         deltas += list(edit.deltas)
-    weights = {delta.parameter: _weight(lm, delta.parameter) for delta in deltas}
-    now = tuple(replace(delta, before=digest(weights[delta.parameter])) for delta in joined(deltas))
+    weights = {delta.parameter: _weight_digest(lm, delta.parameter) for delta in deltas}
+    now = tuple(replace(delta, before=weights[delta.parameter]) for delta in joined(deltas))
     with Edit(now, base, {"method": "files", "digests": before}).applied(lm) as applied:
         yield applied

@@ -9,6 +9,8 @@ from editkit.edits.delta import Delta
 from editkit.edits.edit import Edit
 from editkit.models.load import LanguageModel
 from editkit.models.offload import values_of
+from editkit.models.quantized import is_quantized
+from editkit.nethook import get_module
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ def spectra(edit: Edit, lm: LanguageModel | None = None) -> list[Spectrum]:
         if lm is not None:
             weight = values_of(lm.model, delta.parameter)
             change = delta.matrix().to(weight.device, torch.float64)
-            written = (weight.double() + change).to(weight.dtype).double() - weight.double()
+            quantized = is_quantized(get_module(lm.model, delta.module))
+            dtype = lm.dtype if quantized and lm.edited == "wide" else weight.dtype
+            written = (weight.double() + change).to(dtype).double() - weight.double()
             relative = norm / weight.double().norm().item()
             lost = ((written - change).norm() / change.norm()).item() if norm else 0.0
         found.append(Spectrum(delta.parameter, tuple(values.tolist()), norm, relative, lost))

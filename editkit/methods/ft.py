@@ -35,9 +35,10 @@ from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.offload import require_trainable
 from editkit.models.precision import wide
+from editkit.models.quantized import is_quantized, trainable_module
 from editkit.models.snapshot import Snapshot
 from editkit.models.wrapped import require_all_editable
-from editkit.nethook import get_module, get_parameter, requires_grad
+from editkit.nethook import get_module, get_parameter, replaced, requires_grad
 from editkit.settings import Constants, TuningSettings, require
 
 
@@ -89,9 +90,10 @@ def ft(
     name = weight_name(site, experts_in(holder))
     with (
         Snapshot.take(lm.model, [name]),
+        trainable(lm, site, name) as trained,
         kept_grads(lm.model),
-        requires_grad(lm.model, only=[name]),
-        tuned(get_parameter(lm.model, name), settings.lr, settings.bound) as delta,
+        requires_grad(lm.model, only=[trained]),
+        tuned(get_parameter(lm.model, trained), settings.lr, settings.bound) as delta,
     ):
         steps = descend(lm, found, settings, progress=progress)
     change = as_matrix(delta, layout)
@@ -100,6 +102,19 @@ def ft(
         report["at_bound"] = (delta.abs() >= torch.tensor(settings.bound, dtype=delta.dtype)).float().mean().item()
     how = provenance("ft" if settings.bound is None else "ft_l", settings, found, reports=[report])
     return Edit((dense_delta(lm, site, change),), base, how)
+
+
+@contextmanager
+def trainable(lm: LanguageModel, site: str, name: str) -> Iterator[str]:
+    """The name of the parameter to train in the body: `name`, the weight of `site`, itself. Where that is quantised, a
+    module that can be trained takes its place in the body (models/quantized.py)."""
+    module = get_module(lm.model, site)
+    if not is_quantized(module):
+        yield name
+        return
+    new, parameter = trainable_module(module, lm.edited, lm.dtype, site)
+    with replaced(lm.model, site, new):
+        yield f"{site}.{parameter}"
 
 
 @contextmanager

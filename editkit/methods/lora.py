@@ -9,6 +9,7 @@ left = alpha/rank · B and right = A. A is drawn with the run's seed here and no
 every device and in every version. In a mixture of experts each expert has an A and a B of its own.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +147,9 @@ def adapters(
     blocks = {down_of(lm, layer): lm.architecture.block.format(layer) for layer in layers}
     plain = {site: get_module(model, site) for site in blocks}
     try:
-        with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        random = torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else [])
+        with random, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # nothing is merged here
             for site, block in blocks.items():  # in a whole model peft takes some names for those of older mixtures
                 config = _config(plain[site], site, site.removeprefix(f"{block}."), settings)
                 peft.inject_adapter_in_model(config, get_module(model, block), adapter_name=ADAPTER)

@@ -34,9 +34,10 @@ from editkit.models.architecture import experts_in, matrix_shape, orientation, w
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of, keys_of
 from editkit.models.load import LanguageModel
+from editkit.models.offload import shape_of
 from editkit.models.precision import wide
 from editkit.models.wrapped import require_all_editable
-from editkit.nethook import Trace, get_module, get_parameter, requires_grad
+from editkit.nethook import Trace, get_module, requires_grad
 from editkit.settings import MethodSettings
 from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
 
@@ -153,8 +154,7 @@ class Mend(nn.Module):
 def _shape(lm: LanguageModel, site: str) -> tuple[int, int]:
     """(d_model, d_ff) of the weight in the module `site`."""
     module = get_module(lm.model, site)
-    weight = get_parameter(lm.model, weight_name(site, experts_in(module)), allow_meta=True)
-    return matrix_shape(weight.shape, orientation(module, site))
+    return matrix_shape(shape_of(lm.model, weight_name(site, experts_in(module))), orientation(module, site))
 
 
 def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[Fact]) -> tuple[Pairs, Tensor]:

@@ -43,6 +43,7 @@ def _subtitle(run: Run) -> str:
         f"method {run.method}" if run.task != "trace" else "",
         f"model {run.model}",
         str(run.record["model"].get("dtype", "")),
+        str(run.record["model"].get("quantization", "")),
     ]
     alone = run.task == "trace" and run.record["trace"].get("kind") == "one"
     parts += [f"data {run.data}"] if run.data and not alone else []

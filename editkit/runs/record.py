@@ -19,7 +19,10 @@ from editkit.runs.names import FORMAT, RECORD
 if TYPE_CHECKING:  # a report reads folders without torch and pandas, whose import takes seconds
     from editkit.models.load import LanguageModel
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy"),
+    *("bitsandbytes", "torchao"),
+)
 
 
 @dataclass(frozen=True)

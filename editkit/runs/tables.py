@@ -34,9 +34,11 @@ class Tables:
         self.summary: list[Score] = summary(self.scores)
 
     def edit(self) -> dict[str, Any]:
-        """What a record says of the edits: the largest rank, the mean norms, the spectra of the first."""
+        """What a record says of the edits: the largest rank, the mean norms, what a quantiser leaves of them on a
+        quantised base, the spectra of the first."""
         edits = [line["edit"] for line in self.measured]
-        means = {k: _mean([edit[k] for edit in edits]) for k in ("norm", "relative_norm", "seconds")}
+        left = [name for name in (edits[0] if edits else {}) if name.startswith("requantized_")]
+        means = {k: _mean([edit[k] for edit in edits]) for k in ("norm", "relative_norm", "seconds", *left)}
         return {"count": len({line["group"] for line in self.measured})} | {
             "rank": max((edit["rank"] for edit in edits), default=None),
             **means,

@@ -16,6 +16,7 @@ from editkit import report
 from editkit.data import load_cases
 from editkit.data.cases import Case
 from editkit.edits.edit import Edit, weight_norm
+from editkit.edits.requantized import requantized
 from editkit.edits.spectra import spectra
 from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
@@ -167,6 +168,8 @@ class _Bench:
             "relative_norm": edit.norm() / weight_norm(self.lm, edit),
             "seconds": round(time.perf_counter() - began, 4),
         }
+        if (left := requantized(self.lm, edit)) is not None:
+            about |= left.columns()
         if several or self.task.keep_edits:
             edit.save(path)
         if number == 0:

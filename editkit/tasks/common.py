@@ -64,6 +64,8 @@ def load_model(config: Config) -> LanguageModel:
         device_map=config.model.device_map,
         max_memory=config.model.max_memory,
         offload_folder=config.model.offload_folder,
+        quantization=config.model.quantization,
+        edited=config.model.edited,
     )
 
 
@@ -143,4 +145,7 @@ def described(lm: LanguageModel, digest: str) -> dict[str, str]:
     """The model, for a record; `digest` is of the unedited one."""
     split = dict.fromkeys(map(str, getattr(lm.model, "hf_device_map", {}).values()))
     device = ", ".join(split) if len(split) > 1 else str(lm.device)
-    return {"name": lm.name, "digest": digest, "dtype": str(lm.dtype).split(".")[-1], "device": device}
+    found = {"name": lm.name, "digest": digest, "dtype": str(lm.dtype).split(".")[-1], "device": device}
+    if (scheme := lm.quantization) is not None:
+        found |= {"quantization": scheme, "edited": lm.edited}
+    return found

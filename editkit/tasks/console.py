@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE
 from editkit.edits.edit import Edit
+from editkit.edits.requantized import Requantized
 from editkit.facts import Fact
 from editkit.metrics.audit import Audit
 from editkit.metrics.counterfact import ES, NS, PORTABLE, PS
@@ -123,7 +124,7 @@ def texts(fact: Fact, before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update(edit: Edit, relative_norm: float, lost: float) -> str:
+def update(edit: Edit, relative_norm: float, lost: float, left: Requantized | None = None) -> str:
     """Size and rank of the update, and its health."""
     lines = ["", "update"]
     for delta in edit.deltas:
@@ -131,6 +132,9 @@ def update(edit: Edit, relative_norm: float, lost: float) -> str:
     lines += _wrapped("  ", f"‖ΔW‖/‖W‖ {relative_norm:.4f}; {len(edit.to_bytes()) / 1024:.0f} KiB as a file")
     if lost > 1e-4:  # float32 loses less
         lines += _wrapped("  ", f"rounding to {edit.base.dtype} changes ΔW by {lost:.1%} of its norm")
+    if left is not None:
+        text = f"quantised again, {left.kept:.0%} of ΔW is left along it, with an error of {left.error:.0%} of ‖ΔW‖"
+        lines += _wrapped("  ", f"{text} ({left.codes_changed:.1%} of the codes differ)")
     for report in edit.provenance.get("reports", []):
         first, last = report["steps"][0]["loss"], report["steps"][-1]["loss"]
         parts = [f"{len(report['steps'])} steps, loss {first:.3f} → {last:.3f}"]
@@ -246,8 +250,10 @@ def written(folder: Path, seconds: float) -> str:
 
 
 def _about(lm: LanguageModel) -> str:
-    millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
+    millions = lm.model.num_parameters() / 1e6  # transformers counts what packed weights stand for
     dtype = str(lm.dtype).split(".")[-1]
+    if (scheme := lm.quantization) is not None:
+        dtype += f", {scheme}, edited {'beside the weights' if lm.edited == 'adapter' else 'in wide weights'}"
     return f"{lm.name} ({lm.architecture.family}, {millions:.1f} M parameters, {dtype}) on {lm.device}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from editkit import report
 from editkit.data.cases import Case, case_of
 from editkit.edits.edit import Edit, weight_norm
+from editkit.edits.requantized import requantized
 from editkit.edits.routing import routing_change
 from editkit.edits.spectra import spectra
 from editkit.metrics.audit import audit
@@ -49,7 +50,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     relative_norm = edit.norm() / weight_norm(lm, edit)
     sizes = spectra(edit, lm)
     lost = {spectrum.parameter: spectrum.rounding_error for spectrum in sizes}
-    routing = _routing(lm, edit, case)
+    routing, left = _routing(lm, edit, case), requantized(lm, edit)
     audited = audit(lm, edit) if config.task.audit else None
     clock.lap("audit")
     with edit.applied(lm) as applied:
@@ -63,7 +64,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     scores = summary([of_case])
     say(console.probes(case.fact, rows, scores))
     say(console.texts(case.fact, before.texts, after.texts))
-    say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None)))
+    say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None), left))
     if routing:
         say(console.routing(routing))
     judged = verdict(rows, edit.provenance)
@@ -90,6 +91,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "spectra": [spectrum_beside(lm, spectrum) for spectrum in sizes],
             "provenance": edit.provenance,
             **({"routing": routing} if routing else {}),
+            **({} if left is None else left.columns()),
         },
         reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
         timings=clock.all(),
