@@ -1,10 +1,11 @@
 """The start of the command: torch and transformers imported without what one run in one process never uses.
 
-`import transformers` takes longer than an edit. Three things that it brings along are left out here:
+`import transformers` takes longer than an edit. Four things that it brings along are left out here:
 
 - torch._dynamo, the compiler behind torch.compile: it is imported when something first needs it (`_Later`);
 - torch.distributed.tensor, for a model spread over several processes: transformers finds a torch without
   torch.distributed, as some builds of torch are;
+- torchao, where it is installed: transformers imports one function of it, which is called for torchao's models alone;
 - the garbage collector's passes over a million objects that live as long as the process.
 
 A stand-in gives way to the real thing at the first use that it does not know. So another version of torch or
@@ -29,6 +30,8 @@ from typing import Any
 COMPILER = "torch._dynamo"
 # The one part of the compiler that transformers imports at its start (in masking_utils); it needs no other part.
 _USED_EARLY = f"{COMPILER}._trace_wrapped_higher_order_op"
+# The part of torchao that transformers imports at its start (in quantizers), where torchao is installed.
+_OF_TORCHAO = "torchao.prototype.safetensors.safetensors_support"
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by torchrun and the like: this process is one of several
 
 _paused = False  # whether the collector was turned off here
@@ -64,7 +67,7 @@ def import_libraries() -> None:
     """Import torch, and what every run needs of transformers, in a process of the command's own."""
     if not wanted():
         return
-    with compiler_later(), _without_distributed():
+    with compiler_later(), _without_distributed(), _torchao_later():
         from transformers import (  # noqa: F401
             AutoConfig,
             AutoModelForCausalLM,
@@ -89,6 +92,35 @@ def _without_distributed() -> Iterator[None]:
         yield
     finally:
         distributed.is_available = real
+
+
+@contextlib.contextmanager
+def _torchao_later() -> Iterator[None]:
+    """What is imported in the body gets functions that import torchao when they are called."""
+    if "torchao" in sys.modules or importlib.util.find_spec("torchao") is None:
+        yield
+        return
+    sys.modules[_OF_TORCHAO] = _Functions(_OF_TORCHAO)
+    try:
+        yield
+    finally:
+        if type(sys.modules.get(_OF_TORCHAO)) is _Functions:
+            del sys.modules[_OF_TORCHAO]
+
+
+class _Functions(ModuleType):
+    """A module of functions, each of which imports the real module when it is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            if type(sys.modules.get(self.__name__)) is _Functions:
+                del sys.modules[self.__name__]
+            return getattr(importlib.import_module(self.__name__), name)(*args, **kwargs)
+
+        return late
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ UNUSED = {
     "datasets": "public data sets",
     "matplotlib": "pictures for papers",
     "peft": "adapters",
+    "torchao": "quantised weights, which transformers' quantizers import where it is installed",
+    "bitsandbytes": "quantised weights",
     "tensorboard": "training",
     "IPython": "notebooks",
     "editkit.plots": "pictures for papers",
