@@ -24,7 +24,9 @@ from editkit.models.snapshot import digests, tensors_of
 from editkit.moments import second_moments
 from editkit.settings import MomentSettings
 from tests.conftest import tiny_lm
+from tests.quantized import CELLS, every_bit, logits, quantized_lm, same
 from tests.test_pretended_methods import edited
+from tests.test_quantized import random_edit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -192,3 +194,13 @@ def test_the_value_loop_waits_at_each_look_and_at_no_step(device: str) -> None:
     assert not waits(lm, FACTS[:1], every + 3) - waits(lm, FACTS[:1], every + 1)
     looks = waits(lm, FACTS[:1], 3 * every + 1) - waits(lm, FACTS[:1], every + 1)
     assert looks.total() > 0  # it does see the others
+
+
+@pytest.mark.parametrize(("scheme", "way"), CELLS)
+def test_a_quantised_model_is_edited_and_comes_off(device: str, scheme: str, way: str) -> None:
+    lm = quantized_lm("llama", scheme, way, device=device)
+    before, clean, edit = every_bit(lm.model), logits(lm), random_edit(lm)
+    with edit.applied(lm) as applied:
+        assert not torch.equal(logits(lm), clean)
+    assert applied.reversal is not None and applied.reversal.exact
+    assert same(before, lm.model) and torch.equal(logits(lm), clean)
