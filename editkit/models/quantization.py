@@ -90,7 +90,7 @@ def settle(model: nn.Module) -> None:
     if settings is None:
         return
     for module in model.modules():
-        if type(getattr(module, "weight", None)).__name__ == "Params4bit":
+        if type(module._parameters.get("weight")).__name__ == "Params4bit":  # its own: PEFT's layers show their base's
             found: Any = module
             # On some processors bitsandbytes packs the codes in another order in the first pass without gradients.
             found.support_avx512bf16_for_cpu = False
