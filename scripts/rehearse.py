@@ -103,7 +103,7 @@ class Rehearsal:
     def _settings(self, method: str) -> Any:
         shape: str = self.options.shape
         name = NAMES.get(shape, shape)
-        found = get_method(method).settings().resolved(name, self.skeleton.layers)
+        found: Any = get_method(method).settings().resolved(name, self.skeleton.layers)
         return found if self.options.steps is None else replace(found, steps=self.options.steps)
 
     def facts_of(self, method: str) -> list[Fact]:

@@ -22,6 +22,8 @@ from editkit.methods.shared.engine import rows_of
 from editkit.models.architecture import experts_in
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel, load, skeleton
+from editkit.models.quantization import SCHEMES
+from editkit.models.quantized import is_quantized, storage_of
 from editkit.models.snapshot import size_in_bytes, tensors_of
 from editkit.nethook import get_module
 from editkit.plan.plan import Plan, steps_of
@@ -94,6 +96,17 @@ def test_weights_and_down_projections_are_the_models(family: str, dtype: torch.d
         weight = next(p for n, p in module.named_parameters(recurse=False) if n in ("weight", "down_proj"))
         assert down.numbers == weight.numel() and down.experts == (experts_in(module) or 1)
         assert down.d_model == lm.model.config.hidden_size
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_weights_are_as_large_as_they_are_loaded(scheme: str) -> None:
+    pytest.importorskip(SCHEMES[scheme], reason="needs editkit[quantized]")
+    lm = load("atlas", device="cpu", quantization=scheme)
+    taken = 0
+    for name, module in lm.model.named_modules():
+        held = storage_of(module) if is_quantized(module) else dict(module.named_parameters(recurse=False))
+        taken += sum(tensor.nbytes for tensor in held.values() if "lm_head" not in name)  # which is tied
+    assert Sizes.of(skeleton("atlas"), CPU, scheme).weights == pytest.approx(taken, rel=0.05)
 
 
 def test_a_skeleton_is_the_model_without_values() -> None:

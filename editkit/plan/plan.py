@@ -88,6 +88,7 @@ class Plan:
         if self.sizes.weights > taken(largest):
             halves = self.sizes.dtype.itemsize > 2
             ways += ["model.dtype=bfloat16, which halves the weights"] if halves else []
+            ways.append("model.quantization=bnb-nf4, which keeps them in 4 bits")
             ways.append("model.device_map=auto, which splits them over devices and files")
         if largest.name == "second moments":
             ways.append("collecting one block at a time with `python -m editkit.moments`, or editing fewer blocks")
@@ -159,20 +160,27 @@ def plan_of(config: Config) -> Plan:
         trust_remote_code=settings.trust_remote_code,
     )
     cases = _cases(config)
-    found = planned(lm, resolve_device(config.device), lambda counter: steps_of(config, counter, cases))
-    # How accelerate will split a model is its own decision, and the sizes here are those of weights that are not
-    # quantised: no verdict then.
-    quantized = settings.quantization is not None or method_of(lm.model.config) is not None
-    unknown = settings.device_map is not None or quantized
+    found = planned(
+        lm, resolve_device(config.device), lambda counter: steps_of(config, counter, cases), settings.quantization
+    )
+    # How accelerate will split a model is its own decision, and how large a checkpoint is that others have quantised
+    # is not known here: no verdict then.
+    unknown = settings.device_map is not None or method_of(lm.model.config) is not None
     return replace(found, free=None, host_free=None) if unknown else found
 
 
-def planned(lm: LanguageModel, device: torch.device, steps: Callable[[Counter], Sequence[Step]]) -> Plan:
+def planned(
+    lm: LanguageModel,
+    device: torch.device,
+    steps: Callable[[Counter], Sequence[Step]],
+    quantization: str | None = None,
+) -> Plan:
     """The plan of `steps`, which are counted with the Counter of a model.
 
-    `lm`: a skeleton, or a model that is in memory already: what it takes is not counted twice.
+    - `lm`: a skeleton, or a model that is in memory already: what it takes is not counted twice.
+    - `device`: where it will be. `quantization`: how a skeleton's weights will be loaded.
     """
-    sizes = Sizes.of(lm, device)
+    sizes = Sizes.of(lm, device, quantization)
     held = 0 if lm.device.type == "meta" else sizes.weights
     free, host_free = free_bytes(device), free_bytes()
     process = own_bytes() - (held if device.type == "cpu" else 0)
@@ -223,7 +231,7 @@ def _cases(config: Config) -> Sequence[Case]:
 
 def require_fit(config: Config) -> None:
     """Raise EditkitError for a run of a large model that cannot fit into memory. A small one is not planned."""
-    if config.model.device_map is None and config.model.quantization is None and _large(config.model.name):
+    if config.model.device_map is None and _large(config.model.name):
         plan_of(config).require_fit()
 
 

@@ -1,9 +1,11 @@
 """The numbers of a model that its costs depend on, read off its modules on the meta device."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
 from editkit.models.experts import down_of
@@ -12,6 +14,15 @@ from editkit.models.memory import free_bytes
 from editkit.models.precision import widens
 from editkit.models.snapshot import size_in_bytes, tensors_of
 from editkit.nethook import get_module, get_parameter
+
+# Of one weight in each scheme, with its share of scales. torchao keeps a byte for a code of 4 bits on a CPU.
+BYTES = {
+    "bnb-8bit": 1.0,
+    "bnb-nf4": 0.5 + 4 / 64,
+    "bnb-fp4": 0.5 + 4 / 64,
+    "torchao-int8": 1.0,
+    "torchao-int4": 1.0 + 5 / 32,
+}
 
 
 @dataclass(frozen=True)
@@ -48,15 +59,23 @@ class Sizes:
     down: tuple[Down, ...]  # of each block
 
     @classmethod
-    def of(cls, lm: LanguageModel, device: torch.device) -> "Sizes":
-        """Those of `lm`, a skeleton or a whole model, as it will be on `device`."""
+    def of(cls, lm: LanguageModel, device: torch.device, quantization: str | None = None) -> "Sizes":
+        """Those of `lm`, a skeleton or a whole model, as it will be on `device`.
+
+        `quantization`: the scheme of models/quantization.py in which a skeleton's weights will be loaded.
+        """
         config = lm.model.config.get_text_config()
         parameters = sum(parameter.numel() for parameter in lm.model.parameters())
+        weights: float = size_in_bytes(tensors_of(lm.model).values())
+        if quantization is not None:
+            packed = sum(weight.numel() for weight in _quantized(lm))
+            weights -= packed * (lm.dtype.itemsize - BYTES[quantization])
+        plain = quantization is None and lm.quantization is None
         return cls(
             parameters,
-            size_in_bytes(tensors_of(lm.model).values()),
+            round(weights),
             lm.dtype,
-            device.type == "cpu" and widens(lm.dtype, parameters, free_bytes(device)),
+            plain and device.type == "cpu" and widens(lm.dtype, parameters, free_bytes(device)),
             config.hidden_size,
             config.vocab_size,
             2.0 * config.hidden_size * config.vocab_size,
@@ -77,6 +96,16 @@ class Sizes:
     def token(self, first: int = 0, *, head: bool = True) -> float:
         """Operations of one token from block `first` on, with or without the head."""
         return sum(self.blocks[first:]) + (self.head if head else 0.0)
+
+
+def _quantized(lm: LanguageModel) -> Iterator[torch.Tensor]:
+    """The weights that a quantiser takes: those of the blocks' linear layers."""
+    from transformers.pytorch_utils import Conv1D
+
+    for layer in range(lm.layers):
+        for module in get_module(lm.model, lm.architecture.block.format(layer)).modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                yield module.weight
 
 
 def _operations(lm: LanguageModel, layer: int) -> float:

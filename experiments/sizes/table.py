@@ -19,7 +19,7 @@ COLUMNS = (
 
 def row(found: dict[str, Any]) -> list[str]:
     """One rehearsal's row of the table."""
-    plan, seconds = found["plan"], {}
+    plan, seconds = found["plan"], dict[str, float]()
     for phase in found["phases"]:
         seconds[phase["name"]] = seconds.get(phase["name"], 0.0) + phase["seconds"]
     moments = sum(value for name, value in seconds.items() if "second moments" in name)
