@@ -4,8 +4,9 @@ With W0 the weights at the session's begin and Δ_j the edits that are in force,
 
     W = cast(T(W0, Σ_j Δ_j))          summed in float64, cast once; T is a transform (prune, rect) or nothing
 
-so undoing any step leaves, bit for bit, the composition of the others. What methods carry from step to step
-(AlphaEdit's keys) lies in the steps' `memory`; second moments and contexts are taken once, on W0. Nothing is global.
+so undoing any step leaves, bit for bit, the composition of the others. What methods carry from step to step (keys of
+earlier facts, running statistics) is computed from the steps' `memory`, in their order (shared/carried.py): it is saved
+with the steps, and undone with them. Second moments and contexts are taken once, on W0. Nothing is global.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from editkit.errors import ConfigError, EditFileError, EditkitError
 from editkit.facts import Fact
 from editkit.files import write_bytes, write_text
 from editkit.methods import get_method
+from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.prelude import Moments, shared_inputs
 from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.architecture import as_stored
@@ -101,6 +103,7 @@ class Session:
         self._summed: tuple[list[Edit], dict[str, Tensor]] = [], {}  # the last sums: one step more adds to them
         self._saved: set[Path] = set()  # files of steps that are known to be sound
         self._moments = moments
+        self._carried = Carried()
         self._inputs: dict[str, Any] | None = None
 
     def __enter__(self) -> "Session":
@@ -232,7 +235,8 @@ class Session:
         self._saved.add(path)
 
     def _compute(self, facts: Fact | Sequence[Fact], earlier: Sequence[Edit]) -> Edit:
-        options = {"seed": self.seed, "progress": self.progress, "earlier": earlier, **self._of_base()}
+        options = {"seed": self.seed, "progress": self.progress, "earlier": earlier}
+        options |= {"carried": self._carried, **self._of_base()}
         step = self._registered(self.lm, facts, self.settings, **options)
         return replace(step, parents=tuple(edit.digest for edit in earlier))
 

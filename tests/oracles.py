@@ -287,12 +287,18 @@ class _Probe:
 
 
 def _values(
-    model: nn.Module, method: str, block: str, attention: str, name: str, layer: int, inputs: FactRows, settings: Any
+    model: nn.Module,
+    method: str,
+    target_site: str,
+    attention: str,
+    name: str,
+    layer: int,
+    inputs: FactRows,
+    settings: Any,
 ) -> Tensor:
-    """The target_site z [d_model] of one fact, at the block's output (PMET: the down-projection's), row by row."""
+    """The target z [d_model] of one fact at `target_site`, row by row."""
     rows, (kl_ids, kl_at) = inputs
     run = _Probe(model)
-    target_site = name if method == "pmet" else block.format(layer)
     bare = rows[0][0][: len(rows[0][0]) - rows[0][2]]
     with torch.no_grad():
         _, seen = run(bare, rows[0][1], [target_site, attention.format(layer)])
@@ -356,42 +362,92 @@ def spread_updates(
     moments: Sequence[Tensor],
     settings: Any,
     memories: Memories = Memory,
+    *,
+    earlier: Sequence[Tensor] = (),
+    own_target: bool = False,
 ) -> list[Tensor]:
     """ΔW [d_model, d_ff] of each layer by MEMIT, EMMET, PMET or AlphaEdit as the papers write them, by direct solves.
 
-    `settings`: the method's own. `memories`: makes the memory of a module. The weights are written into a copy, layer
-    after layer.
+    `settings`: the method's own. `memories`: makes the memory of a module. `earlier`: S [d_ff, d_ff] of each layer, of
+    the facts edited before. `own_target`: the target is the down-projection's output, not the block's. The weights are
+    written into a copy, layer after layer.
     """
     model = copy.deepcopy(model).double()
     for p in model.parameters():
         p.requires_grad_(False)
     run = _Probe(model)
-    z = [_values(model, method, block, attention, names[-1], layers[-1], inputs, settings) for inputs in facts]
-    target_site = names[-1] if method == "pmet" else block.format(layers[-1])
+    target_site = names[-1] if method == "pmet" or own_target else block.format(layers[-1])
+    where = method, target_site, attention, names[-1], layers[-1]
+    z = [_values(model, *where, inputs, settings) for inputs in facts]
     updates = []
     for number, (name, C) in enumerate(zip(names, moments, strict=True)):
         memory = memories(model, name)
-        keys, residuals = [], []
+        residuals = []
         for (rows, _), target in zip(facts, z, strict=True):
-            given = [run(ids[: len(ids) - t], at, [name])[1][name, "in"] for ids, at, t in rows]
-            of_row = [memory.keys(x[None])[0] for x in given]
-            keys.append((of_row[0] + torch.stack(of_row[1:]).mean(0)) / 2)
             ids, at, targets = rows[0]
             residuals.append(target - run(ids[: len(ids) - targets], at, [target_site])[1][target_site, "out"])
-        K, R = torch.stack(keys, 1), torch.stack(residuals, 1)
+        K, R = keys_now(model, name, facts, memories), torch.stack(residuals, 1)
+        S = earlier[number] if earlier else torch.zeros(len(K), len(K), dtype=K.dtype)
         left = len(names) - number
         R = R / (left**0.5 if method == "pmet" else left)
         eye, few = torch.eye(len(K), dtype=K.dtype), torch.eye(K.shape[1], dtype=K.dtype)
-        if method in ("memit", "pmet"):
-            update = R @ K.T @ torch.linalg.inv(settings.mom2_update_weight * C + K @ K.T)
+        if method in ("memit", "memit_seq", "pmet"):
+            update = R @ K.T @ torch.linalg.inv(settings.mom2_update_weight * C + S + K @ K.T)
         elif method == "emmet":
-            inverse = torch.linalg.inv(settings.mom2_update_weight * C)
-            update = R @ torch.linalg.inv(K.T @ inverse @ K + settings.epsilon * few) @ K.T @ inverse
+            inverse = torch.linalg.inv(settings.mom2_update_weight * C + S)
+            epsilon = settings.epsilon if K.shape[1] > 1 else 0.0
+            update = R @ torch.linalg.inv(K.T @ inverse @ K + epsilon * few) @ K.T @ inverse
         else:
             _, vectors = torch.linalg.eigh(C)
             low = vectors[:, : round(settings.fraction * len(C))]
             P = low @ low.T
-            update = torch.linalg.solve(P @ K @ K.T + settings.l2 * eye, P @ K @ R.T).T
+            update = torch.linalg.solve(P @ (K @ K.T + S) + settings.l2 * eye, P @ K @ R.T).T
         updates.append(update)
         memory.add(update)
     return updates
+
+
+@torch.no_grad()
+def keys_now(model: nn.Module, name: str, facts: Sequence[FactRows], memories: Memories = Memory) -> Tensor:
+    """K [d_ff, n] of the module `name` as the model is now: half the bare prompt's key, half the mean of the others."""
+    memory, run, keys = memories(model, name), _Probe(model), []
+    for rows, _ in facts:
+        given = [run(ids[: len(ids) - t], at, [name])[1][name, "in"] for ids, at, t in rows]
+        of_row = [memory.keys(x[None])[0] for x in given]
+        keys.append((of_row[0] + torch.stack(of_row[1:]).mean(0)) / 2)
+    return torch.stack(keys, 1)
+
+
+def session_updates(
+    model: nn.Module,
+    method: str,
+    block: str,
+    attention: str,
+    names: Sequence[str],
+    layers: Sequence[int],
+    batches: Sequence[Sequence[FactRows]],
+    moments: Sequence[Tensor],
+    settings: Any,
+    memories: Memories = Memory,
+    *,
+    own_target: bool = False,
+) -> list[list[Tensor]]:
+    """ΔW of each layer for each batch, written one after the other; S grows by the keys that the edited model has.
+
+    Arguments as for spread_updates.
+    """
+    model = copy.deepcopy(model).double()
+    S = [torch.zeros_like(C) for C in moments]
+    found = []
+    for facts in batches:
+        where = block, attention, names, layers
+        updates = spread_updates(
+            model, method, *where, facts, moments, settings, memories, earlier=S, own_target=own_target
+        )
+        with torch.no_grad():
+            for name, update in zip(names, updates, strict=True):
+                memories(model, name).add(update)
+        again = [keys_now(model, name, facts, memories) for name in names]
+        S = [s + K @ K.T for s, K in zip(S, again, strict=True)]
+        found.append(updates)
+    return found

@@ -12,8 +12,9 @@ from editkit.errors import ConfigError, EditkitError, FactError, ModelError
 from editkit.methods import get_method
 from editkit.methods.alphaedit import AlphaEditSettings, constrained, null_space
 from editkit.methods.emmet import EmmetSettings, equality
-from editkit.methods.memit import MemitSettings, least_squares
+from editkit.methods.memit import MemitSettings
 from editkit.methods.pmet import PmetSettings
+from editkit.methods.shared.held import Held, least_squares
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.moments import Factored, SecondMoment, second_moments
@@ -84,14 +85,14 @@ def test_woodbury_is_the_direct_solve(n: int) -> None:
     moment = random_moment(40, 400)
     keys = torch.randn(40, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     inverse = torch.linalg.inv(17.0 * moment.matrix + keys @ keys.T)
-    assert torch.allclose(least_squares(moment.factor(), keys, 17.0), keys.T @ inverse, rtol=1e-6, atol=1e-12)
+    assert torch.allclose(least_squares(Held(moment.factor(), 17.0), keys), keys.T @ inverse, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 7, 30])
 def test_emmet_holds_the_new_values_exactly_and_moves_old_keys_least(n: int) -> None:
     moment = random_moment(40, 400)
     keys = torch.randn(40, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    right = equality(moment.factor(), keys, 3.0, 0.0)
+    right = equality(Held(moment.factor(), 3.0), keys, 0.0)
     assert torch.allclose(right @ keys, torch.eye(n).double(), atol=1e-9)
     cost = torch.trace(right @ moment.matrix @ right.T)
     for seed in range(5):  # any other solution of the constraint costs more
@@ -128,7 +129,7 @@ def test_alphaedit_without_a_null_space_is_refused() -> None:
 def test_dependent_keys_are_named() -> None:
     keys = torch.ones(4, 2, dtype=torch.float64)
     with pytest.raises(EditkitError, match="depend on each other.*method.epsilon"):
-        equality(Factored(torch.eye(4, dtype=torch.float64)), keys, 1.0, 0.0)
+        equality(Held(Factored(torch.eye(4, dtype=torch.float64))), keys, 0.0)
 
 
 @pytest.mark.parametrize("method", ["memit", "emmet", "pmet", "alphaedit"])

@@ -30,6 +30,7 @@ OPTIONS = {
     "contexts": "templates to put the prompt in",
     "progress": "whether to show progress bars",
     "earlier": "this method's edits that the model already holds",
+    "carried": "what a session has computed from them (shared/carried.py)",
 }
 
 

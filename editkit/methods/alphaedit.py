@@ -106,8 +106,7 @@ def alphaedit(
     spread = write_values(lm, given, solve, progress=progress)
     for report in spread.layers:
         report["null_space"] = rank_of(bases[report["layer"]])
-    memory = {down_of(lm, layer): k.float() for layer, k in spread.keys.items()}
-    return spread.edit(given, "alphaedit", memory)
+    return spread.edit(given, "alphaedit", spread.memory(lm))
 
 
 def null_space(moment: SecondMoment | None, layer: int, threshold: float, fraction: float | None) -> Tensor:

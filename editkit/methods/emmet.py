@@ -4,6 +4,8 @@ With K [d_ff, n] the keys of the facts at the block, R [d_model, n] the residual
 C' = λ E[k kᵀ], the new keys get R (exactly with ε = 0) and old ones move least:
 
     ΔW = R (Kᵀ C'⁻¹ K + ε I)⁻¹ Kᵀ C'⁻¹
+
+With `method.keep_earlier`, S = Σ K′K′ᵀ of the facts that a session has edited before is added to C' (shared/held.py).
 """
 
 from collections.abc import Sequence
@@ -17,13 +19,14 @@ from editkit.edits.edit import Edit
 from editkit.errors import ConfigError, EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
-from editkit.methods.memit import MemitSettings
+from editkit.methods.memit import MemitSettings, weighed
 from editkit.methods.rome import CONSTANTS as ROME
+from editkit.methods.shared.carried import Carried
+from editkit.methods.shared.held import Held, held_by
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
-from editkit.moments import Factored
 from editkit.settings import Constants, require
 
 CONSTANTS = Constants(
@@ -65,30 +68,32 @@ def emmet(
     moments: Moments = None,
     contexts: Sequence[str] | None = None,
     progress: bool = True,
+    earlier: Sequence[Edit] = (),
+    carried: Carried | None = None,
 ) -> Edit:
-    """One edit of one block for all of `facts` at once. Arguments and errors as for `rome`."""
+    """One edit of one block for all of `facts` at once. Arguments and errors as for `memit`."""
     given = prepare(
         lm, facts, settings or EmmetSettings(), seed=seed, moments=moments, contexts=contexts, progress=progress
     )
-    weight, epsilon = given.settings.mom2_update_weight, given.settings.epsilon if len(given.facts) > 1 else 0.0
-    assert weight is not None  # resolved
-    factored = given.factored  # before the values, so that a C which cannot be factored fails at once
+    held = held_by(lm, given, weighed(given), earlier, carried)
+    epsilon = given.settings.epsilon if len(given.facts) > 1 else 0.0
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        return equality(factored[layer], keys, weight, epsilon)
+        return equality(held[layer], keys, epsilon)
 
-    return write_values(lm, given, solve, progress=progress).edit(given, "emmet")
+    spread = write_values(lm, given, solve, progress=progress)
+    return spread.edit(given, "emmet", spread.memory(lm) if given.settings.keep_earlier else None)
 
 
-def equality(factored: Factored, keys: Tensor, weight: float, epsilon: float) -> Tensor:
-    """(Kᵀ (λC)⁻¹ K + ε I)⁻¹ Kᵀ (λC)⁻¹ [n, d_ff] in float64, from K [d_ff, n].
+def equality(held: Held, keys: Tensor, epsilon: float) -> Tensor:
+    """(Kᵀ C'⁻¹ K + ε I)⁻¹ Kᵀ C'⁻¹ [n, d_ff] in float64, from K [d_ff, n].
 
     Raises EditkitError when the keys depend on each other and ε is 0.
     """
-    weighed = factored.solve(keys) / weight
-    inner = keys.T @ weighed + epsilon * torch.eye(keys.shape[1], dtype=keys.dtype)
+    f = held.solve(keys)
+    inner = keys.T @ f + epsilon * torch.eye(keys.shape[1], dtype=keys.dtype)
     solved: Tensor
-    solved, failed = torch.linalg.solve_ex(inner, weighed.T)
+    solved, failed = torch.linalg.solve_ex(inner, f.T)
     if failed:
         raise EditkitError(
             "Keys of these facts depend on each other, so their values cannot all be held exactly. Set "

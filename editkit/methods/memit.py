@@ -5,29 +5,32 @@ C = E[k kᵀ], least squares lets old keys keep their values and gives R to the 
 
     ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹
 
-By Woodbury's identity
+By Woodbury's identity, with F = (λ C)⁻¹ K,
 
-    Kᵀ (λ C + K Kᵀ)⁻¹ = (λ I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹
+    Kᵀ (λ C + K Kᵀ)⁻¹ = (I + KᵀF)⁻¹ Fᵀ
 
 so it needs one n × n solve and the Cholesky factor of C; with more facts than d_ff, it solves in d_ff instead.
+
+With `method.keep_earlier`, λ C + S takes the place of λ C in a session: S = Σ K′K′ᵀ over the facts edited before
+(shared/held.py). MEMIT-Seq is MEMIT with it (memit_seq.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from editkit.edits.edit import Edit
 from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME
-from editkit.methods.shared.prelude import Moments, prepare
+from editkit.methods.shared.carried import Carried
+from editkit.methods.shared.held import Held, held_by, least_squares
+from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.spread import write_values
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
-from editkit.moments import Factored
 from editkit.settings import EASYEDIT, Constants, SpreadSettings, require
 
 # The authors' hparams files; the atlas model's are measured, as ROME's.
@@ -62,6 +65,7 @@ class MemitSettings(SpreadSettings):
     constants: ClassVar[Constants] = CONSTANTS
 
     mom2_update_weight: float | None = None  # λ: how many keys of running text C counts as
+    keep_earlier: bool = False  # in a session: hold the keys of facts edited before where they are (S)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,31 +83,31 @@ def memit(
     moments: Moments = None,
     contexts: Sequence[str] | None = None,
     progress: bool = True,
+    earlier: Sequence[Edit] = (),
+    carried: Carried | None = None,
 ) -> Edit:
-    """One edit for all of `facts` at once. Arguments and errors as for `rome`."""
+    """One edit for all of `facts` at once. Arguments and errors as for `rome`.
+
+    - `earlier`: this method's edits that `lm` already holds. With `keep_earlier` their keys are kept where they are.
+    - `carried`: what a session has computed from them.
+    """
     given = prepare(
         lm, facts, settings or MemitSettings(), seed=seed, moments=moments, contexts=contexts, progress=progress
     )
-    weight = given.settings.mom2_update_weight
-    assert weight is not None  # resolved
-    factored = given.factored  # before the values, so that a C which cannot be factored fails at once
+    held = held_by(lm, given, weighed(given), earlier, carried)
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        return least_squares(factored[layer], keys, weight)
+        return least_squares(held[layer], keys)
 
-    return write_values(lm, given, solve, progress=progress).edit(given, "memit")
+    spread, keep = write_values(lm, given, solve, progress=progress), given.settings.keep_earlier
+    return spread.edit(given, "memit_seq" if keep else "memit", spread.memory(lm) if keep else None)
 
 
-def least_squares(factored: Factored, keys: Tensor, weight: float) -> Tensor:
-    """Kᵀ (λ C + K Kᵀ)⁻¹ [n, d_ff] in float64, from K [d_ff, n], by the smaller of two solves."""
-    n, d_ff = keys.shape[1], keys.shape[0]
-    if n < d_ff:
-        weighed = factored.solve(keys)  # C⁻¹ K
-        inner = weight * torch.eye(n, dtype=keys.dtype) + keys.T @ weighed
-        small: Tensor = torch.linalg.solve(inner, weighed.T)
-        return small
-    large: Tensor = torch.linalg.solve(weight * factored.matrix(d_ff) + keys @ keys.T, keys)
-    return large.T
+def weighed(given: Given[MemitSettings]) -> dict[int, Held]:
+    """λ C of each layer. Call it before the values, so that a C which cannot be factored fails at once."""
+    weight = given.settings.mom2_update_weight
+    assert weight is not None  # resolved
+    return {layer: Held(factored, weight) for layer, factored in given.factored.items()}
 
 
 register("memit", memit, MemitSettings)

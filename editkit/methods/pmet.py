@@ -7,6 +7,7 @@ square root, and the solve is MEMIT's:
     R = (v0 + δ_mlp − m now) / √(blocks left),     ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹
 
 Once the target is the likeliest answer the NLL counts a tenth, and the loop ends when the KL is under 0.01.
+With `method.keep_earlier`, λ C + S takes the place of λ C in a session (shared/held.py).
 """
 
 import math
@@ -19,8 +20,10 @@ from torch import Tensor
 from editkit.edits.edit import Edit
 from editkit.facts import Fact
 from editkit.methods import register
-from editkit.methods.memit import MemitSettings, least_squares
+from editkit.methods.memit import MemitSettings, weighed
 from editkit.methods.rome import CONSTANTS as ROME
+from editkit.methods.shared.carried import Carried
+from editkit.methods.shared.held import held_by, least_squares
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
 from editkit.models.evalmode import in_eval_mode
@@ -64,21 +67,21 @@ def pmet(
     moments: Moments = None,
     contexts: Sequence[str] | None = None,
     progress: bool = True,
+    earlier: Sequence[Edit] = (),
+    carried: Carried | None = None,
 ) -> Edit:
-    """One edit for all of `facts` at once. Arguments and errors as for `rome`."""
+    """One edit for all of `facts` at once. Arguments and errors as for `memit`."""
     given = prepare(
         lm, facts, settings or PmetSettings(), seed=seed, moments=moments, contexts=contexts, progress=progress
     )
-    weight = given.settings.mom2_update_weight
-    assert weight is not None  # resolved
-    factored = given.factored  # before the values, so that a C which cannot be factored fails at once
+    held = held_by(lm, given, weighed(given), earlier, carried)
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        return least_squares(factored[layer], keys, weight)
+        return least_squares(held[layer], keys)
 
     loss = {"nll_weight": given.settings.nll_weight, "stop_kl": given.settings.stop_kl}
     spread = write_values(lm, given, solve, progress=progress, with_attention=True, share=math.sqrt, **loss)
-    return spread.edit(given, "pmet")
+    return spread.edit(given, "pmet", spread.memory(lm) if given.settings.keep_earlier else None)
 
 
 register("pmet", pmet, PmetSettings)

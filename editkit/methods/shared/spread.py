@@ -43,6 +43,10 @@ class Spread:
     facts: list[dict[str, Any]]  # a report of each fact's value
     routing: dict[str, Any]  # of a mixture of experts: see routing_report
 
+    def memory(self, lm: LanguageModel) -> dict[str, Tensor]:
+        """The keys of these facts, for the method's later edits: K [d_ff, n] in float32 by the module that holds W."""
+        return {down_of(lm, layer): keys.float() for layer, keys in self.keys.items()}
+
     def edit(self, given: Given[Any], method: str, memory: dict[str, Tensor] | None = None) -> Edit:
         """The Edit. `memory`: what the method keeps for its later edits (see Edit)."""
         how = given.provenance(method, reports=self.facts, layers=self.layers, **self.routing)
