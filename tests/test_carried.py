@@ -12,8 +12,9 @@ from torch import Tensor
 from editkit import Edit, Session
 from editkit.edits.edit import Base
 from editkit.methods import get_method
-from editkit.methods.emmet import equality
+from editkit.methods.emmet import EmmetSettings, equality
 from editkit.methods.memit_seq import MemitSeqSettings
+from editkit.methods.pmet import PmetSettings
 from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.held import MANY, Held, least_squares
 from editkit.models.experts import down_of, site_of
@@ -36,8 +37,8 @@ pytestmark = [
 MOMENTS = MomentSettings(tokens=2000)
 KEEPING: dict[str, Any] = {
     "memit_seq": MemitSeqSettings(mom2_update_weight=30.0),
-    "emmet": replace(SETTINGS["emmet"], keep_earlier=True),
-    "pmet": replace(SETTINGS["pmet"], keep_earlier=True),
+    "emmet": EmmetSettings(mom2_update_weight=2.0, keep_earlier=True),
+    "pmet": PmetSettings(mom2_update_weight=30.0, kl_factor=0.5, stop_kl=0.0, keep_earlier=True),
     "alphaedit": SETTINGS["alphaedit"],
 }
 BATCHES = [FACTS[:1], FACTS[1:]]

@@ -32,14 +32,11 @@ class Carried:
 
         Where the edits begin with those of the call before, only the others are added.
         """
-        done, state = self._kept.get(name, ((), None))
-        if (
-            name not in self._kept
-            or len(done) > len(earlier)
-            or any(a is not b for a, b in zip(done, earlier, strict=False))
-        ):
+        done, state = self._kept.get(name) or ((), start())
+        if done != tuple(earlier[: len(done)]):  # edits are equal where they are the same object
             done, state = (), start()
         for edit in earlier[len(done) :]:
             state = add(state, edit)
         self._kept[name] = tuple(earlier), state
-        return state
+        found: T = state
+        return found

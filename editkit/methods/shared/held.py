@@ -46,8 +46,9 @@ class Held:
     def solve(self, keys: Tensor) -> Tensor:
         """A⁻¹ K [d_ff, n], from K [d_ff, n]."""
         if self.inverse is not None:
-            return self.inverse @ keys.double()
-        found = self.prior.solve(keys) / self.weight
+            known: Tensor = self.inverse @ keys.double()
+            return known
+        found: Tensor = self.prior.solve(keys) / self.weight
         if self.keys is None or self.weighed is None:
             return found
         return found - self.weighed @ torch.linalg.solve(_with_one(self.keys.T @ self.weighed), self.keys.T @ found)
@@ -73,7 +74,8 @@ class Held:
     def matrix(self, size: int) -> Tensor:
         """A [size, size]."""
         if self.inverse is not None:
-            return torch.linalg.inv(self.inverse)
+            direct: Tensor = torch.linalg.inv(self.inverse)
+            return direct
         text = self.weight * self.prior.matrix(size)
         return text if self.keys is None else text + self.keys @ self.keys.T
 
@@ -102,7 +104,7 @@ def held_by(
 
 
 def least_squares(held: Held, keys: Tensor) -> Tensor:
-    """Kᵀ (A + K Kᵀ)⁻¹ [n, d_ff] in float64, from K [d_ff, n], by the smaller of two solves: F = A⁻¹K, (I + KᵀF)⁻¹ Fᵀ."""
+    """Kᵀ (A + K Kᵀ)⁻¹ = (I + KᵀA⁻¹K)⁻¹ KᵀA⁻¹ [n, d_ff] in float64, from K [d_ff, n], by the smaller of two solves."""
     d_ff, n = keys.shape
     if n < d_ff:
         f = held.solve(keys)
