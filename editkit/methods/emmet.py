@@ -79,7 +79,7 @@ def emmet(
     epsilon = given.settings.epsilon if len(given.facts) > 1 else 0.0
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        return equality(held[layer], keys, epsilon)
+        return equality(held(layer), keys, epsilon)
 
     spread = write_values(lm, given, solve, progress=progress)
     return spread.edit(given, "emmet", spread.memory(lm) if given.settings.keep_earlier else None)

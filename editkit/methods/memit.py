@@ -15,7 +15,7 @@ With `method.keep_earlier`, λ C + S takes the place of λ C in a session: S = �
 (shared/held.py). MEMIT-Seq is MEMIT with it (memit_seq.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -97,17 +97,17 @@ def memit(
     held = held_by(lm, given, weighed(given), earlier, carried)
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        return least_squares(held[layer], keys)
+        return least_squares(held(layer), keys)
 
     spread, keep = write_values(lm, given, solve, progress=progress), given.settings.keep_earlier
     return spread.edit(given, "memit_seq" if keep else "memit", spread.memory(lm) if keep else None)
 
 
-def weighed(given: Given[MemitSettings]) -> dict[int, Held]:
-    """λ C of each layer. Call it before the values, so that a C which cannot be factored fails at once."""
-    weight = given.settings.mom2_update_weight
+def weighed(given: Given[MemitSettings]) -> Callable[[int], Held]:
+    """λ C of a layer. Call it before the values, so that a C which cannot be factored fails at once."""
+    factored, weight = given.factored, given.settings.mom2_update_weight
     assert weight is not None  # resolved
-    return {layer: Held(factored, weight) for layer, factored in given.factored.items()}
+    return lambda layer: Held(factored[layer], weight)
 
 
 register("memit", memit, MemitSettings)

@@ -77,7 +77,7 @@ def pmet(
     held = held_by(lm, given, weighed(given), earlier, carried)
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        return least_squares(held[layer], keys)
+        return least_squares(held(layer), keys)
 
     loss = {"nll_weight": given.settings.nll_weight, "stop_kl": given.settings.stop_kl}
     spread = write_values(lm, given, solve, progress=progress, with_attention=True, share=math.sqrt, **loss)

@@ -15,7 +15,7 @@ and the key of a block depends on no other (tests/test_carried.py compares them)
 they are the keys before the transform.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,73 +34,87 @@ MANY = 1 / 16  # of d_ff: with more earlier keys than this, Q costs less than th
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A = λC + S at one block, in float64 on the CPU. `prior`, `weight`: C as it is factored, and λ."""
+class Earlier:
+    """What a session carries of S at one block, in float64 on the CPU. Nothing of it before the first step."""
 
-    prior: Factored
-    weight: float = 1.0
     keys: Tensor | None = None  # H [d_ff, m] while there are few
     weighed: Tensor | None = None  # G [d_ff, m]
     inverse: Tensor | None = None  # Q [d_ff, d_ff] once there are many
 
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A = λC + S at one block, in float64 on the CPU.
+
+    - `text`: C as it is factored. `weight`: λ.
+    - `earlier`: S.
+    """
+
+    text: Factored
+    weight: float = 1.0
+    earlier: Earlier = Earlier()
+
     def solve(self, keys: Tensor) -> Tensor:
         """A⁻¹ K [d_ff, n], from K [d_ff, n]."""
-        if self.inverse is not None:
-            known: Tensor = self.inverse @ keys.double()
+        h, g, q = self.earlier.keys, self.earlier.weighed, self.earlier.inverse
+        if q is not None:
+            known: Tensor = q @ keys.double()
             return known
-        found: Tensor = self.prior.solve(keys) / self.weight
-        if self.keys is None or self.weighed is None:
-            return found
-        return found - self.weighed @ torch.linalg.solve(_with_one(self.keys.T @ self.weighed), self.keys.T @ found)
+        found: Tensor = self.text.solve(keys) / self.weight
+        return found if h is None or g is None else found - g @ torch.linalg.solve(_with_one(h.T @ g), h.T @ found)
 
     def also(self, keys: Tensor) -> "Held":
         """A + K′K′ᵀ, from K′ [d_ff, n]."""
-        keys = keys.double()
-        if self.inverse is not None:
-            f = self.inverse @ keys
-            inverse = self.inverse - f @ torch.linalg.solve(_with_one(keys.T @ f), f.T)
-            return replace(self, inverse=(inverse + inverse.T) / 2)
-        weighed = self.prior.solve(keys) / self.weight
-        if self.keys is not None and self.weighed is not None:
-            keys, weighed = torch.cat([self.keys, keys], 1), torch.cat([self.weighed, weighed], 1)
-        more = replace(self, keys=keys, weighed=weighed)
+        keys, before = keys.double(), self.earlier
+        if before.inverse is not None:
+            f = before.inverse @ keys
+            q = before.inverse - f @ torch.linalg.solve(_with_one(keys.T @ f), f.T)
+            return replace(self, earlier=Earlier(inverse=(q + q.T) / 2))
+        weighed = self.text.solve(keys) / self.weight
+        if before.keys is not None and before.weighed is not None:
+            keys, weighed = torch.cat([before.keys, keys], 1), torch.cat([before.weighed, weighed], 1)
         d_ff, m = keys.shape
-        # The inverse over all experts together would be far too large.
-        if m <= MANY * d_ff or isinstance(self.prior, FactoredExperts):
-            return more
-        prior = replace(self, inverse=self.prior.solve(torch.eye(d_ff, dtype=torch.float64)) / self.weight, keys=None)
-        return replace(prior, weighed=None).also(keys)
+        # Of experts the inverse over all of them together would be far too large.
+        if m <= MANY * d_ff or isinstance(self.text, FactoredExperts):
+            return replace(self, earlier=Earlier(keys, weighed))
+        inverse = self.text.solve(torch.eye(d_ff, dtype=torch.float64)) / self.weight
+        return replace(self, earlier=Earlier(inverse=inverse)).also(keys)
 
     def matrix(self, size: int) -> Tensor:
         """A [size, size]."""
-        if self.inverse is not None:
-            direct: Tensor = torch.linalg.inv(self.inverse)
+        if self.earlier.inverse is not None:
+            direct: Tensor = torch.linalg.inv(self.earlier.inverse)
             return direct
-        text = self.weight * self.prior.matrix(size)
-        return text if self.keys is None else text + self.keys @ self.keys.T
+        text, h = self.weight * self.text.matrix(size), self.earlier.keys
+        return text if h is None else text + h @ h.T
 
 
 def held_by(
-    lm: LanguageModel, given: Given[Any], priors: dict[int, Held], earlier: Sequence[Edit], carried: Carried | None
-) -> dict[int, Held]:
-    """A of each layer, where `given.settings.keep_earlier`; else what holds without earlier facts, `priors`.
+    lm: LanguageModel,
+    given: Given[Any],
+    text: Callable[[int], Held],
+    earlier: Sequence[Edit],
+    carried: Carried | None,
+) -> Callable[[int], Held]:
+    """A of a layer: with the keys of `earlier` where `given.settings.keep_earlier`, else of running text alone.
 
+    - `text`: λC of a layer, as it is without earlier facts.
     - `earlier`: the method's edits that `lm` holds, with their keys in `memory`.
     - `carried`: the session's; None outside of one.
     """
     if not given.settings.keep_earlier:
-        return priors
-    carried = carried or Carried()
+        return text
+    states = carried or Carried()
 
-    def of(layer: int) -> Held:
-        name = down_of(lm, layer)
+    def held(layer: int) -> Held:
+        name, alone = down_of(lm, layer), text(layer)
 
-        def add(held: Held, edit: Edit) -> Held:
-            return held.also(edit.memory[name]) if name in edit.memory else held
+        def add(state: Earlier, edit: Edit) -> Earlier:
+            return replace(alone, earlier=state).also(edit.memory[name]).earlier if name in edit.memory else state
 
-        return carried.state(("held", name), earlier, lambda: priors[layer], add)
+        return replace(alone, earlier=states.state(("held", name), earlier, Earlier, add))
 
-    return {layer: of(layer) for layer in given.layers}
+    return held
 
 
 def least_squares(held: Held, keys: Tensor) -> Tensor:
