@@ -27,7 +27,7 @@ from editkit.facts import Fact
 from editkit.files import write_bytes, write_text
 from editkit.methods import get_method
 from editkit.methods.shared.carried import Carried
-from editkit.methods.shared.prelude import Moments, shared_inputs
+from editkit.methods.shared.prelude import Moments
 from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.architecture import as_stored
 from editkit.models.load import LanguageModel
@@ -241,12 +241,12 @@ class Session:
         return replace(step, parents=tuple(edit.digest for edit in earlier))
 
     def _of_base(self) -> dict[str, Any]:
-        """Second moments and contexts of W0, taken the first time they are needed."""
+        """Second moments, contexts and what else the method asks of W0, taken the first time they are needed."""
         if self._inputs is None:
             with self._undone_if_it_fails(always=True):
                 self._write([])
-                shared = shared_inputs(self.lm, self.settings, self._moments, self.seed, self.progress)
-                self._inputs = {"moments": self._moments, **shared}
+                shared = self._registered.shared(self.lm, self.settings, self._moments, self.seed, self.progress)
+                self._inputs = shared
         return self._inputs
 
     def _total(self, steps: Sequence[Edit]) -> Edit:

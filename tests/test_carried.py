@@ -68,7 +68,8 @@ def test_a_session_is_the_oracles(family: str, method: str, monkeypatch: pytest.
     settings = settings_for(lm, method)
     layers = settings.layers
     moments = second_moments(lm, layers, MOMENTS, progress=False)
-    monkeypatch.setattr("editkit.session.shared_inputs", lambda *_: {"moments": moments, "contexts": CONTEXTS})
+    given = {"moments": moments, "contexts": CONTEXTS}
+    monkeypatch.setattr("editkit.methods.shared.prelude.shared_inputs", lambda *_: given)
     ridge = 0.0 if method == "alphaedit" else MOMENTS.ridge
     expected = session_updates(
         lm.model,

@@ -31,6 +31,7 @@ OPTIONS = {
     "progress": "whether to show progress bars",
     "earlier": "this method's edits that the model already holds",
     "carried": "what a session has computed from them (shared/carried.py)",
+    "base": "what the method's `base` has computed on the unedited model",
 }
 
 
@@ -46,6 +47,7 @@ class Method:
     function: "Callable[..., Edit]"
     settings: type[MethodSettings]
     takes: frozenset[str]  # names of OPTIONS, as the function's signature has them
+    base: "Callable[..., Any] | None" = None  # (lm, settings, *, moments, seed, progress) on the unedited model
 
     def __call__(
         self,
@@ -61,15 +63,34 @@ class Method:
         with eval_mode(lm):
             return self.function(lm, facts, settings, **{k: v for k, v in options.items() if k in self.takes})
 
+    def shared(
+        self, lm: "LanguageModel", settings: MethodSettings, moments: Any, seed: int, progress: bool
+    ) -> dict[str, Any]:
+        """The options `moments`, `contexts` and `base`, computed once for many edits of `lm` as it is now."""
+        from editkit.methods.shared.prelude import shared_inputs
+
+        found = {"moments": moments, **shared_inputs(lm, settings, moments, seed, progress)}
+        if self.base is not None:
+            found["base"] = self.base(lm, settings, moments=moments, seed=seed, progress=progress)
+        return found
+
 
 _METHODS: Registry[Method] = Registry("method", package=__name__, group="editkit.methods")
 
 
-def register(name: str, function: "Callable[..., Edit]", settings: type[MethodSettings]) -> Method:
+def register(
+    name: str,
+    function: "Callable[..., Edit]",
+    settings: type[MethodSettings],
+    *,
+    base: "Callable[..., Any] | None" = None,
+) -> Method:
     """Add a method: `method=NAME` runs it, and its settings' fields are the keys below `method.`.
 
     - `function`: `(lm, facts, settings, *, …) -> Edit`, with those of OPTIONS that it uses; `facts` is one or a list.
     - `settings`: a frozen dataclass below MethodSettings, with a default for every field (None: see its `constants`).
+    - `base`: `(lm, settings, *, moments, seed, progress)`, what many edits of one model share, computed once on that
+      model as it is before them; the function takes it as its option `base`.
 
     Raises ConfigError for a name that is taken, or a function or settings that do not fit.
     """
@@ -87,7 +108,7 @@ def register(name: str, function: "Callable[..., Edit]", settings: type[MethodSe
             f"{', '.join(OPTIONS)}; found {inspect.signature(function)}."
         )
     takes = frozenset(p.name for p in parameters[3:] if p.name in OPTIONS)
-    return _METHODS.register(name, Method(name, function, settings, takes), home=function.__module__)
+    return _METHODS.register(name, Method(name, function, settings, takes, base), home=function.__module__)
 
 
 def names() -> list[str]:

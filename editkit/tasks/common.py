@@ -13,7 +13,6 @@ from editkit.edits.edit import Edit
 from editkit.edits.spectra import Spectrum
 from editkit.facts import Fact
 from editkit.methods import get_method
-from editkit.methods.shared.prelude import shared_inputs
 from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.metrics.measure import Look, look
 from editkit.metrics.metric import Score, declarations
@@ -72,8 +71,7 @@ def load_model(config: Config) -> LanguageModel:
 def bind_method(lm: LanguageModel, config: Config, *, progress: bool = False) -> Callable[[Sequence[Fact]], Edit]:
     """The method of `config` as a function of facts alone; what its edits share is found now, on `lm` as it is."""
     method = get_method(config.method_name)
-    options: dict[str, Any] = {"moments": config.moments}
-    options |= shared_inputs(lm, config.method, config.moments, config.seed, True)
+    options = method.shared(lm, config.method, config.moments, config.seed, True)
 
     def compute(facts: Sequence[Fact]) -> Edit:
         edit = method(lm, list(facts), config.method, seed=config.seed, progress=progress, **options)
