@@ -169,7 +169,7 @@ def test_help_names_the_groups(tmp_path: Path) -> None:
     assert done.returncode == 0
     for expected in (
         "edit=gpt2_fact",
-        "method: alphaedit, emmet, ft, ft_l, lora, memit, memit_seq, mend, pmet, r_rome, rome",
+        "method: alphaedit, emmet, ft, ft_l, lora, memit, memit_seq, mend, pmet, r_rome, rome, stableedit, ultraedit",
         "moments",
     ):
         assert expected in done.stdout
