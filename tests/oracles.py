@@ -307,10 +307,11 @@ def _values(
         {attention.format(layer): seen[attention.format(layer), "out"]} if method == "pmet" else {}
     )
     before: Tensor | None = None
+    said_at_last = False
 
     def loss_of(found: Sequence[Tensor]) -> Tensor:
         """The method's NLL + KL, one row at a time. `found`: δ of each site."""
-        nonlocal before
+        nonlocal before, said_at_last
         deltas = dict(zip(sites, found, strict=True))
         nll, said = torch.zeros((), dtype=start.dtype), True
         for ids, at, targets in rows:
@@ -319,6 +320,7 @@ def _values(
             places = range(len(ids) - targets, len(ids))
             said = said and all(log_p[i - 1].argmax().item() == ids[i] for i in places)
             nll = nll - torch.stack([log_p[i - 1, ids[i]] for i in places]).mean() / len(rows)
+        said_at_last = said
         logits, _ = run(kl_ids, kl_at, add=deltas)
         after = F.log_softmax(logits[kl_at], -1)
         before = after.detach() if before is None else before
@@ -332,13 +334,15 @@ def _values(
         z: Tensor = start + found[list(sites).index(name)]
         return z
     deltas = [torch.zeros_like(start, requires_grad=True) for _ in sites]
+    times = 0  # at how many steps the target was the likeliest
     state = [(torch.zeros_like(start), torch.zeros_like(start)) for _ in sites]
     for step in range(settings.steps):
         loss = loss_of(deltas)
         for delta, norm in zip(deltas, norms, strict=True):
             if delta.detach().abs().sum() > 0:
                 loss = loss + settings.weight_decay * delta.norm() / norm**2
-        if step == settings.steps - 1:
+        times += said_at_last
+        if step == settings.steps - 1 or (method == "encore" and times >= settings.stop_likeliest):
             break
         for i, gradient in enumerate(torch.autograd.grad(loss, deltas)):
             m, v = state[i]
@@ -391,7 +395,9 @@ def spread_updates(
         left = len(names) - number
         R = R / (left**0.5 if method == "pmet" else left)
         eye, few = torch.eye(len(K), dtype=K.dtype), torch.eye(K.shape[1], dtype=K.dtype)
-        if method in ("memit", "memit_seq", "pmet"):
+        if method == "encore":
+            C = C + settings.gamma / settings.mom2_update_weight * eye
+        if method in ("memit", "memit_seq", "pmet", "encore"):
             update = R @ K.T @ torch.linalg.inv(settings.mom2_update_weight * C + S + K @ K.T)
         elif method == "emmet":
             inverse = torch.linalg.inv(settings.mom2_update_weight * C + S)

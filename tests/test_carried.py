@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from editkit import Edit, Session
+from editkit import Edit, Fact, Session
 from editkit.edits.edit import Base
 from editkit.methods import get_method
 from editkit.methods.emmet import EmmetSettings, equality
+from editkit.methods.encore import EncoreSettings
 from editkit.methods.memit_seq import MemitSeqSettings
 from editkit.methods.pmet import PmetSettings
 from editkit.methods.shared.carried import Carried
@@ -25,7 +26,7 @@ from editkit.settings import MomentSettings
 from tests.conftest import inputs_of, tiny_lm
 from tests.expert_oracle import memory_of
 from tests.families import EXPERTS, SITES
-from tests.oracles import session_updates
+from tests.oracles import session_updates, spread_updates
 from tests.test_experts import CONTEXTS, FACTS, blocks_of
 from tests.test_methods import SETTINGS, random_moment
 
@@ -37,13 +38,15 @@ pytestmark = [
 MOMENTS = MomentSettings(tokens=2000)
 KEEPING: dict[str, Any] = {
     "memit_seq": MemitSeqSettings(mom2_update_weight=30.0),
+    "encore": EncoreSettings(mom2_update_weight=30.0, gamma=2.0, stop_likeliest=2),
     "emmet": EmmetSettings(mom2_update_weight=2.0, keep_earlier=True),
     "pmet": PmetSettings(mom2_update_weight=30.0, kl_factor=0.5, stop_kl=0.0, keep_earlier=True),
     "alphaedit": SETTINGS["alphaedit"],
 }
 BATCHES = [FACTS[:1], FACTS[1:]]
-CELLS = [(family, "memit_seq") for family in SITES]
-CELLS += [(family, method) for family in ("gpt2", "llama", "mixtral") for method in KEEPING if method != "memit_seq"]
+FULL = ("memit_seq", "encore")
+CELLS = [(family, method) for family in SITES for method in FULL]
+CELLS += [(family, method) for family in ("gpt2", "llama", "mixtral") for method in KEEPING if method not in FULL]
 
 
 def apart(ours: Tensor, exact: Tensor) -> float:
@@ -146,6 +149,33 @@ def test_batches_one_after_the_other_are_one_batch() -> None:
         total = total + missing @ least_squares(held, keys[:, some])
         held = held.also(keys[:, some])
     assert apart(total, whole) <= 1e-9
+
+
+def test_encore_stops_a_value_that_says_the_target() -> None:
+    """At the step of the oracle; with a learning rate at which the target becomes the likeliest."""
+    lm = tiny_lm("gpt2", dtype=torch.float64)
+    moments = second_moments(lm, [1], MOMENTS, progress=False)
+    # The subject stands last: attention with random weights carries next to nothing from it to a later token.
+    facts = [Fact("The city of {}", "The Eiffel Tower", "Rome"), Fact("The capital of {}", "France", "Madrid")]
+    found = []
+    for times in (1, 2):
+        settings = settings_for(lm, "encore", steps=40, lr=1.0, clamp=30.0, stop_likeliest=times)
+        settings = replace(settings, layers=[1])
+        edit = get_method("encore")(lm, facts, settings, moments=moments, contexts=CONTEXTS, progress=False)
+        (expected,) = spread_updates(
+            lm.model,
+            "encore",
+            lm.architecture.block,
+            lm.architecture.attention,
+            [site_of(lm, 1)],
+            [1],
+            [inputs_of(lm, fact, CONTEXTS) for fact in facts],
+            [blocks_of(moments[1], MOMENTS.ridge)],
+            settings,
+        )
+        assert apart(edit.deltas[0].change(), expected) <= 1e-4
+        found.append([len(report["steps"]) for report in edit.provenance["reports"]])
+    assert all(1 < one < two < 40 for one, two in zip(*found, strict=True))
 
 
 # Its fast forms

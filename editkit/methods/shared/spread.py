@@ -71,7 +71,7 @@ def write_values(
     - `with_attention`: optimise a second δ at the attention's output, which is not written (PMET); the target site is
       the down-projection then.
     - `share`: of the number of blocks left, what the residual is divided by.
-    - `options`: of compute_deltas: nll_weight, stop_kl.
+    - `options`: of compute_deltas: nll_weight, stop_kl, stop_likeliest.
     """
     last = given.layers[-1]
     site = site_of(lm, last)
@@ -106,7 +106,7 @@ def compute_z(
     - `sites`: modules of the last layer to whose outputs a δ is added; the last one's is written.
     - `target_site`: the module whose output for the bare prompt, plus that δ, is the target.
     - `lookups`: of the same facts and sites (`lookups_of`).
-    - `options`: of compute_deltas: nll_weight, stop_kl.
+    - `options`: of compute_deltas: nll_weight, stop_kl, stop_likeliest.
     """
     facts, settings, templates = given.facts, given.settings, given.templates
     # 1) ‖v0‖ of each fact at each site, from the bare prompt.

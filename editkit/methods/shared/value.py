@@ -70,6 +70,7 @@ def compute_deltas(
     progress: bool,
     nll_weight: float = 1.0,
     stop_kl: float | None = None,
+    stop_likeliest: int | None = None,
 ) -> list[Optimised]:
     """For each fact a δ [sites, d_model], by the solver that the settings name.
 
@@ -83,10 +84,11 @@ def compute_deltas(
     - `name`, `progress`: the label of the progress bar, and whether to show it.
     - `nll_weight`: weight of the NLL once the target is the likeliest answer in every row.
     - `stop_kl`: if given, a fact also stops when the target is the likeliest answer and KL ≤ stop_kl.
+    - `stop_likeliest`: if given, a fact also stops at the so many-th step at which the target is the likeliest answer.
 
     As many facts are optimised together as memory takes; a batch that runs out of memory is halved.
     """
-    loss = _Loss(settings, nll_weight, stop_kl)
+    loss = _Loss(settings, nll_weight, stop_kl, stop_likeliest)
     with widened(lm), requires_grad(lm.model, only=[]):
         return _in_batches(lm, layer, sites, jobs, norms, loss, name, progress)
 
@@ -166,10 +168,12 @@ class _Bar:
 class _Loss:
     """The loss of each fact and its end, from resolved `settings`. The other arguments are those of compute_deltas."""
 
-    def __init__(self, settings: ValueSettings, nll_weight: float, stop_kl: float | None) -> None:
+    def __init__(
+        self, settings: ValueSettings, nll_weight: float, stop_kl: float | None, stop_likeliest: int | None
+    ) -> None:
         assert settings.steps and settings.solver  # resolved by the method
         self.settings, self.steps = settings, settings.steps
-        self._nll_weight, self._stop_kl = nll_weight, stop_kl
+        self._nll_weight, self._stop_kl, self._stop_likeliest = nll_weight, stop_kl, stop_likeliest
 
     def of(self, nll: Tensor, kl: Tensor, decay: Tensor, likeliest: Tensor) -> tuple[Tensor, Tensor]:
         """From the terms of each fact [facts]: the loss without weight decay, which backward takes, and the terms for
@@ -178,10 +182,13 @@ class _Loss:
         loss = torch.where(likeliest, self._nll_weight, 1.0) * nll + kl
         return loss, torch.stack((loss + decay, nll, kl, decay)).detach()
 
-    def ended(self, terms: Tensor, kl: Tensor, likeliest: Tensor) -> Tensor:
-        """[facts], True where the loss is under `stop_loss`, or the KL is low enough."""
-        low = terms[0] < self.settings.stop_loss
-        return low if self._stop_kl is None else low | (likeliest & (kl.detach() <= self._stop_kl))
+    def ended(self, terms: Tensor, kl: Tensor, likeliest: Tensor, times: Tensor) -> Tensor:
+        """[facts], True where the loss is under `stop_loss`, or the KL is low enough, or the target has been the
+        likeliest answer so many `times`."""
+        ended = terms[0] < self.settings.stop_loss
+        if self._stop_kl is not None:
+            ended = ended | (likeliest & (kl.detach() <= self._stop_kl))
+        return ended if self._stop_likeliest is None else ended | (times >= self._stop_likeliest)
 
 
 def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, show: Show) -> list[Optimised]:
@@ -200,6 +207,7 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
     unread: list[Tensor] = []  # of each step [5, facts]: the loss terms, and which facts were alive
     every = READ_EVERY.get(lm.device.type, 5)
     clean: Tensor | None = None  # log-probabilities at the KL position without δ, [facts, vocabulary]
+    times = torch.zeros_like(batch.alive, dtype=torch.long)  # at how many steps the target was the likeliest, [facts]
 
     for step in range(loss.steps):
         # 1) Run the rows, with the δ of their facts.
@@ -213,7 +221,8 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
         unread.append(torch.cat((terms, batch.alive[None].to(terms.dtype))))
 
         # 3) Which facts have ended: their δ no longer changes.
-        batch.alive = batch.alive & ~loss.ended(terms, kl, likeliest) & ~batch.stuck()
+        times = times + likeliest
+        batch.alive = batch.alive & ~loss.ended(terms, kl, likeliest, times) & ~batch.stuck()
         kept = list(range(len(batch.facts)))
         last = step == loss.steps - 1
         if last or (step + 1) % every == 0:
@@ -229,7 +238,7 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
                 break
             gradient = engine.gradient(losses[kept].sum())[:, kept]
             batch.keep(kept)
-            clean, terms = clean[kept], terms[:, kept]
+            clean, terms, times = clean[kept], terms[:, kept], times[kept]
             with torch.no_grad():
                 engine = engine.some(kept)
 
