@@ -2,7 +2,7 @@
 
 With W0 the weights at the session's begin and Δ_j the edits that are in force, in the order they were made,
 
-    W = cast(T(W0, Σ_j Δ_j))          summed in float64, cast once; T is a transform (prune, rect) or nothing
+    W = cast(T(W0, Σ_j Δ_j))          summed in float64, cast once; T is a transform (prune, rect, sphere) or nothing
 
 so undoing any step leaves, bit for bit, the composition of the others. What methods carry from step to step (keys of
 earlier facts, running statistics) is computed from the steps' `memory`, in their order (shared/carried.py): it is saved
@@ -72,7 +72,7 @@ class Session:
 
     - `method`, `settings`: a registered name, and its settings (defaults where None).
     - `moments`: how to collect C on the base, or {layer: SecondMoment}.
-    - `transform`: "prune" or "rect", of the sum of all steps against the base; None takes the settings' own.
+    - `transform`: "prune", "rect" or "sphere", of the sum of all steps against the base; None takes the settings' own.
     - `seed`: of contexts and running text.
 
     `steps` are the edits in force. Raises ConfigError for an unknown method.

@@ -187,6 +187,7 @@ def rome_update(
     stop_loss: float,
     solver: str = "adam",
     memories: Memories = Memory,
+    anchor: float | None = None,
 ) -> tuple[Tensor, list[float]]:
     """ΔW [d_model, d_ff] and the loss of each evaluation, one row at a time at full depth.
 
@@ -236,6 +237,7 @@ def rome_update(
         (delta,), losses = descent(lambda deltas: loss_of(deltas[0]), [v0.norm()], len(v0), steps, clamp, stop_loss)
     else:
         delta, losses = adam(loss_of, v0, steps, lr, weight_decay, clamp, stop_loss)
+    delta = anchored(v0, delta, anchor)
     k_mean = torch.stack(keys).mean(0)
     u = torch.linalg.inv(C) @ k_mean
     gives = [W @ key + memory.rest(key, value) for key, value in zip(keys, values, strict=True)]
@@ -301,7 +303,7 @@ def _values(
     run = _Probe(model)
     bare = rows[0][0][: len(rows[0][0]) - rows[0][2]]
     with torch.no_grad():
-        _, seen = run(bare, rows[0][1], [target_site, attention.format(layer)])
+        _, seen = run(bare, rows[0][1], [target_site, name, attention.format(layer)])
     start = seen[target_site, "out"]
     sites = {name: start} | (
         {attention.format(layer): seen[attention.format(layer), "out"]} if method == "pmet" else {}
@@ -331,8 +333,7 @@ def _values(
     norms = [value.norm() for value in sites.values()]
     if settings.solver == "descent":
         found, _ = descent(loss_of, norms, len(start), settings.steps, settings.clamp, settings.stop_loss)
-        z: Tensor = start + found[list(sites).index(name)]
-        return z
+        return start + anchored(seen[name, "out"], found[list(sites).index(name)], settings.anchor)
     deltas = [torch.zeros_like(start, requires_grad=True) for _ in sites]
     times = 0  # at how many steps the target was the likeliest
     state = [(torch.zeros_like(start), torch.zeros_like(start)) for _ in sites]
@@ -352,7 +353,16 @@ def _values(
             moved = deltas[i].detach() - settings.lr * m / (1 - 0.9 ** (step + 1)) / scale
             bound = settings.clamp * norms[i]
             deltas[i] = (moved * min(1.0, bound / moved.norm())).requires_grad_(True)
-    return start + deltas[list(sites).index(name)].detach()
+    return start + anchored(seen[name, "out"], deltas[list(sites).index(name)].detach(), settings.anchor)
+
+
+def anchored(v0: Tensor, delta: Tensor, anchor: float | None) -> Tensor:
+    """δ [d_model] by NAS: v0 + δ is brought to the norm of the anchor, or left at v0."""
+    if anchor is None:
+        return delta
+    if (v0 + delta).norm() > 2 * anchor:
+        return torch.zeros_like(delta)
+    return anchor * (v0 + delta) / (v0 + delta).norm() - v0
 
 
 def spread_updates(

@@ -175,7 +175,8 @@ def test_encore_stops_a_value_that_says_the_target() -> None:
         )
         assert apart(edit.deltas[0].change(), expected) <= 1e-4
         found.append([len(report["steps"]) for report in edit.provenance["reports"]])
-    assert all(1 < one < two < 40 for one, two in zip(*found, strict=True))
+    (one, never), (two, _) = found
+    assert 1 < one < two < never == 40  # the second fact's target is never the likeliest
 
 
 # Its fast forms

@@ -214,7 +214,7 @@ def test_a_step_that_fails_leaves_the_session_as_it_was(
     assert_bits(lm, before)
 
 
-@pytest.mark.parametrize("transform", ["prune", "rect"])
+@pytest.mark.parametrize("transform", ["prune", "rect", "sphere"])
 def test_a_transform_is_of_the_total_against_the_base(transform: str) -> None:
     lm = tiny_lm("gpt2")
     site = lm.architecture.down(1)
@@ -229,6 +229,13 @@ def test_a_transform_is_of_the_total_against_the_base(transform: str) -> None:
             largest = torch.linalg.svdvals(w)[0]
             s = torch.where(s > largest, s.log() - largest.log() + largest, s)
             expected = (u[:, : len(s)] * s) @ vt[: len(s)]
+        elif transform == "sphere":
+            unit = w / w.square().sum(1, keepdim=True).sqrt()
+            values, vectors = torch.linalg.eigh(unit.T @ unit)
+            shares = values.flip(0).cumsum(0) / values.sum()
+            top = vectors.flip(1)[:, : int((shares < 0.5).sum()) + 1]
+            assert 1 < top.shape[1] < len(w)
+            expected = change @ (torch.eye(len(values)).double() - 0.5 * top @ top.T)
         else:
             ratio = (change / w).abs()
             kept = ratio.flatten().sort(descending=True).values[round(0.4 * ratio.numel()) - 1]

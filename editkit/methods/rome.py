@@ -23,6 +23,7 @@ from editkit.edits import Edit, low_rank_delta, routing_report
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
+from editkit.methods.shared.anchor import anchored
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.value import Optimised, compute_deltas, named
@@ -158,7 +159,7 @@ def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Fact
     """One update with its health report. Raises EditkitError for a degenerate key."""
     assert found.clean is not None
     (k_bare, k_mean), (v_bare, v_mean) = found.clean
-    delta = found.delta[0]
+    (delta,), (value_norm,), (skipped,) = anchored(v_bare[None], found.delta[:1], settings.anchor)
     u = factored.solve(k_mean)
     u = u / u.norm()
     if settings.keys == "mean":
@@ -177,6 +178,8 @@ def _update(fact: Fact, found: Optimised, settings: RomeSettings, factored: Fact
         "cos_bare_mean": torch.cosine_similarity(k_bare, k_mean, dim=0).item(),
         "v0_norm": v_bare.norm().item(),
         "delta_norm": delta.norm().item(),
+        "value_norm": value_norm.item(),
+        "skipped": bool(skipped),
         "clamp_hit": found.clamp_hit,
         "steps": found.steps,
     }

@@ -12,7 +12,7 @@ from editkit.settings.checks import require, require_one_of
 from editkit.settings.constants import Constants
 
 LOOKUP_TOKENS = ("subject_last", "subject_first", "subject_first_after_last", "last")
-TRANSFORMS = ("rect", "prune")
+TRANSFORMS = ("rect", "prune", "sphere")
 ENGINES = ("replay", "full")
 SOLVERS = ("adam", "descent")
 ADAMS = ("lr", "weight_decay")  # settings of a value that Adam alone has
@@ -73,7 +73,7 @@ class MethodSettings:
 
     constants: ClassVar[Constants] = Constants()  # fill what is None, by model
 
-    transform: str | None = field(default=None, kw_only=True)  # of the finished edit: rect, prune
+    transform: str | None = field(default=None, kw_only=True)  # of the finished edit: rect, prune, sphere
 
     def __post_init__(self) -> None:
         if self.transform is not None:
@@ -105,6 +105,7 @@ class ValueSettings(MethodSettings):
     weight_decay: float | None = None  # Adam's factor of ‖δ‖/‖v0‖²
     kl_factor: float = 0.0625  # factor of KL(edited ‖ clean) at the subject in "{subject} is a"
     clamp: float | None = None  # ‖δ‖ is held under clamp · ‖v0‖
+    anchor: float | None = None  # the norm that every value v0 + δ is brought to (NAS, arXiv 2602.02543); None: its own
     stop_loss: float = 0.05  # stop when the loss falls under this
     contexts: ContextSettings = field(default_factory=ContextSettings)
     engine: str = "replay"  # replay: only the work that δ changes; full: every row, token and block, as the reference
@@ -118,6 +119,7 @@ class ValueSettings(MethodSettings):
         require(self.steps is None or self.steps > 0, "method.steps", self.steps, "positive")
         require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
         require(self.clamp is None or self.clamp > 0, "method.clamp", self.clamp, "positive")
+        require(self.anchor is None or self.anchor > 0, "method.anchor", self.anchor, "positive")
         require(self.kl_factor >= 0, "method.kl_factor", self.kl_factor, "0 or more")
         require(
             self.weight_decay is None or self.weight_decay >= 0, "method.weight_decay", self.weight_decay, "0 or more"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from editkit.edits import Delta, Edit, low_rank_delta, routing_report
+from editkit.methods.shared.anchor import anchored
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given
 from editkit.methods.shared.sites import Lookups
@@ -86,7 +87,7 @@ def write_values(
 
 def lookups_of(lm: LanguageModel, given: Given[SpreadSettings], sites: Sequence[str], target_site: str) -> Lookups:
     """What the facts' keys and values are read from. At full depth each reading is a pass of its own."""
-    settings, last = given.settings, sites[:-1]
+    settings, last = given.settings, [site for site in sites if site != target_site]
     facts, templates, keep = given.facts, given.templates, settings.engine != "full"
     return Lookups(lm, facts, templates, settings.fact_token, given.layers, target_site, last, keep=keep)
 
@@ -111,6 +112,7 @@ def compute_z(
     facts, settings, templates = given.facts, given.settings, given.templates
     # 1) ‖v0‖ of each fact at each site, from the bare prompt.
     start, *own = (lookups.start(site) for site in (target_site, *sites[:-1]))  # each [n, d_model]
+    values = lookups.start(sites[-1])  # [n, d_model], of the module that is written
     norms = torch.stack([values.norm(dim=-1) for values in (*own, start)], 1)  # [n, sites]
     # 2) δ of all facts side by side.
     jobs = [rows_of(lm, fact, settings.fact_token, templates) for fact in facts]
@@ -118,16 +120,19 @@ def compute_z(
         lm, given.layers[-1], sites, jobs, norms, settings, name=named(facts), progress=progress, **options
     )
     # 3) Targets and reports.
+    scaled = anchored(values, torch.stack([each.delta[-1] for each in found]), settings.anchor)
     reports = [
         {
             "steps": each.steps,
             "clamp_hit": each.clamp_hit,
-            "delta_norm": each.delta[-1].norm().item(),
+            "delta_norm": delta.norm().item(),
             "v0_norm": norm.item(),
+            "value_norm": value.item(),
+            "skipped": bool(skipped),
         }
-        for each, norm in zip(found, norms[:, -1], strict=True)
+        for each, norm, delta, value, skipped in zip(found, norms[:, -1], *scaled, strict=True)
     ]
-    return start + torch.stack([each.delta[-1] for each in found]), reports
+    return start + scaled.delta, reports
 
 
 def spread(
