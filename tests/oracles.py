@@ -379,12 +379,13 @@ def spread_updates(
     *,
     earlier: Sequence[Tensor] = (),
     own_target: bool = False,
+    protected: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """ΔW [d_model, d_ff] of each layer by MEMIT, EMMET, PMET or AlphaEdit as the papers write them, by direct solves.
 
     `settings`: the method's own. `memories`: makes the memory of a module. `earlier`: S [d_ff, d_ff] of each layer, of
-    the facts edited before. `own_target`: the target is the down-projection's output, not the block's. The weights are
-    written into a copy, layer after layer.
+    the facts edited before. `own_target`: the target is the down-projection's output, not the block's. `protected`:
+    whose null space BetaEdit takes, C's where there is none. The weights are written into a copy, layer after layer.
     """
     model = copy.deepcopy(model).double()
     for p in model.parameters():
@@ -413,6 +414,12 @@ def spread_updates(
             inverse = torch.linalg.inv(settings.mom2_update_weight * C + S)
             epsilon = settings.epsilon if K.shape[1] > 1 else 0.0
             update = R @ torch.linalg.inv(K.T @ inverse @ K + epsilon * few) @ K.T @ inverse
+        elif method == "betaedit":
+            _, vectors = torch.linalg.eigh(protected[number] if protected else C)
+            low = vectors[:, : round(settings.fraction * len(C))]
+            P = low @ low.T
+            old = S + settings.mom2_update_weight * C
+            update = torch.linalg.solve(P @ (K @ K.T + old) + settings.l2 * eye, P @ K @ R.T).T
         else:
             _, vectors = torch.linalg.eigh(C)
             low = vectors[:, : round(settings.fraction * len(C))]
@@ -447,23 +454,27 @@ def session_updates(
     memories: Memories = Memory,
     *,
     own_target: bool = False,
+    rebuild: Sequence[bool] = (),
 ) -> list[list[Tensor]]:
     """ΔW of each layer for each batch, written one after the other; S grows by the keys that the edited model has.
 
-    Arguments as for spread_updates.
+    Arguments as for spread_updates. `rebuild`: whether BetaEdit's null space is taken anew after each batch, by layer.
     """
     model = copy.deepcopy(model).double()
     S = [torch.zeros_like(C) for C in moments]
-    found = []
+    found, count, protected = [], 0, list[Tensor]()
     for facts in batches:
-        where = block, attention, names, layers
-        updates = spread_updates(
-            model, method, *where, facts, moments, settings, memories, earlier=S, own_target=own_target
-        )
+        given = model, method, block, attention, names, layers, facts, moments, settings, memories
+        updates = spread_updates(*given, earlier=S, own_target=own_target, protected=protected)
         with torch.no_grad():
             for name, update in zip(names, updates, strict=True):
                 memories(model, name).add(update)
         again = [keys_now(model, name, facts, memories) for name in names]
         S = [s + K @ K.T for s, K in zip(S, again, strict=True)]
+        count += len(facts)
+        if rebuild:
+            weight = settings.mom2_update_weight
+            both = [(s / count + weight * C) / (weight + 1) for s, C in zip(S, moments, strict=True)]
+            protected = [b if anew else C for b, C, anew in zip(both, moments, rebuild, strict=True)]
         found.append(updates)
     return found

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from editkit import Edit, Fact, Session
 from editkit.edits.edit import Base
+from editkit.errors import EditkitError
 from editkit.methods import get_method
+from editkit.methods.betaedit import BetaEditSettings
 from editkit.methods.emmet import EmmetSettings, equality
 from editkit.methods.encore import EncoreSettings
 from editkit.methods.memit_seq import MemitSeqSettings
 from editkit.methods.pmet import PmetSettings
 from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.held import MANY, Held, least_squares
-from editkit.models.experts import down_of, site_of
+from editkit.models.experts import down_of, has_experts, site_of
 from editkit.models.load import LanguageModel
 from editkit.moments import Identity, second_moments
 from editkit.moments.experts import FactoredExperts
@@ -42,9 +44,10 @@ KEEPING: dict[str, Any] = {
     "emmet": EmmetSettings(mom2_update_weight=2.0, keep_earlier=True),
     "pmet": PmetSettings(mom2_update_weight=30.0, kl_factor=0.5, stop_kl=0.0, keep_earlier=True),
     "alphaedit": SETTINGS["alphaedit"],
+    "betaedit": BetaEditSettings(fraction=0.5, l2=0.5, mom2_update_weight=3.0, rebuild_every=1, largest=1e9),
 }
 BATCHES = [FACTS[:1], FACTS[1:]]
-FULL = ("memit_seq", "encore")
+FULL = ("memit_seq", "encore", "betaedit")
 CELLS = [(family, method) for family in SITES for method in FULL]
 CELLS += [(family, method) for family in ("gpt2", "llama", "mixtral") for method in KEEPING if method not in FULL]
 
@@ -73,7 +76,7 @@ def test_a_session_is_the_oracles(family: str, method: str, monkeypatch: pytest.
     moments = second_moments(lm, layers, MOMENTS, progress=False)
     given = {"moments": moments, "contexts": CONTEXTS}
     monkeypatch.setattr("editkit.methods.shared.prelude.shared_inputs", lambda *_: given)
-    ridge = 0.0 if method == "alphaedit" else MOMENTS.ridge
+    ridge = 0.0 if method in ("alphaedit", "betaedit") else MOMENTS.ridge
     expected = session_updates(
         lm.model,
         method,
@@ -86,6 +89,7 @@ def test_a_session_is_the_oracles(family: str, method: str, monkeypatch: pytest.
         settings,
         memory_of,
         own_target=lm.architecture.mlp_norm is not None,
+        rebuild=[not has_experts(lm, layer) for layer in layers] if method == "betaedit" else (),
     )
     with Session(lm, method, settings, moments=moments, progress=False) as session:
         for batch, updates in zip(BATCHES, expected, strict=True):
@@ -111,7 +115,7 @@ def test_without_earlier_facts_nothing_is_kept(method: str) -> None:
     assert not torch.equal(after.deltas[0].change(), alone.deltas[0].change())
 
 
-@pytest.mark.parametrize("method", ["memit_seq", "emmet"])
+@pytest.mark.parametrize("method", ["memit_seq", "emmet", "betaedit"])
 def test_undone_and_resumed_a_session_carries_what_its_steps_give(method: str, tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     settings = settings_for(lm, method)
@@ -149,6 +153,16 @@ def test_batches_one_after_the_other_are_one_batch() -> None:
         total = total + missing @ least_squares(held, keys[:, some])
         held = held.also(keys[:, some])
     assert apart(total, whole) <= 1e-9
+
+
+def test_betaedit_refuses_a_step_that_is_too_large() -> None:
+    lm = tiny_lm("gpt2")
+    settings = settings_for(lm, "betaedit", largest=1e-3)
+    before = lm.digest
+    with Session(lm, "betaedit", settings, moments=MOMENTS, progress=False) as session:
+        with pytest.raises(EditkitError, match="‖ΔW‖/√n is .* over method.largest=0.001"):
+            session.edit(FACTS)
+        assert session.steps == [] and lm.digest == before
 
 
 def test_encore_stops_a_value_that_says_the_target() -> None:

@@ -145,7 +145,7 @@ def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
 
     Solved in the smaller of rank(P) and m dimensions (Woodbury).
     """
-    k, h = _times(basis.mT, keys), _times(basis.mT, held)  # [rank, n], [rank, m]
+    k, h = in_basis(basis, keys), in_basis(basis, held)  # [rank, n], [rank, m]
     rank, m = h.shape
     solved: Tensor  # [rank, n]
     if m < rank:
@@ -153,7 +153,17 @@ def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
         solved = (k - h @ torch.linalg.solve(inner, h.T @ k)) / l2
     else:
         solved = torch.linalg.solve(l2 * torch.eye(rank, dtype=h.dtype) + h @ h.T, k)
-    return _times(basis, solved).T
+    return out_of_basis(basis, solved).T
+
+
+def in_basis(basis: Tensor, x: Tensor) -> Tensor:
+    """Bᵀ X [rank, n], from X [d_ff, n]."""
+    return _times(basis.mT, x)
+
+
+def out_of_basis(basis: Tensor, x: Tensor) -> Tensor:
+    """B X [d_ff, n], from X [rank, n]."""
+    return _times(basis, x)
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:

@@ -42,6 +42,20 @@ class Earlier:
     inverse: Tensor | None = None  # Q [d_ff, d_ff] once there are many
 
 
+class Diagonal(Factored):
+    """A diagonal matrix, too large for its inverse to be kept with S in it. `values` [d_ff]."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(torch.empty(0, dtype=torch.float64))
+        self.values = values.double()
+
+    def solve(self, keys: Tensor) -> Tensor:
+        return keys.detach().double().cpu() / self.values[:, None]
+
+    def matrix(self, size: int) -> Tensor:
+        return torch.diag(self.values)
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """A = λC + S at one block, in float64 on the CPU.
@@ -75,7 +89,7 @@ class Held:
             keys, weighed = torch.cat([before.keys, keys], 1), torch.cat([before.weighed, weighed], 1)
         d_ff, m = keys.shape
         # Of experts the inverse over all of them together would be far too large.
-        if m <= MANY * d_ff or isinstance(self.text, FactoredExperts):
+        if m <= MANY * d_ff or isinstance(self.text, FactoredExperts | Diagonal):
             return replace(self, earlier=Earlier(keys, weighed))
         inverse = self.text.solve(torch.eye(d_ff, dtype=torch.float64)) / self.weight
         return replace(self, earlier=Earlier(inverse=inverse)).also(keys)
