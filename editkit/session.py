@@ -28,6 +28,7 @@ from editkit.files import write_bytes, write_text
 from editkit.methods import get_method
 from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.prelude import Moments
+from editkit.methods.shared.simie import simulated
 from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.architecture import as_stored
 from editkit.models.load import LanguageModel
@@ -238,6 +239,8 @@ class Session:
         options = {"seed": self.seed, "progress": self.progress, "earlier": earlier}
         options |= {"carried": self._carried, **self._of_base()}
         step = self._registered(self.lm, facts, self.settings, **options)
+        if self.settings.simie is not None:
+            step = simulated(step, earlier, self._carried, self.settings.simie)
         return replace(step, parents=tuple(edit.digest for edit in earlier))
 
     def _of_base(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from editkit.methods import get_method
 from editkit.methods.betaedit import BetaEditSettings
 from editkit.methods.emmet import EmmetSettings, equality
 from editkit.methods.encore import EncoreSettings
+from editkit.methods.ft import FtSettings
 from editkit.methods.memit_seq import MemitSeqSettings
 from editkit.methods.pmet import PmetSettings
 from editkit.methods.shared.carried import Carried
@@ -191,6 +192,34 @@ def test_encore_stops_a_value_that_says_the_target() -> None:
         found.append([len(report["steps"]) for report in edit.provenance["reports"]])
     (one, never), (two, _) = found
     assert 1 < one < two < never == 40  # the second fact's target is never the likeliest
+
+
+@pytest.mark.parametrize("method", ["memit_seq", "alphaedit", "ft"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_simie_rewrites_each_step(family: str, method: str, tmp_path: Path) -> None:
+    lm = tiny_lm(family)
+    settings: Any = FtSettings(layer=1, steps=2, simie=7.0) if method == "ft" else settings_for(lm, method, simie=7.0)
+    given: dict[str, Any] = {"moments": MOMENTS, "progress": False}
+    with Session(lm, method, settings, **given) as session:
+        if method == "ft":
+            with pytest.raises(EditkitError, match="method=ft remembers none of .*memit_seq"):
+                session.edit(FACTS[0])
+            return
+        options = session._of_base()  # the contexts and second moments of the unedited model
+        S: dict[str, Tensor] = {}
+        for batch in BATCHES:
+            base = get_method(method)(lm, batch, settings, earlier=list(session.steps), progress=False, **options)
+            for delta, before in zip(session.edit(batch).deltas, base.deltas, strict=True):
+                keys = base.memory[delta.module].double()
+                S[delta.module] = S.get(delta.module, torch.zeros(())) + keys @ keys.T
+                wanted = before.change() @ keys @ keys.T
+                wanted = wanted @ torch.linalg.inv(7.0 * torch.eye(len(keys)).double() + S[delta.module])
+                assert apart(delta.change(), wanted) <= 1e-5
+        session.undo(0)
+        session.save(tmp_path)
+        after = session.edit(FACTS[0])
+    with Session.load(tmp_path, lm, **given) as again:
+        assert again.edit(FACTS[0]).to_bytes() == after.to_bytes()
 
 
 # Its fast forms

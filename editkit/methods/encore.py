@@ -30,7 +30,7 @@ from editkit.settings import Constants, require
 
 # γ and m of the paper; everything else as for MEMIT.
 OWN = {
-    "atlas": {"gamma": 0.1, "stop_likeliest": 4},
+    "atlas": {"gamma": 1.0, "stop_likeliest": 2},  # measured
     "gpt2-xl": {"gamma": 10.0, "stop_likeliest": 4},
     "Llama-2-7b-hf": {"gamma": 10.0, "stop_likeliest": 3, "lr": 0.5},
     "Llama-3-8B": {"gamma": 20.0, "stop_likeliest": 2, "lr": 0.5},

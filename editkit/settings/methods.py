@@ -74,10 +74,12 @@ class MethodSettings:
     constants: ClassVar[Constants] = Constants()  # fill what is None, by model
 
     transform: str | None = field(default=None, kw_only=True)  # of the finished edit: rect, prune, sphere
+    simie: float | None = field(default=None, kw_only=True)  # λ of SimIE for each step of a session; None: without
 
     def __post_init__(self) -> None:
         if self.transform is not None:
             require_one_of(self.transform, "method.transform", TRANSFORMS)
+        require(self.simie is None or self.simie > 0, "method.simie", self.simie, "positive")
 
     def resolved(self, model_name: str, layers: int) -> Self:
         """These settings with the constants of the model where they say None."""

@@ -37,6 +37,17 @@ def nll_of_rows(logits: Tensor, scored: Scored) -> Tensor:
     return -sums / torch.bincount(row, minlength=rows)
 
 
+def mean_of_rows(logits: Tensor, scored: Scored) -> Tensor:
+    """Mean over rows of their mean NLL."""
+    return nll_of_rows(logits, scored).mean()
+
+
+def mean_of_tokens(logits: Tensor, scored: Scored) -> Tensor:
+    """Mean NLL over all scored tokens of the rows."""
+    counts = torch.tensor([len(positions) for positions in scored.positions], device=logits.device)
+    return (nll_of_rows(logits, scored) * counts).sum() / counts.sum()
+
+
 def descend(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -44,21 +55,29 @@ def descend(
     *,
     step: Callable[[], None] | None = None,
     progress: bool,
+    batches: Callable[[], list[Scored]] | None = None,
+    loss_of: Callable[[Tensor, Scored], Tensor] = mean_of_rows,
 ) -> list[dict[str, float]]:
     """Lower the targets' NLL in up to `settings.steps` passes over the facts; the loss of each pass, before its steps.
+
+    - `step`: called after each backward pass.
+    - `batches`: gives those of the next pass; None takes the facts in their order, `settings.batch` at a time.
+    - `loss_of`: the loss of a batch from its logits.
 
     Each batch calls backward once, then `step`, unless its loss is under `settings.stop_loss` already; the passes
     end when their mean is (the reference's `ft_main.py` does both). Raises EditkitError for a loss that is not finite.
     """
     size, stop_loss = settings.batch, settings.stop_loss
-    batches = [targets_after_prompts(lm, facts[i : i + size]) for i in range(0, len(facts), size)]
+    if batches is None:
+        fixed = [targets_after_prompts(lm, facts[i : i + size]) for i in range(0, len(facts), size)]
+        batches = fixed.copy
     losses: list[dict[str, float]] = []
     name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
     with tqdm(range(settings.steps), desc=f"tuning for {name}", disable=not progress, leave=False, delay=1) as bar:
         for number in bar:
             total = 0.0
-            for scored in batches:
-                loss = nll_of_rows(lm.model(**scored.rows.inputs(), use_cache=False).logits, scored).mean()
+            for scored in batches():
+                loss = loss_of(lm.model(**scored.rows.inputs(), use_cache=False).logits, scored)
                 value = loss.item()  # the one wait for an accelerator
                 if not math.isfinite(value):
                     raise EditkitError(
