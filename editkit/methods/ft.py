@@ -15,7 +15,7 @@ Adam's step and the projection on [−ε, ε] are done in a post-accumulate hook
 the weight left between steps, and no second optimiser loop.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -118,8 +118,15 @@ def trainable(lm: LanguageModel, site: str, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def tuned(weight: torch.nn.Parameter, lr: float, epsilon: float | None = None) -> Iterator[Tensor]:
+def tuned(
+    weight: torch.nn.Parameter,
+    lr: float,
+    epsilon: float | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Tensor]:
     """In the body each backward pass moves `weight` by one step of Adam; yields ΔW as the module stores it.
+
+    `epsilon`: every entry of ΔW is held within ± this. `project`: what Adam takes in place of the gradient.
 
     The hook is removed on every exit; the weight is not put back (a Snapshot does that).
     """
@@ -131,7 +138,8 @@ def tuned(weight: torch.nn.Parameter, lr: float, epsilon: float | None = None) -
     @torch.no_grad()
     def step(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        delta.grad, parameter.grad = parameter.grad.to(dtype), None
+        gradient, parameter.grad = parameter.grad.to(dtype), None
+        delta.grad = gradient if project is None else project(gradient)
         optimizer.step()
         if epsilon is not None:
             delta.clamp_(-epsilon, epsilon)

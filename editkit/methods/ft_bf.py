@@ -13,7 +13,7 @@ session, and undone with it.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,14 +90,7 @@ def ft_bf(
     layout, name = orientation(holder, site), weight_name(site, experts_in(holder))
     stored = replayed(found, earlier, settings.replay, seed)
     every = [*found, *stored]
-    order = torch.Generator().manual_seed(seed)
-
-    def batches() -> list[Scored]:
-        """All facts in the next order."""
-        drawn = [every[i] for i in torch.randperm(len(every), generator=order).tolist()]
-        parts = [drawn[i : i + settings.batch] for i in range(0, len(drawn), settings.batch)]
-        return [(with_end if settings.end_of_text else targets_after_prompts)(lm, part) for part in parts]
-
+    batches = shuffled(lm, every, settings.batch, seed, end_of_text=settings.end_of_text)
     with (
         Snapshot.take(lm.model, [name]),
         kept_grads(lm.model),
@@ -108,6 +101,24 @@ def ft_bf(
     report: dict[str, Any] = {"steps": steps, "largest": delta.abs().max().item(), "replayed": len(stored)}
     how = provenance("ft_bf", settings, found, seed=seed, reports=[report])
     return Edit((dense_delta(lm, site, as_matrix(delta, layout)),), base, how)
+
+
+def shuffled(
+    lm: LanguageModel, facts: Sequence[Fact], batch: int, seed: int, *, end_of_text: bool
+) -> Callable[[], list[Scored]]:
+    """A function that gives the mini-batches of the next pass over all `facts`, each time in another order.
+
+    - `batch`: facts in each. `seed`: of the orders.
+    - `end_of_text`: score the end-of-text token behind the target too.
+    """
+    order = torch.Generator().manual_seed(seed)
+    rows = with_end if end_of_text else targets_after_prompts
+
+    def batches() -> list[Scored]:
+        drawn = [facts[i] for i in torch.randperm(len(facts), generator=order).tolist()]
+        return [rows(lm, drawn[i : i + batch]) for i in range(0, len(drawn), batch)]
+
+    return batches
 
 
 def replayed(facts: Sequence[Fact], earlier: Sequence[Edit], count: int, seed: int) -> list[Fact]:
