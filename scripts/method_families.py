@@ -48,6 +48,10 @@ FITTED: dict[str, dict[str, Any]] = {  # where a weight is trained, not a value
     "ft": {"lr": 5e-3},
     "ft_l": {"lr": 5e-3, "epsilon": 0.05},
     "lora": {"lr": 0.02},
+    "ft_bf": {"lr": 5e-3, "end_of_text": False},
+    "crispedit": {"lr": 0.02, "end_of_text": False, "tokens": 256},
+    "ultraedit": {"lr": 0.02, "warm_up": 256},
+    "stableedit": {"lr": 0.02, "warm_up": 256},
 }
 UNTRAINED_LR = 0.05  # of the untrained hypernetwork, with which MEND is a step of SGD
 

@@ -85,7 +85,14 @@ def test_an_edit_writes_the_chosen_experts_alone_and_comes_off(family: str) -> N
 def test_every_method_leaves_the_model_as_it_was(family: str, method: str, tmp_path: Path) -> None:
     lm = tiny_lm(family)
     found = get_method(method)
-    options: dict[str, Any] = {"steps": 2, "layer": 1, "layers": (1,)}
+    options: dict[str, Any] = {
+        "steps": 2,
+        "layer": 1,
+        "layers": (1,),
+        "tokens": 256,
+        "warm_up": 256,
+        "end_of_text": False,
+    }
     if method == "mend":
         options["hypernetwork"] = str(Mend.for_model(lm, [1], rank=2, lr=0.01).save(tmp_path / "mend.safetensors"))
     fields = found.settings.__dataclass_fields__

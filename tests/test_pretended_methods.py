@@ -49,14 +49,14 @@ class Cell(NamedTuple):
 
 
 def covering() -> list[Cell]:
-    """Every dense family in every dtype, with the methods in turn; every mixture with every method, dtypes in turn."""
+    """Every dense family and every method in every dtype; every mixture with every method, dtypes in turn."""
     methods = names()
     cells = []
-    for n, (family, dtype) in enumerate(product(DENSE, DTYPES)):
-        cells.append(Cell(family, dtype, methods[n % len(methods)], f"pretended:{n // len(methods) % 2}"))
-    for n, (family, method) in enumerate(product(EXPERTS, methods)):
-        number = n // len(methods) + n  # so that a method meets each dtype in the families
-        cells.append(Cell(family, DTYPES[number % len(DTYPES)], method, f"pretended:{number % 2}"))
+    for n, (shift, dtype) in product(range(max(len(methods), len(DENSE))), enumerate(DTYPES)):
+        method = methods[(n + shift) % len(methods)]
+        cells.append(Cell(DENSE[n % len(DENSE)], dtype, method, f"pretended:{shift % 2}"))
+    for (f, family), (m, method) in product(enumerate(EXPERTS), enumerate(methods)):
+        cells.append(Cell(family, DTYPES[(f + m) % len(DTYPES)], method, f"pretended:{(f + m) % 2}"))
     return cells
 
 

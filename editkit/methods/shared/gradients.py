@@ -108,5 +108,5 @@ def _pairs(
         for name in modules:
             both = trace[name].input.detach(), trace[name].grad
             h, g = (unflatten(each, rows)[row.to(each.device), at.to(each.device)] for each in both)
-            found[name] = Pairs(keys_of(lm, name, h).double().cpu(), g.double().cpu())
+            found[name] = Pairs(keys_of(lm, name, h).cpu().double(), g.cpu().double())
     return found, nll.detach()
