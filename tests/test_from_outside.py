@@ -197,7 +197,13 @@ def test_the_same_registered_by_a_script(outside: Path, tmp_path: Path) -> None:
 
 def check_record(folder: Path, size: float) -> None:
     record = json.loads((folder / "record.json").read_text())
-    assert record["config"]["method"] == {"name": "nudge", "transform": None, "layer": None, "size": size}
+    assert record["config"]["method"] == {
+        "name": "nudge",
+        "transform": None,
+        "simie": None,
+        "layer": None,
+        "size": size,
+    }
     assert record["config"]["data"]["name"] == "quiz" and record["data"]["found"] == 2
     assert record["reversal"]["exact"]
 
