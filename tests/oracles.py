@@ -362,7 +362,8 @@ def anchored(v0: Tensor, delta: Tensor, anchor: float | None) -> Tensor:
         return delta
     if (v0 + delta).norm() > 2 * anchor:
         return torch.zeros_like(delta)
-    return anchor * (v0 + delta) / (v0 + delta).norm() - v0
+    scaled: Tensor = anchor * (v0 + delta) / (v0 + delta).norm() - v0
+    return scaled
 
 
 def spread_updates(

@@ -31,6 +31,7 @@ from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.held import Diagonal, Held, least_squares
 from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.spread import write_values
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.moments import Factored, SecondMoment
@@ -40,7 +41,7 @@ from editkit.settings import Constants, require
 CONSTANTS = Constants(
     default={**ALPHAEDIT.default, "mom2_update_weight": 3000.0},
     published={
-        **ALPHAEDIT.published,
+        **{name: {**found, "l2": 10.0} for name, found in ALPHAEDIT.published.items()},
         "atlas": {**ALPHAEDIT.published["atlas"], "mom2_update_weight": 10.0},
         "gpt2-xl": {**ALPHAEDIT.published["gpt2-xl"], "steps": 20, "lr": 0.5},
     },
@@ -78,6 +79,7 @@ class Space:
     rebuilt: int = 0  # and when P was taken
 
 
+@in_eval_mode
 def betaedit(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

@@ -34,6 +34,7 @@ from editkit.methods.shared.gradients import text_pairs
 from editkit.methods.shared.likelihood import descend, kept_grads, mean_of_tokens
 from editkit.methods.shared.prelude import Moments, checked_facts, provenance
 from editkit.models.architecture import as_matrix, as_stored, experts_in, orientation, weight_name
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.offload import require_trainable
@@ -86,6 +87,7 @@ class CrispEditSettings(TuningSettings):
         require(0 < self.energy < 1, "method.energy", self.energy, "between 0 and 1")
 
 
+@in_eval_mode
 def curvatures(
     lm: LanguageModel, settings: CrispEditSettings, *, moments: Moments, seed: int, progress: bool
 ) -> Curvatures:
@@ -108,6 +110,7 @@ def curvatures(
     return {name: Curvature(a / count, b / count) for name, (a, b) in sums.items()}
 
 
+@in_eval_mode
 def crispedit(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

@@ -24,6 +24,7 @@ from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.held import Held, held_by, least_squares
 from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.spread import write_values
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.moments import Identity
 from editkit.settings import Constants, require
@@ -32,7 +33,7 @@ from editkit.settings import Constants, require
 OWN = {
     "atlas": {"gamma": 1.0, "stop_likeliest": 2},  # measured
     "gpt2-xl": {"gamma": 10.0, "stop_likeliest": 4},
-    "Llama-2-7b-hf": {"gamma": 10.0, "stop_likeliest": 3, "lr": 0.5},
+    "Llama-2-7B": {"gamma": 10.0, "stop_likeliest": 3, "lr": 0.5},
     "Llama-3-8B": {"gamma": 20.0, "stop_likeliest": 2, "lr": 0.5},
 }
 CONSTANTS = Constants(
@@ -60,6 +61,7 @@ class EncoreSettings(MemitSettings):
         require(times is None or times > 0, "method.stop_likeliest", times, "positive")
 
 
+@in_eval_mode
 def encore(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

@@ -28,6 +28,7 @@ from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.likelihood import descend, kept_grads, mean_of_tokens, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.offload import require_trainable
@@ -62,6 +63,7 @@ class FtBfSettings(FtSettings):
         require(self.replay >= 0, "method.replay", self.replay, "0 or more")
 
 
+@in_eval_mode
 def ft_bf(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],

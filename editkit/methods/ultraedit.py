@@ -36,6 +36,7 @@ from editkit.methods.shared.gradients import Pairs, answer_pairs, text_pairs
 from editkit.methods.shared.prelude import Moments, checked_facts, provenance
 from editkit.methods.shared.running import Running, remembered
 from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
+from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_module, get_parameter, select_all
@@ -111,6 +112,7 @@ def modules_of(lm: LanguageModel, settings: UltraEditSettings) -> list[str]:
     return [down_of(lm, lm.check_layer(layer)) for layer in settings.layers or ()]
 
 
+@in_eval_mode
 def warmed(
     lm: LanguageModel, settings: UltraEditSettings, *, moments: Moments, seed: int, progress: bool
 ) -> Statistics:
@@ -154,6 +156,7 @@ def with_batch(statistics: Statistics, groups: dict[str, str], memory: Mapping[s
     return found
 
 
+@in_eval_mode
 def ultraedit(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
