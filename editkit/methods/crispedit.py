@@ -62,9 +62,7 @@ class CrispEditSettings(TuningSettings):
         {
             "atlas": {"layers": (3, 4), "lr": 3e-3},
             "Llama-3-8B": {"layers": (19, 20, 21, 22, 23)},
-            "Llama-3-8B-Instruct": {"layers": (19, 20, 21, 22, 23)},
             "Qwen2.5-7B": {"layers": (15, 16, 17, 18, 19)},
-            "Qwen2.5-7B-Instruct": {"layers": (15, 16, 17, 18, 19)},
         },
         blocks="range",
         like=ROME,

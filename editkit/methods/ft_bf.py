@@ -46,9 +46,8 @@ class FtBfSettings(FtSettings):
         {"lr": 5e-4},
         {
             "atlas": {"lr": 3e-3},  # 25 passes over three facts end at a loss of .01; at 1e-3, FT's, at 2.6
-            "Llama-3-8B-Instruct": {"layer": 22},
-            "Meta-Llama-3-8B-Instruct": {"layer": 22},
-            "Qwen2.5-7B-Instruct": {"layer": 6},
+            "Llama-3-8B": {"layer": 22},  # of the Instruct version, as Qwen's
+            "Qwen2.5-7B": {"layer": 6},
         },
         blocks="layer",
         like=ROME,

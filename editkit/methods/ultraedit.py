@@ -55,8 +55,6 @@ CONSTANTS = Constants(
         "gpt-j-6b": {"layers": tuple(range(18, 27))},
         "Mistral-7B-v0.3": {"layers": (29, 30)},
         "Llama-3-8B": {"modules": LLAMA},
-        "Llama-3-8B-Instruct": {"modules": LLAMA},
-        "Qwen2.5-7B-Instruct": {"modules": QWEN},
         "Qwen2.5-7B": {"modules": QWEN},
     },
 )
