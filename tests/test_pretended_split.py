@@ -141,7 +141,7 @@ def test_an_edit_of_a_split_model_is_the_whole_models(
     assert file_digests(saved[family]) == files  # what lies on disk is the checkpoint itself
 
 
-@pytest.mark.parametrize("name", ["pmet", "ft", "lora", "mend"])
+@pytest.mark.parametrize("name", ["pmet", "ft", "lora", "mend", "ultraedit", "stableedit", "crispedit", "ft_bf"])
 def test_each_sort_of_method_edits_a_split_model(saved: Mapping[str, Path], name: str, tmp_path: Path) -> None:
     lm, other = split(saved, "gpt2", PLACES["two devices"], tmp_path / "off"), whole(saved, "gpt2")
     edit = edited(lm, name, tmp_path)
@@ -164,7 +164,7 @@ def test_what_is_seen_of_a_split_model_is_the_whole_models(
     assert lm.digest == before
 
 
-@pytest.mark.parametrize("name", ["ft", "lora"])
+@pytest.mark.parametrize("name", ["ft", "lora", "ft_bf", "crispedit"])
 def test_training_an_offloaded_weight_is_refused(saved: Mapping[str, Path], name: str, tmp_path: Path) -> None:
     lm = split(saved, "gpt2", PLACES["a device, CPU and disk"], tmp_path / "off")
     with pytest.raises(ModelError, match=f"method={name} trains transformer.h.1.mlp.c_proj.weight, which is offloaded"):

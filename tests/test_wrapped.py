@@ -124,7 +124,19 @@ SAME: dict[str, Callable[[LanguageModel], LanguageModel]] = {
     "a checkpoint wrapper": checkpoint_wrapped,
     "DataParallel": data_parallel,
 }
-METHODS = ("r_rome", "memit", "pmet", "alphaedit", "ft", "lora", "mend")
+METHODS = (
+    "r_rome",
+    "memit",
+    "pmet",
+    "alphaedit",
+    "ft",
+    "lora",
+    "mend",
+    "ultraedit",
+    "stableedit",
+    "crispedit",
+    "ft_bf",
+)
 
 
 def state(model: nn.Module) -> dict[str, Any]:

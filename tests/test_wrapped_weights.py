@@ -27,7 +27,8 @@ from tests.test_wrapped import FACT, FAMILIES, MOMENTS, OTHER, checkpointed, com
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of", "ignore:C has")  # tiny models: large updates, few keys
 
-METHODS = ("rome", "r_rome", "memit", "pmet", "alphaedit", "emmet", "ft", "ft_l", "mend")
+VALUES = ("rome", "r_rome", "memit", "pmet", "alphaedit", "emmet")
+METHODS = (*VALUES, "ft", "ft_l", "mend", "ultraedit", "stableedit", "crispedit", "ft_bf")
 OTHERS = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "up_proj"]}
 DOWN = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"]}
 
@@ -89,11 +90,13 @@ def _layers(edit: Edit) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_that_does_nothing_changes_no_edit(family: str, tmp_path: Path) -> None:
+def test_an_adapter_that_does_nothing_changes_an_edit_by_rounding_alone(family: str, tmp_path: Path) -> None:
+    """Its zeros are one term more in the sums of gradients, so that these are summed in another order."""
     plain = edited(tiny_lm(family), "r_rome", tmp_path)
     lm, outer = adapted(family, DOWN[family], start=True)
     edit = edited(lm, "r_rome", tmp_path)
-    assert all(torch.equal(a.change(), b.change()) for a, b in zip(edit.deltas, plain.deltas, strict=True))
+    for a, b in zip(edit.deltas, plain.deltas, strict=True):
+        assert (a.change() - b.change()).norm() < 2e-6 * b.change().norm()
     assert edit.base != plain.base  # adapters are a part of the model, so its digest is another
     with pytest.raises(EditkitError, match="other weights than the edited ones differ"), plain.applied(lm):
         pass
@@ -214,7 +217,7 @@ REFUSED: dict[str, tuple[Callable[[LanguageModel], LanguageModel], str]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["r_rome", "memit", "ft", "lora", "mend"])
+@pytest.mark.parametrize("method", ["r_rome", "memit", "ft", "lora", "mend", "ultraedit", "ft_bf", "crispedit"])
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_weight_that_cannot_be_edited_truly_is_refused_at_once(
     what: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,7 +27,7 @@ from torch import Tensor
 from editkit.edits import Edit, base_of, dense_delta
 from editkit.facts import Fact
 from editkit.methods import register
-from editkit.methods.ft import tuned
+from editkit.methods.ft import trainable, tuned
 from editkit.methods.ft_bf import shuffled
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.gradients import text_pairs
@@ -39,6 +39,7 @@ from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.offload import require_trainable
 from editkit.models.snapshot import Snapshot
+from editkit.models.wrapped import require_all_editable
 from editkit.nethook import get_module, get_parameter, requires_grad
 from editkit.settings import Constants, MomentSettings, TuningSettings, require
 
@@ -133,42 +134,45 @@ def crispedit(
     settings = (settings or CrispEditSettings()).resolved(lm.name, lm.layers)
     assert settings.lr is not None  # resolved
     modules = [down_of(lm, lm.check_layer(layer)) for layer in settings.blocks]
+    require_all_editable(lm.model, modules)
     for module in modules:
         require_trainable(lm.model, module, "crispedit")
     began = base_of(lm)
     if base is None:
         base = curvatures(lm, settings, moments=moments, seed=seed, progress=False)
-    names = {module: weight_name(module, experts_in(get_module(lm.model, module))) for module in modules}
+    holders = {module: get_module(lm.model, module) for module in modules}
+    names = {module: weight_name(module, experts_in(holder)) for module, holder in holders.items()}
+    layouts = {module: orientation(holder, module) for module, holder in holders.items()}
     reports = []
     with (
         Snapshot.take(lm.model, list(names.values())),
-        kept_grads(lm.model),
-        requires_grad(lm.model, only=list(names.values())),
         ExitStack() as training,
     ):
+        trained = {module: training.enter_context(trainable(lm, module, name)) for module, name in names.items()}
+        training.enter_context(kept_grads(lm.model))
+        training.enter_context(requires_grad(lm.model, only=list(trained.values())))
         deltas = {}
-        for module, name in names.items():
-            project, free = projection(lm, module, base[module], settings.energy)
+        for module, name in trained.items():
+            project, free = projection(base[module], settings.energy, layouts[module], experts_in(holders[module]))
             weight = get_parameter(lm.model, name)
             deltas[module] = training.enter_context(tuned(weight, settings.lr, project=project))
             reports.append({"module": module, "free": free})
         batches = shuffled(lm, found, settings.batch, seed, end_of_text=settings.end_of_text)
         steps = descend(lm, found, settings, progress=progress, batches=batches, loss_of=mean_of_tokens)
-    changes = []
-    for module, delta in deltas.items():
-        changes.append(dense_delta(lm, module, as_matrix(delta, orientation(get_module(lm.model, module), module))))
+    changes = [dense_delta(lm, module, as_matrix(delta, layouts[module])) for module, delta in deltas.items()]
     how = provenance("crispedit", settings, found, seed=seed, modules=reports, reports=[{"steps": steps}])
     return Edit(tuple(changes), began, how)
 
 
 def projection(
-    lm: LanguageModel, module: str, curvature: Curvature, energy: float
+    curvature: Curvature, energy: float, layout: str, experts: int | None
 ) -> tuple[Callable[[Tensor], Tensor], float]:
-    """The projection of a gradient as the module stores it, and the share of pairs of directions that are left free."""
+    """The projection of a gradient as the module stores it, and the share of pairs of directions that are left free.
+
+    - `layout`: how it is stored ("in_out" or "out_in"). `experts`: how many of them it holds; None: it is no mixture.
+    """
     (low_a, u_a), (low_b, u_b) = (torch.linalg.eigh(side) for side in curvature)
     free = mask(low_b.clamp_min(0), low_a.clamp_min(0), energy)
-    holder = get_module(lm.model, module)
-    layout, experts = orientation(holder, module), experts_in(holder)
 
     @functools.cache
     def on(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from editkit.edits import Edit, base_of, dense_delta
 from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.methods import register
-from editkit.methods.ft import FtSettings, tuned
+from editkit.methods.ft import FtSettings, trainable, tuned
 from editkit.methods.rome import CONSTANTS as ROME
 from editkit.methods.shared.likelihood import descend, kept_grads, mean_of_tokens, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
@@ -34,6 +34,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.offload import require_trainable
 from editkit.models.snapshot import Snapshot
 from editkit.models.tokens import Scored, encode_with_targets, spaced
+from editkit.models.wrapped import require_all_editable
 from editkit.nethook import get_module, get_parameter, requires_grad
 from editkit.settings import Constants, require
 
@@ -86,6 +87,7 @@ def ft_bf(
     settings = (settings or FtBfSettings()).resolved(lm.name, lm.layers)
     assert settings.layer is not None and settings.lr is not None  # resolved
     site = down_of(lm, lm.check_layer(settings.layer))
+    require_all_editable(lm.model, [site])
     require_trainable(lm.model, site, "ft_bf")
     holder, base = get_module(lm.model, site), base_of(lm)
     layout, name = orientation(holder, site), weight_name(site, experts_in(holder))
@@ -94,9 +96,10 @@ def ft_bf(
     batches = shuffled(lm, every, settings.batch, seed, end_of_text=settings.end_of_text)
     with (
         Snapshot.take(lm.model, [name]),
+        trainable(lm, site, name) as trained,
         kept_grads(lm.model),
-        requires_grad(lm.model, only=[name]),
-        tuned(get_parameter(lm.model, name), settings.lr) as delta,
+        requires_grad(lm.model, only=[trained]),
+        tuned(get_parameter(lm.model, trained), settings.lr) as delta,
     ):
         steps = descend(lm, every, settings, progress=progress, batches=batches, loss_of=mean_of_tokens)
     report: dict[str, Any] = {"steps": steps, "largest": delta.abs().max().item(), "replayed": len(stored)}

@@ -39,7 +39,9 @@ from editkit.models.architecture import experts_in, matrix_shape, orientation, w
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
-from editkit.nethook import get_module, get_parameter, select_all
+from editkit.models.offload import shape_of
+from editkit.models.wrapped import require_all_editable
+from editkit.nethook import get_module, select_all
 from editkit.settings import Constants, MethodSettings, MomentSettings, require, require_one_of
 
 LLAMA = tuple(f"model.layers.{i}.mlp.gate_proj" for i in range(11, 16))
@@ -140,8 +142,7 @@ def groups_of(lm: LanguageModel, modules: Sequence[str], settings: UltraEditSett
 def _shape(lm: LanguageModel, name: str) -> tuple[int, int]:
     """(q, p) of the weight in a module."""
     module = get_module(lm.model, name)
-    kind = orientation(module, name)
-    return matrix_shape(get_parameter(lm.model, weight_name(name, experts_in(module)), allow_meta=True).shape, kind)
+    return matrix_shape(shape_of(lm.model, weight_name(name, experts_in(module))), orientation(module, name))
 
 
 def with_batch(statistics: Statistics, groups: dict[str, str], memory: Mapping[str, Tensor]) -> Statistics:
@@ -181,6 +182,7 @@ def ultraedit(
     found = checked_facts(lm, facts)
     settings = (settings or UltraEditSettings()).resolved(lm.name, lm.layers)
     modules, began = modules_of(lm, settings), base_of(lm)
+    require_all_editable(lm.model, modules)
     groups = groups_of(lm, modules, settings)
     # 1) h and g, and what the session will know of them.
     pairs, losses = answer_pairs(lm, modules, found)

@@ -95,10 +95,10 @@ def _pairs(
         end = Trace(lm.model, lm.architecture.final_norm, detach=False, stop=True)
         with Trace(lm.model, modules, inputs=True, outputs=False, grads=True, leaf=True) as trace, end:
             lm.model(**inputs, use_cache=False)
-        final = unflatten(end.output, rows)[row, at]
+        final = unflatten(end.output, rows)[row.to(end.output.device), at.to(end.output.device)]
         logits = logits_of(lm, final)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        nll = -log_softmax(logits, -1).gather(1, token[:, None])[:, 0]
+        nll = -log_softmax(logits, -1).gather(1, token[:, None].to(logits.device))[:, 0]
         if not nll.isfinite().all():
             raise EditkitError("The loss is not finite; nothing was changed. Load the model in float32.")
         # 2) Backward.
