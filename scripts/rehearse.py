@@ -29,6 +29,7 @@ from machine import commit, processor
 from shapes import SHAPES, cases_of, model_of
 
 from editkit.edits.edit import Edit
+from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods import get_method
@@ -40,7 +41,8 @@ from editkit.models.tokens import spaced
 from editkit.moments import second_moments
 from editkit.plan import Plan, planned
 from editkit.plan.sizes import readable
-from editkit.plan.work import Counter, Step, together
+from editkit.plan.step import Step, together
+from editkit.plan.work import Counter
 from editkit.settings import MomentSettings
 
 # The models whose published constants are taken.
@@ -198,4 +200,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EditkitError as error:
+        raise SystemExit(f"error: {error}") from None

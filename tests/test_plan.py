@@ -29,7 +29,8 @@ from editkit.nethook import get_module
 from editkit.plan.plan import Plan, steps_of
 from editkit.plan.sizes import Sizes, readable
 from editkit.plan.speed import Speed
-from editkit.plan.work import Counter, Step, together
+from editkit.plan.step import Step, together
+from editkit.plan.work import Counter
 from editkit.settings import Config, MomentSettings
 from tests.conftest import tiny_lm
 from tests.families import FAMILIES
@@ -191,13 +192,14 @@ def test_what_does_not_fit_is_one_error_with_a_remedy(changes: dict[str, Any], s
 
 
 @pytest.mark.parametrize("task", tasks.names())
-@pytest.mark.parametrize("method", ["r_rome", "ft"])
+@pytest.mark.parametrize("method", ["r_rome", "ft", "ultraedit", "stableedit", "ft_bf", "crispedit"])
 def test_every_task_has_steps(task: str, method: str) -> None:
     config = configured(f"task={task}", f"method={method}", "data.limit=3")
     counter = counter_of(skeleton("atlas"))
     steps = steps_of(config, counter, atlas_cases(3))
     assert sum(step.operations for step in steps) > 0 and all(step.seconds >= 0 for step in steps)
-    work = "trace" if task == "trace" else "values" if method == "r_rome" else "descent"
+    works = {"r_rome": "values", "ultraedit": "gradients", "stableedit": "gradients"}
+    work = "trace" if task == "trace" else works.get(method, "descent")
     assert any(step.name.startswith(work) for step in steps)
 
 

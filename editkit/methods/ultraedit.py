@@ -136,10 +136,10 @@ def groups_of(lm: LanguageModel, modules: Sequence[str], settings: UltraEditSett
     """Whose statistics each module takes: its own, or those of all that have a weight of its shape."""
     if settings.statistics == "weight":
         return {name: name for name in modules}
-    return {name: " x ".join(map(str, _shape(lm, name))) for name in modules}
+    return {name: " x ".join(map(str, weight_shape(lm, name))) for name in modules}
 
 
-def _shape(lm: LanguageModel, name: str) -> tuple[int, int]:
+def weight_shape(lm: LanguageModel, name: str) -> tuple[int, int]:
     """(q, p) of the weight in a module."""
     module = get_module(lm.model, name)
     return matrix_shape(shape_of(lm.model, weight_name(name, experts_in(module))), orientation(module, name))

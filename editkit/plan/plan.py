@@ -21,7 +21,8 @@ from editkit.models.memory import free_bytes, own_bytes
 from editkit.models.quantization import method_of
 from editkit.plan.sizes import Sizes, readable
 from editkit.plan.speed import Speed
-from editkit.plan.work import Counter, Step, together
+from editkit.plan.step import Step, together
+from editkit.plan.work import Counter
 from editkit.settings import BenchmarkSettings, Config, LifelongSettings, TraceTaskSettings, ValueSettings
 
 SMALL = 1 << 30  # bytes of a checkpoint up to which a run is not planned unless it is asked for
@@ -198,7 +199,7 @@ def steps_of(config: Config, counter: Counter, cases: Sequence[Case]) -> list[St
         traces = [counter.trace(case.fact, len(how.kinds), how.samples) for case in cases]
         return [together("traces", traces), counter.digests(3)]
     settings = config.method.resolved(name, counter.lm.layers)
-    before = [counter.contexts(settings)]
+    before = [counter.contexts(settings), *counter.of_base(settings)]
     if isinstance(settings, ValueSettings):
         before.insert(0, counter.moments(settings.blocks, moments))
     measure = getattr(task, "measure", None)

@@ -11,15 +11,19 @@ import torch
 
 from editkit.data.cases import Case
 from editkit.facts import Fact
+from editkit.methods.crispedit import CrispEditSettings
 from editkit.methods.shared.engine import FactRows, bytes_of, rows_of
 from editkit.methods.shared.value import CPU_BYTES
+from editkit.methods.ultraedit import UltraEditSettings
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
 from editkit.moments.amount import keys_wanted
 from editkit.moments.collect import BATCH, PANELS
 from editkit.moments.moment import KEPT
+from editkit.plan.gradients import curvatures, one_backward_pass, statistics
 from editkit.plan.sizes import Sizes
 from editkit.plan.speed import Speed
+from editkit.plan.step import Step, together
 from editkit.settings import (
     ContextSettings,
     MeasureSettings,
@@ -32,34 +36,6 @@ from editkit.settings import (
 
 EFFICIENCY = 0.5  # of a large product's rate that the products of a few rows reach (experiments/cost: .48 to .67)
 LANCZOS_AND_SOLVES = 100  # products of a vector with a factor: its condition, and the solves of a few facts
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a run. `device`, `host`: bytes beside the weights while it runs, there and in the CPU's memory."""
-
-    name: str
-    operations: float = 0.0
-    seconds: float = 0.0
-    device: float = 0.0
-    host: float = 0.0
-    note: str = ""
-
-    def times(self, count: float) -> "Step":
-        """The same done so many times, one after the other."""
-        return replace(self, operations=self.operations * count, seconds=self.seconds * count)
-
-
-def together(name: str, steps: Sequence[Step]) -> Step:
-    """Steps as one, with the most memory that any of them takes."""
-    return Step(
-        name,
-        sum(step.operations for step in steps),
-        sum(step.seconds for step in steps),
-        max((step.device for step in steps), default=0.0),
-        max((step.host for step in steps), default=0.0),
-        "; ".join(dict.fromkeys(step.note for step in steps if step.note)),
-    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +105,8 @@ class Counter:
             return self._value_edit(facts, settings, moments)
         if isinstance(settings, TuningSettings):
             return [self._tuning(facts, settings), self._write(settings.blocks)]
+        if isinstance(settings, UltraEditSettings):
+            return [one_backward_pass(self, facts, settings), self._write(())]
         return [
             Step(f"{type(settings).__name__}", note="not counted: a method that plans do not know"),
             self._write(()),
@@ -141,6 +119,12 @@ class Counter:
         lengths, counts = settings.contexts.lengths, settings.contexts.counts
         tokens = len(settings.contexts.starts) * sum(a * b for a, b in zip(lengths, counts, strict=True))
         return self.passes("contexts", tokens, 1, logits=1)
+
+    def of_base(self, settings: MethodSettings) -> list[Step]:
+        """What a method reads of running text on the unedited model, once for all edits."""
+        if isinstance(settings, CrispEditSettings):
+            return [curvatures(self, settings)]
+        return [statistics(self, settings)] if isinstance(settings, UltraEditSettings) else []
 
     def _value_edit(self, facts: Sequence[Fact], settings: ValueSettings, moments: MomentSettings) -> list[Step]:
         layers = settings.blocks
