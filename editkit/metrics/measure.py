@@ -5,7 +5,8 @@ every registered metric from the rows alone, so any figure can be computed again
 
     kind                  columns
     a probe's             target_true, target_new, aliases; for _before and _after: nll, probability, greedy, right
-                          argmax (of _true and _new), said (the free greedy continuation), exact; kept
+                          argmax (of _true and _new), said (the free greedy continuation), exact, answer (the free
+                          answer to its natural stop), stop, natural; kept
     distracted            as a neighborhood probe, with the new fact put in front of its prompt (CounterFact+)
     generation            text_before, text_after: the prompt with a sampled continuation
     reference             prompt: a text about something that is as the new fact says
@@ -15,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from editkit.data.cases import Case
+from editkit.data.cases import Case, Probe
 from editkit.data.kinds import DISTRACTED, GENERATION, NEIGHBORHOOD, REFERENCE, STAY
-from editkit.metrics import generation
+from editkit.metrics import generation, natural
 from editkit.metrics.metric import AFTER, WHEN, Score, registered
+from editkit.metrics.natural import Answer
 from editkit.metrics.scoring import ProbeScore, TargetScore, score_probes
 from editkit.models.columns import Below
 from editkit.models.evalmode import in_eval_mode
-from editkit.models.generate import generate_batch
+from editkit.models.generate import end_tokens, generate_batch, generate_tokens, room_behind
 from editkit.models.load import LanguageModel
-from editkit.models.tokens import spaced, token_counts
+from editkit.models.tokens import in_form, spaced, token_counts
 from editkit.settings import MeasureSettings
 
 TOP_K = 5  # of sampled texts, as in ROME's code
@@ -37,6 +39,7 @@ class Look:
 
     scores: tuple[ProbeScore, ...]  # of the case's probes, then of the distracted ones
     said: tuple[str, ...]  # the free continuation of each, or none
+    answers: tuple[Answer, ...]  # the free answer of each to its natural stop, or none
     texts: tuple[str, ...]  # a sampled text for each generation prompt, or none
 
 
@@ -55,17 +58,44 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
         told = f"{fact.text} {fact.target_new.strip()}. "
         near = [probe for probe in case.probes if probe.kind == NEIGHBORHOOD]
         probes += [replace(probe, kind=DISTRACTED, prompt=told + probe.prompt) for probe in near]
-    said, texts = [], []
-    if settings.generate:
-        # As long as the longest answer, so that none is cut short.
-        answers = [answer for probe in probes for answer in (probe.wanted, *probe.aliases) if answer]
-        longest = max(token_counts(lm, [spaced(answer) for answer in answers]), default=0)
-        said = generate_batch(lm, [probe.prompt for probe in probes], longest + settings.generate)
+    said, answers = _said(lm, probes, settings)
+    texts = []
     if settings.fluency and case.generation:
         left = [max(0, settings.fluency - n) for n in token_counts(lm, case.generation)]
         more = generate_batch(lm, case.generation, left, top_k=TOP_K, seed=seed, past_end=True)
         texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]
-    return Look(tuple(score_probes(lm, probes, below)), tuple(said), tuple(texts))
+    return Look(tuple(score_probes(lm, probes, below)), tuple(said), tuple(answers), tuple(texts))
+
+
+def _said(lm: LanguageModel, probes: Sequence[Probe], settings: MeasureSettings) -> tuple[list[str], list[Answer]]:
+    """The free continuation of each probe's prompt, and the free answer: from one run where both ask the same."""
+    if not settings.generate:
+        return [], []
+    prompts = [probe.prompt for probe in probes]
+    # As long as the longest answer, so that none is cut short.
+    texts = [text for probe in probes for text in (probe.wanted, *probe.aliases) if text]
+    least = max(token_counts(lm, [spaced(text) for text in texts]), default=0) + settings.generate
+    asked = [in_form(lm, prompt, settings.form) for prompt in prompts]
+    room = room_behind(lm, asked)
+    most = settings.natural if room is None else max(0, min(settings.natural, room))
+    if asked == prompts:
+        longest = max(least, most)
+        rows = free = generate_tokens(lm, prompts, longest, stops=natural.STOPS if most else (), least=least)
+    else:
+        rows = generate_tokens(lm, prompts, least)
+        free = generate_tokens(lm, asked, most, stops=natural.STOPS)
+    said = [_text(lm, row[:least]) for row in rows]
+    ends = end_tokens(lm)
+    answers = [
+        natural.answer_of(_text(lm, row[:most]), ended=not ends.isdisjoint(row[:most]))
+        for row in free
+        if settings.natural
+    ]
+    return said, answers
+
+
+def _text(lm: LanguageModel, tokens: Sequence[int]) -> str:
+    return str(lm.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
@@ -73,13 +103,17 @@ def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
     rows = []
     for number, (b, a) in enumerate(zip(before.scores, after.scores, strict=True)):
         row = asdict(b.probe) | {"aliases": list(b.probe.aliases)}
-        for when, score, said in (("before", b, before.said), ("after", a, after.said)):
+        for when, score, asked in (("before", b, before), ("after", a, after)):
             for which, target in (("true", score.true), ("new", score.new)):
                 for key in ("nll", "probability", "greedy", "right"):
                     row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
                 row[f"argmax_{which}_{when}"] = None if target is None else list(target.said)
-            row[f"said_{when}"] = said[number] if said else None
-            row[f"exact_{when}"] = generation.exact(said[number], _answers(row)) if said and _answers(row) else None
+            wanted = _answers(row)
+            said = asked.said[number] if asked.said else None
+            answer, stop = asked.answers[number] if asked.answers else (None, None)
+            row[f"said_{when}"], row[f"answer_{when}"], row[f"stop_{when}"] = said, answer, stop
+            row[f"exact_{when}"] = generation.exact(said, wanted) if said is not None and wanted else None
+            row[f"natural_{when}"] = natural.matches(answer, wanted) if answer is not None and wanted else None
         row["kept"] = _kept(_wanted(b), _wanted(a))
         rows.append(row)
     for prompt, was, now in zip(case.generation, before.texts, after.texts, strict=False):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from editkit.errors import FactError
+from editkit.errors import ConfigError, FactError
 from editkit.models.load import LanguageModel
 
 
@@ -123,3 +123,26 @@ def token_counts(lm: LanguageModel, texts: Sequence[str]) -> list[int]:
 def spaced(text: str) -> str:
     """The text with one leading space, as a continuation of a prompt (ROME does the same to targets)."""
     return text if text[:1].isspace() else " " + text
+
+
+def in_form(lm: LanguageModel, prompt: str, form: str) -> str:
+    """The prompt as `measure.form` asks it.
+
+    - `form`: bare; qa: "Question: … Answer:"; chat: a user's turn of the tokenizer's template.
+
+    Raises ConfigError for a tokenizer without a template.
+    """
+    if form == "bare":
+        return prompt
+    if form == "qa":
+        return f"Question: {prompt}\nAnswer:"
+    if not lm.tokenizer.chat_template:
+        raise ConfigError(
+            f"task.measure.form=chat was asked for, and the tokenizer of '{lm.name}' has no chat template, as those of "
+            "base models. Use form=bare or form=qa."
+        )
+    turn = [{"role": "user", "content": prompt}]
+    text = str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    bos = lm.tokenizer.bos_token
+    twice = bos is not None and lm.tokenizer("")["input_ids"][:1] == [lm.tokenizer.bos_token_id]
+    return text.removeprefix(bos) if twice else text

@@ -205,9 +205,10 @@ class Counter:
         asked = self.passes("", 1, rows * (sum(lengths) / len(lengths) + 2), logits=2 * rows)
         answers = [text for probe in case.probes for text in (probe.target_new, probe.target_true) if text]
         longest = max(token_counts(self.lm, [spaced(text) for text in answers]), default=1)
-        said = self.passes(
-            "", longest + settings.generate if settings.generate else 0, len(lengths), logits=len(lengths)
-        )
+        least = longest + settings.generate if settings.generate else 0
+        most = settings.natural if least else 0
+        free = [max(least, most)] if settings.form == "bare" else [least, most]
+        said = self.passes("", sum(free), len(lengths), logits=len(lengths))
         texts = len(case.generation) if settings.fluency else 0
         sampled = self.passes("", settings.fluency if texts else 0, texts, logits=texts)
         return together("questions", [asked, said, sampled])

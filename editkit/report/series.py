@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from editkit.data.kinds import REWRITE
 from editkit.metrics.counterfact import ES, NS, PS
 from editkit.metrics.drift import KL, PERPLEXITY
-from editkit.metrics.generation import ANSWERED
 from editkit.metrics.metric import ASKED, RECENT, RETENTION, UNTOUCHED, Average, Metric
+from editkit.metrics.natural import RIGHT
 from editkit.report import charts
 from editkit.runs.read import Point, Run
 
@@ -95,8 +95,8 @@ LIFELONG = (
            _edited(PS), share=True),
     Chosen("Neighborhood: similar subjects keep their object", "NS", "share of neighborhood prompts (NS)",
            _edited(NS), share=True),
-    Chosen("Free generation: the model continues with the new object", "generated", "share of rewrite prompts",
-           _edited(ANSWERED[REWRITE]), share=True),
+    Chosen("Free answers: all that the model says up to its natural stop is the new object", "natural stop",
+           "share of rewrite prompts", _edited(RIGHT[REWRITE]), share=True),
     Chosen("Facts never edited: the true object is still likelier", "untouched", "share of prompts",
            [of(NS, UNTOUCHED, ASKED[UNTOUCHED])], share=True),
     Chosen("Drift: how far predictions on other text have moved", "KL", "KL(unedited ‖ edited), nats per token",

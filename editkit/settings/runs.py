@@ -9,6 +9,7 @@ from editkit.settings.methods import ENGINES, MomentSettings
 MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
 TRACE_KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
 CORRUPTIONS = ("noise", "swap")
+FORMS = ("bare", "qa", "chat")
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,20 @@ class TraceTaskSettings:
 class MeasureSettings:
     """What is asked of the model for each case, before and after; see `editkit.metrics.measure`."""
 
-    generate: int = 2  # tokens of free greedy continuations beyond the longest answer of the case; 0: none at all
+    generate: int = (
+        2  # tokens of free greedy continuations beyond the longest answer of the case; 0: nothing is said freely
+    )
+    natural: int = 32  # tokens, at most, of free answers that go on to their natural stop; 0: not asked
+    form: str = (
+        "bare"  # of the prompts of those answers: bare; qa: "Question: … Answer:"; chat: the tokenizer's template
+    )
     fluency: int = 100  # tokens of the text sampled from each generation prompt, prompt included, top-k 5; 0: none
     distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
 
     def __post_init__(self) -> None:
         require(self.generate >= 0, "measure.generate", self.generate, "0 or more")
+        require(self.natural >= 0, "measure.natural", self.natural, "0 or more")
+        require_one_of(self.form, "measure.form", FORMS)
         require(self.fluency >= 0, "measure.fluency", self.fluency, "0 or more")
 
 
