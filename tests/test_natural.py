@@ -77,13 +77,13 @@ def greedy_by_hand(lm: LanguageModel, prompt: str, tokens: int) -> tuple[str, st
         with torch.no_grad():
             token = int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())
         if token in ends:
-            return lm.tokenizer.decode(ids[begin:], skip_special_tokens=True), "end"
+            return str(lm.tokenizer.decode(ids[begin:], skip_special_tokens=True)), "end"
         ids = [*ids, token]
-        text = lm.tokenizer.decode(ids[begin:], skip_special_tokens=True)
+        text = str(lm.tokenizer.decode(ids[begin:], skip_special_tokens=True))
         for place, character in enumerate(text):
             if character in ".\n":
                 return text[:place], character
-    return lm.tokenizer.decode(ids[begin:], skip_special_tokens=True), "limit"
+    return str(lm.tokenizer.decode(ids[begin:], skip_special_tokens=True)), "limit"
 
 
 @pytest.mark.parametrize("settings", [ONLY, replace(ONLY, natural=0), replace(ONLY, form="qa")], ids=str)

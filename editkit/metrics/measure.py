@@ -94,7 +94,7 @@ def _said(lm: LanguageModel, probes: Sequence[Probe], settings: MeasureSettings)
     return said, answers
 
 
-def _text(lm: LanguageModel, tokens: Sequence[int]) -> str:
+def _text(lm: LanguageModel, tokens: list[int]) -> str:
     return str(lm.tokenizer.decode(tokens, skip_special_tokens=True))
 
 

@@ -145,4 +145,4 @@ def in_form(lm: LanguageModel, prompt: str, form: str) -> str:
     text = str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     bos = lm.tokenizer.bos_token
     twice = bos is not None and lm.tokenizer("")["input_ids"][:1] == [lm.tokenizer.bos_token_id]
-    return text.removeprefix(bos) if twice else text
+    return text.removeprefix(str(bos)) if twice else text
