@@ -1,7 +1,7 @@
 """Two engines that run the model with a δ added for each fact, and give logits and the gradient of δ.
 
 `FullDepth` runs what the reference code runs: every row, token, block and logit. `Replayed` gives the same logits, but
-runs only the blocks from the edited one on, and only the tokens from the lookup token on (replay.py).
+runs only the blocks from the edited one on, and only the tokens from the first changed one on (replay.py).
 """
 
 import contextlib
@@ -26,13 +26,30 @@ from editkit.nethook import Trace
 KL_PROMPT = "{} is a"
 
 
+class Fixed(NamedTuple):
+    """A vector that is added to the last site's output besides δ, the same at each step."""
+
+    row: int  # of the fact's
+    position: int
+    vector: Tensor  # [d_model]
+
+
 @dataclass(frozen=True)
 class FactRows:
-    """The rows of one fact's optimisation: contexts × (prompt + target), then the KL row."""
+    """The rows of one fact's optimisation: contexts × (prompt + target), then the KL row, if it has one."""
 
     scored: Scored
     lookup: list[int]  # the position of each row's lookup token
     contexts: int  # rows before the KL row
+    fixed: tuple[Fixed, ...] = ()
+
+    @cached_property
+    def first(self) -> list[int]:
+        """The first token of each row whose output is changed: where a replay begins."""
+        begins = list(self.lookup)
+        for row, position, _ in self.fixed:
+            begins[row] = min(begins[row], position)
+        return begins
 
     @cached_property
     def last(self) -> list[int]:
@@ -42,8 +59,8 @@ class FactRows:
 
     @cached_property
     def columns(self) -> int:
-        """The most tokens that a row has from its lookup token on."""
-        return max(last - at for last, at in zip(self.last, self.lookup, strict=True)) + 1
+        """The most tokens that a row has from its first changed one on."""
+        return max(last - at for last, at in zip(self.last, self.first, strict=True)) + 1
 
 
 def rows_of(lm: LanguageModel, fact: Fact, token: str, templates: Sequence[str]) -> FactRows:
@@ -64,18 +81,27 @@ class Batch:
         device = self.rows.ids.device
         counts = [len(each.lookup) for each in facts]
         self.begins = [sum(counts[:i]) for i in range(len(counts))]  # the first row of each fact
-        picks, kl = [], []
+        picks, kl, with_kl, fixed = [], list[tuple[int, int]](), [], list[Fixed]()
         for number, (begin, each) in enumerate(zip(self.begins, facts, strict=True)):
             for row, found in enumerate(each.scored.positions):
                 share = 1 / (len(found) * each.contexts) if found else 0.0
                 picks += [(begin + row, at - 1, number, share) for at in found]
-            kl.append((begin + each.contexts, each.lookup[-1]))
-        read = [(row, at) for row, at, *_ in picks] + kl  # the targets', then one a fact for the KL
-        self.row, self.at = torch.tensor(read, device=device).T  # where logits are read: [targets + facts] each
+            if each.contexts < len(each.lookup):
+                kl.append((begin + each.contexts, each.lookup[-1]))
+                with_kl.append(number)
+            fixed += [one._replace(row=begin + one.row) for one in each.fixed]
+        read = [(row, at) for row, at, *_ in picks] + kl  # the targets', then one for each KL row
+        self.row, self.at = torch.tensor(read, device=device).T  # where logits are read: [targets + KL rows] each
+        self.kl_fact = torch.tensor(with_kl, dtype=torch.long, device=device)  # whose KL rows they are [KL rows]
         self.fact = torch.tensor([fact for *_, fact, _ in picks], device=device)  # [targets]
         self.share = torch.tensor([share for *_, share in picks], device=device)  # [targets], weight in the mean NLL
         self.token = self.rows.ids[self.row[: len(picks)], self.at[: len(picks)] + 1]
         self.lookup = torch.tensor([at for each in facts for at in each.lookup], device=device)  # [rows]
+        self.first = torch.tensor([at for each in facts for at in each.first], device=device)  # [rows]
+        self.fixed_row, self.fixed_at = (
+            torch.tensor([one[side] for one in fixed], dtype=torch.long, device=device) for side in (0, 1)
+        )  # [fixed] each
+        self.fixed = torch.stack([one.vector for one in fixed]).to(device) if fixed else None  # [fixed, d_model]
         self.of_row = torch.arange(len(facts), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
     def of_facts(self, given: Tensor, gave: Tensor) -> "list[AtLookup]":
@@ -123,9 +149,11 @@ class Engine(Protocol):
 class _Hooked:
     """δ added to the outputs of modules, and its gradient captured there, by the hook layer."""
 
-    def __init__(self, lm: LanguageModel, sites: Sequence[str], batch: Batch, at: Tensor) -> None:
-        self._lm, self._sites, self._batch, self._at = lm, list(sites), batch, at
-        self._rows = torch.arange(len(at), device=at.device)
+    def __init__(self, lm: LanguageModel, sites: Sequence[str], batch: Batch, first: Tensor) -> None:
+        """`first` [rows]: the position of the first token that runs."""
+        self._lm, self._sites, self._batch, self._at = lm, list(sites), batch, batch.lookup - first
+        self._rows = torch.arange(len(first), device=first.device)
+        self._fixed_at = batch.fixed_at - first[batch.fixed_row]
 
     @contextlib.contextmanager
     def added(self, delta: Tensor) -> Iterator[None]:
@@ -136,6 +164,9 @@ class _Hooked:
             each = delta[self._sites.index(site)].detach()[self._batch.of_row]
             rows, at = (index.to(output.device) for index in (self._rows, self._at))  # of a split model
             unflatten(changed, len(self._at))[rows, at] += each.to(output.device, output.dtype)
+            if self._batch.fixed is not None and site == self._sites[-1]:
+                rows, at = (index.to(output.device) for index in (self._batch.fixed_row, self._fixed_at))
+                unflatten(changed, len(self._at))[rows, at] += self._batch.fixed.to(output.device, output.dtype)
             return changed
 
         self._like = delta
@@ -156,7 +187,7 @@ class FullDepth:
 
     def __init__(self, lm: LanguageModel, layer: int, sites: Sequence[str], batch: Batch) -> None:
         self._lm, self._layer, self._sites, self.batch = lm, layer, sites, batch
-        self._hooked = _Hooked(lm, sites, batch, batch.lookup)
+        self._hooked = _Hooked(lm, sites, batch, torch.zeros_like(batch.lookup))
 
     def logits(self, delta: Tensor) -> Tensor:
         with self._hooked.added(delta):
@@ -180,7 +211,7 @@ class FullDepth:
 
 
 class Replayed:
-    """The same from the edited block and the lookup token on, with logits only where they are read.
+    """The same from the edited block and the first changed token on, with logits only where they are read.
 
     δ of the down-projection alone is added to the residual stream behind the block. Where that is not the same (a
     norm lies between, or attention has a δ too) the block itself is replayed, with δ added by hooks.
@@ -193,19 +224,25 @@ class Replayed:
         self._lm, self._layer, self._sites, self.batch = lm, layer, sites, batch
         self._behind = lm.architecture.mlp_norm is None and list(sites) == [site_of(lm, layer)]
         if ready is None:
-            first = [at for each in batch.facts for at in each.lookup]
+            first = [at for each in batch.facts for at in each.first]
             last = [at for each in batch.facts for at in each.last]
             ready = replay(lm, batch.rows, first, last, layer + self._behind, sites[-1:])
         self._ready = ready
         self._picks = ready.at(batch.row, batch.at)
-        self._hooked = _Hooked(lm, sites, batch, torch.zeros_like(batch.lookup))
+        self._hooked = _Hooked(lm, sites, batch, batch.first)
+        self._places = torch.arange(len(batch.lookup), device=batch.lookup.device), batch.lookup - batch.first
+        self._stream = ready.stream
+        if self._behind and batch.fixed is not None:
+            places = batch.fixed_row, batch.fixed_at - batch.first[batch.fixed_row]
+            there = self._stream[places].to(batch.fixed.dtype) + batch.fixed
+            self._stream = self._stream.index_put(places, there.to(self._stream.dtype))
 
     def logits(self, delta: Tensor) -> Tensor:
-        stream = self._ready.stream
+        stream = self._stream
         if self._behind:
             self._delta = delta.detach().requires_grad_()
-            here = stream[:, :1].to(delta.dtype) + self._delta[0][self.batch.of_row][:, None]
-            final = self._ready.run(torch.cat((here.to(stream.dtype), stream[:, 1:]), 1))
+            here = stream[self._places].to(delta.dtype) + self._delta[0][self.batch.of_row]
+            final = self._ready.run(stream.index_put(self._places, here.to(stream.dtype)))
         else:
             with self._hooked.added(delta):
                 final = self._ready.run(stream)
@@ -228,7 +265,7 @@ def bytes_of(lm: LanguageModel, facts: Sequence[FactRows], layer: int) -> int:
     config = lm.model.config.get_text_config()
     itemsize, d = wide(lm.dtype).itemsize, config.hidden_size
     rows = sum(len(each.lookup) for each in facts)
-    columns, prefix = max(each.columns for each in facts), max(max(each.lookup) for each in facts)
+    columns, prefix = max(each.columns for each in facts), max(max(each.first) for each in facts)
     logits = sum(sum(map(len, each.scored.positions)) + 1 for each in facts)
     kept = rows * ((lm.layers - layer) * (48 * columns + 4 * prefix) + 4 * lm.layers * prefix) * d
     return int(kept * lm.dtype.itemsize + logits * config.vocab_size * itemsize * 5)

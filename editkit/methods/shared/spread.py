@@ -15,23 +15,35 @@ can be written.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from editkit.edits import Delta, Edit, low_rank_delta, routing_report
-from editkit.methods.shared.anchor import anchored
+from editkit.methods.shared.anchor import Anchored, anchored
 from editkit.methods.shared.engine import rows_of
 from editkit.methods.shared.prelude import Given
 from editkit.methods.shared.sites import Lookups
-from editkit.methods.shared.value import compute_deltas, named
+from editkit.methods.shared.value import Optimised, compute_deltas, named
 from editkit.models.experts import down_of, keys_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.models.precision import widened
 from editkit.settings import SpreadSettings
 
 Solve = Callable[[int, Tensor], Tensor]  # (layer, K [d_ff, n]) -> A [n, d_ff]
+
+
+class Reader(Protocol):
+    """Reads keys, and what is at the target site, for the n values that are written; as the model is now."""
+
+    def keys(self, layer: int) -> Tensor:
+        """What enters the site of block `layer`, [n, templates, d] in float64 on the CPU, the bare prompt first."""
+        ...
+
+    def values(self) -> Tensor:
+        """The target site's output [n, d_model], in float64 on the CPU; after `keys`, with nothing written since."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,12 @@ def compute_z(
     )
     # 3) Targets and reports.
     scaled = anchored(values, torch.stack([each.delta[-1] for each in found]), settings.anchor)
-    reports = [
+    return start + scaled.delta, value_reports(found, norms[:, -1], scaled)
+
+
+def value_reports(found: Sequence[Optimised], norms: Tensor, scaled: Anchored) -> list[dict[str, Any]]:
+    """A report of each of n values. `norms` [n]: ‖v0‖ as the clamp takes it. `scaled`: what is written of `found`."""
+    return [
         {
             "steps": each.steps,
             "clamp_hit": each.clamp_hit,
@@ -130,15 +147,14 @@ def compute_z(
             "value_norm": value.item(),
             "skipped": bool(skipped),
         }
-        for each, norm, delta, value, skipped in zip(found, norms[:, -1], *scaled, strict=True)
+        for each, norm, delta, value, skipped in zip(found, norms, *scaled, strict=True)
     ]
-    return start + scaled.delta, reports
 
 
 def spread(
     lm: LanguageModel,
     given: Given[SpreadSettings],
-    lookups: Lookups,
+    lookups: Reader,
     z: Tensor,
     solve: Solve,
     *,

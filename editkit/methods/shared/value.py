@@ -206,7 +206,7 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
     results = [Optimised(batch.delta[:, i]) for i in batch.facts]
     unread: list[Tensor] = []  # of each step [5, facts]: the loss terms, and which facts were alive
     every = READ_EVERY.get(lm.device.type, 5)
-    clean: Tensor | None = None  # log-probabilities at the KL position without δ, [facts, vocabulary]
+    clean: Tensor | None = None  # log-probabilities at the KL position without δ, [facts, vocabulary]; [0, ..] without
     times = torch.zeros_like(batch.alive, dtype=torch.long)  # at how many steps the target was the likeliest, [facts]
 
     for step in range(loss.steps):
@@ -216,7 +216,8 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
 
         # 2) The losses of each fact.
         clean = log_p.detach() if clean is None else clean
-        kl = kl_div(clean, log_p, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ clean)
+        of_rows = kl_div(clean, log_p, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ clean)
+        kl = torch.zeros_like(nll).index_add(0, engine.batch.kl_fact, of_rows)
         losses, terms = loss.of(nll, kl, batch.decay(), likeliest)
         unread.append(torch.cat((terms, batch.alive[None].to(terms.dtype))))
 
@@ -238,7 +239,7 @@ def _together(lm: LanguageModel, engine: Engine, norms: Tensor, loss: _Loss, sho
                 break
             gradient = engine.gradient(losses[kept].sum())[:, kept]
             batch.keep(kept)
-            clean, terms, times = clean[kept], terms[:, kept], times[kept]
+            clean, terms, times = clean[kept] if len(clean) else clean, terms[:, kept], times[kept]
             with torch.no_grad():
                 engine = engine.some(kept)
 
@@ -281,8 +282,8 @@ class _LogP(torch.autograd.Function):
 
 
 def _answers(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """From the logits that `batch` lists: the mean NLL of each fact's target [facts], the log-probabilities at its KL
-    position [facts, vocabulary], and whether the target is the likeliest answer in every row [facts].
+    """From the logits that `batch` lists: the mean NLL of each fact's target [facts], the log-probabilities of the KL
+    rows [KL rows, vocabulary], and whether the target is the likeliest answer in every row [facts].
 
     Nothing here waits for an accelerator.
     """
