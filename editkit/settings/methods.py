@@ -149,18 +149,38 @@ class ValueSettings(MethodSettings):
 class SpreadSettings(ValueSettings):
     """Methods that write values into a range of blocks by one linear solve each."""
 
+    at_subject: ClassVar[bool] = True  # whether the lookup token must be one of the subject's, or the one behind it
+
     layers: list[int] | None = None  # blocks whose down-projections are edited, in any order
     contexts: ContextSettings = field(default_factory=lambda: ContextSettings(MEMIT_STARTS, (10,), (1,)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fact_token == "last":  # the reference refuses it likewise
+        if self.at_subject and self.fact_token == "last":  # the reference refuses it likewise
             raise ConfigError(
                 "method.fact_token=last reads a key that is not the subject's; use one of the subject_ tokens."
             )
         if self.layers is not None:
             object.__setattr__(self, "layers", sorted(set(self.layers)))
             require(len(self.layers or ()) > 0, "method.layers", self.layers, "one block or more")
+
+
+@dataclass(frozen=True)
+class AttributionSettings(MethodSettings):
+    """Attribution of an answer to the inner units of MLPs by integrated gradients (Dai et al. 2022, section 3)."""
+
+    layers: list[int] | None = None  # blocks whose units are looked at; None: all
+    steps: int = 20  # m, points of the integral
+    contexts: ContextSettings = field(default_factory=lambda: ContextSettings(counts=(5, 5)))
+    engine: str = "replay"  # replay: only the last token, from each block on; full: whole prompts through all blocks
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of(self.engine, "method.engine", ENGINES)
+        require(self.steps > 0, "method.steps", self.steps, "positive")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", sorted(set(self.layers)))
+            require(len(self.layers or ()) > 0, "method.layers", self.layers, "one block or more, or null")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
 from editkit.models.wrapped import require_all_editable
 from editkit.moments import Factored, Identity, SecondMoment, resolved, second_moments
-from editkit.settings import MethodSettings, MomentSettings, SpreadSettings, ValueSettings
+from editkit.settings import AttributionSettings, MethodSettings, MomentSettings, SpreadSettings, ValueSettings
 
 # How to collect C, or C itself for each layer.
 Moments = MomentSettings | Mapping[int, SecondMoment] | None
@@ -196,9 +196,11 @@ def shared_inputs(
 ) -> dict[str, Any]:
     """The options `moments` and `contexts` of a method, computed once for many edits of `lm` as it is now.
 
-    Each edit is the one the method computes without them, byte for byte. Empty for settings without a value to
-    optimise.
+    Each edit is the one the method computes without them, byte for byte. Empty for settings with neither a value to
+    optimise nor contexts.
     """
+    if isinstance(settings, AttributionSettings):
+        return {"contexts": context_templates(lm, settings.contexts, seed)}
     if not isinstance(settings, ValueSettings):
         return {}
     settings = settings.resolved(lm.name, lm.layers)
