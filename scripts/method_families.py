@@ -52,6 +52,8 @@ FITTED: dict[str, dict[str, Any]] = {  # where a weight is trained, not a value
     "crispedit": {"lr": 0.02, "end_of_text": False, "tokens": 256},
     "ultraedit": {"lr": 0.02, "warm_up": 256},
     "stableedit": {"lr": 0.02, "warm_up": 256},
+    "anyedit": {"window": 2},  # a value for two tokens of the target
+    "kn": {"lambda_new": 2.0, "fewest": 10, "most": 10},  # no unit of random weights tells one fact alone
 }
 UNTRAINED_LR = 0.05  # of the untrained hypernetwork, with which MEND is a step of SGD
 

@@ -141,6 +141,29 @@ def test_a_value_costs_its_evaluations() -> None:
     assert many.device == few.device
 
 
+def test_windows_and_points_are_counted() -> None:
+    """AnyEdit's values over the tokens up to each window's end; the points of knowledge neurons from each block on."""
+    counter = counter_of(load("atlas", device="cpu"))
+    sizes, fact = counter.sizes, Fact("{} is in", "The Eiffel Tower", "Rome and Berlin and Madrid and Oslo and Bern")
+
+    def of(name: str, step: str, **options: Any) -> Step:
+        settings = get_method(name).settings(**options).resolved("atlas", 8)
+        return next(s for s in counter.edit([fact], settings, MomentSettings()) if s.name == step)
+
+    rows = rows_of(counter.lm, fact, "last", ["{}"])
+    answer = len(rows.scored.positions[0])
+    whole = 20 * 2 * len(rows.lookup) * rows.columns * sum(sizes.blocks[4:])
+    for window in (answer, 3, 2):
+        few, many = (of("anyedit", "values", window=window, steps=steps, layers=[4]).operations for steps in (1, 21))
+        count = -(-answer // window)
+        assert few < many and (many - few) == pytest.approx(
+            whole * (count + 1) / 2 + 20 * 2 * sizes.head * answer, rel=0.1
+        )
+    few, many = (of("kn", "attribution", steps=steps).operations for steps in (1, 21))
+    blocks = sum(sum(sizes.blocks[layer:]) for layer in range(8))
+    assert many - few == pytest.approx(20 * 2 * 11 * (blocks + 8 * sizes.head))
+
+
 def test_moments_are_counted_and_one_large_factor_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = counter_of(load("atlas", device="cpu"))
     settings = MomentSettings(tokens=4096)
@@ -191,15 +214,19 @@ def test_what_does_not_fit_is_one_error_with_a_remedy(changes: dict[str, Any], s
         small_plan(**changes).require_fit()
 
 
+# What the main step of each sort of method is called.
+WORK = {"r_rome": "values", "anyedit": "values", "ft": "descent", "ft_bf": "descent", "crispedit": "descent"}
+WORK |= {"ultraedit": "gradients", "stableedit": "gradients", "kn": "attribution"}
+
+
 @pytest.mark.parametrize("task", tasks.names())
-@pytest.mark.parametrize("method", ["r_rome", "ft", "ultraedit", "stableedit", "ft_bf", "crispedit"])
+@pytest.mark.parametrize("method", list(WORK))
 def test_every_task_has_steps(task: str, method: str) -> None:
     config = configured(f"task={task}", f"method={method}", "data.limit=3")
     counter = counter_of(skeleton("atlas"))
     steps = steps_of(config, counter, atlas_cases(3))
     assert sum(step.operations for step in steps) > 0 and all(step.seconds >= 0 for step in steps)
-    works = {"r_rome": "values", "ultraedit": "gradients", "stableedit": "gradients"}
-    work = "trace" if task == "trace" else works.get(method, "descent")
+    work = "trace" if task == "trace" else WORK[method]
     assert any(step.name.startswith(work) for step in steps)
 
 

@@ -25,6 +25,7 @@ from editkit.plan.sizes import Sizes
 from editkit.plan.speed import Speed
 from editkit.plan.step import Step, together
 from editkit.settings import (
+    AttributionSettings,
     ContextSettings,
     MeasureSettings,
     MethodSettings,
@@ -107,6 +108,8 @@ class Counter:
             return [self._tuning(facts, settings), self._write(settings.blocks)]
         if isinstance(settings, UltraEditSettings):
             return [one_backward_pass(self, facts, settings), self._write(())]
+        if isinstance(settings, AttributionSettings):
+            return [self._attribution(facts, settings), self._write(self._looked_at(settings))]
         return [
             Step(f"{type(settings).__name__}", note="not counted: a method that plans do not know"),
             self._write(()),
@@ -114,7 +117,7 @@ class Counter:
 
     def contexts(self, settings: MethodSettings) -> Step:
         """The samples that stand in front of prompts, one token after the other."""
-        if not isinstance(settings, ValueSettings):
+        if not isinstance(settings, ValueSettings | AttributionSettings):
             return Step("contexts")
         lengths, counts = settings.contexts.lengths, settings.contexts.counts
         tokens = len(settings.contexts.starts) * sum(a * b for a, b in zip(lengths, counts, strict=True))
@@ -140,8 +143,16 @@ class Counter:
         batches, largest = -(-len(jobs) // size), max(jobs, key=lambda job: job.columns)
         tokens = size * len(largest.lookup) * largest.columns
         assert settings.steps is not None  # resolved
+        # A long answer in windows: a value for each, over all tokens up to its window's end.
+        windows = -(-_longest(jobs) // window) if (window := getattr(settings, "window", None)) else 1
+        evaluations = settings.steps * batches * windows
         steps = self.passes(
-            "", settings.steps * batches, tokens, first=first, backward=True, logits=size * _logits(largest)
+            "",
+            evaluations,
+            tokens * (windows + 1) / (2 * windows),
+            first=first,
+            backward=True,
+            logits=size * _logits(largest) / windows,
         )
         prefix = sum(len(offsets) for offsets in largest.scored.rows.offsets)
         clean = self.passes("", batches, size * prefix)
@@ -149,7 +160,7 @@ class Counter:
             together("values", [steps, clean]),
             device=max(size * each, clean.device) + factors.device,
             host=factors.host,
-            note=f"{len(facts)} facts, at most {settings.steps} evaluations each",
+            note=f"{len(facts)} facts, at most {settings.steps * windows} evaluations each",
         )
         # 3) Keys and what is missing at each block.
         several = isinstance(settings, SpreadSettings)
@@ -168,7 +179,7 @@ class Counter:
         squares = sum(down.d_ff**2 for down in downs)
         one = max(8 * down.d_ff**2 for down in downs)
         # AlphaEdit takes all eigenvectors, and solves in the space of those with little energy.
-        eigen = hasattr(settings, "threshold")
+        eigen = hasattr(settings, "threshold") and getattr(settings, "solve", "alphaedit") == "alphaedit"
         operations = (12.0 if eigen else 1 / 3) * cubes + 2 * LANCZOS_AND_SOLVES * squares
         read = 0 if large else sum(down.moment for down in downs)  # larger files are mapped
         held = (3 if eigen else 1) * (one if large else sum(8 * down.d_ff**2 for down in downs))
@@ -187,6 +198,23 @@ class Counter:
         memory = steps.device + kept + 4 * 4 * trained  # ΔW, its gradient, Adam's two moments
         note = f"{len(facts)} facts, at most {settings.steps} passes"
         return replace(steps, name="descent", device=memory, note=note)
+
+    def _attribution(self, facts: Sequence[Fact], settings: AttributionSettings) -> Step:
+        """One replay of the prompts of each fact, and then one token from each block on: forward and backward."""
+        templates, layers = _templates(settings.contexts), self._looked_at(settings)
+        prompts = [fact.filled(each.replace("{}", fact.prompt)) for fact in facts for each in templates]
+        clean = self.passes("", len(facts), sum(token_counts(self.lm, prompts)) / len(facts))
+        rows = settings.steps * len(templates)
+        runs = [self.passes("", len(facts), rows, first=layer, backward=True, logits=rows) for layer in layers]
+        # W w̄ and Wᵀ ∂P/∂m of all prompts, in float64 on the CPU.
+        sizes = [self.sizes.down[layer].numbers for layer in layers]
+        products = 4.0 * len(prompts) * sum(sizes)
+        weights = Step("", products, products / self.speed.float64, host=8 * max(sizes))
+        note = f"{len(facts)} facts, {len(templates)} prompts each, {settings.steps} points in {len(layers)} blocks"
+        return replace(together("attribution", [clean, *runs, weights]), note=note)
+
+    def _looked_at(self, settings: AttributionSettings) -> Sequence[int]:
+        return settings.blocks or range(len(self.sizes.blocks))
 
     def _write(self, layers: Sequence[int]) -> Step:
         """W + ΔW: clones of what is written, and the float32 sum of one weight."""
@@ -220,6 +248,11 @@ class Counter:
         rows = 1 + samples
         whole = self.passes("", places / 4, rows * tokens, logits=rows)
         return replace(whole, name="trace", note=f"{places:,} places")
+
+
+def _longest(jobs: Sequence[FactRows]) -> int:
+    """Tokens of the longest target."""
+    return max(len(job.scored.positions[0]) for job in jobs)
 
 
 def _logits(rows: FactRows) -> int:
