@@ -275,7 +275,7 @@ def test_what_is_refused() -> None:
         ({"fraction": 0.0}, "method.fraction must be in"),
     ):
         with pytest.raises(ConfigError, match=message):
-            AnyEditSettings(**options)  # type: ignore[arg-type]
+            AnyEditSettings(**options)
     lm = tiny_lm("gpt2")
     before = lm.digest
     behind = replace(SETTINGS, layers=[1], fact_token="subject_first_after_last")

@@ -361,7 +361,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"layers": []}, "method.layers must be one block or more"),
     ):
         with pytest.raises(ConfigError, match=message):
-            KnSettings(**options)  # type: ignore[arg-type]
+            KnSettings(**options)
     lm = tiny_lm("gpt2")
     before = lm.digest
     with pytest.raises(ModelError, match="Layer 9 was asked for"):

@@ -212,7 +212,8 @@ def _change(lm: LanguageModel, neuron: Neuron, asked: Asked, settings: KnSetting
     wanted = -settings.lambda_old * _embedding(lm, asked.old, len(column))
     if asked.new is not None:
         wanted = wanted + settings.lambda_new * _embedding(lm, asked.new, len(column))
-    return neuron.sign * column.norm() * wanted
+    change: Tensor = neuron.sign * column.norm() * wanted
+    return change
 
 
 def _column(lm: LanguageModel, layer: int, unit: int) -> Tensor:
@@ -235,7 +236,8 @@ def _embedding(lm: LanguageModel, token: int, width: int) -> Tensor:
             f"The head of '{lm.name}' reads {len(row)} numbers and its residual stream has {width}, so there is no "
             "embedding to write. Use a method with a value, such as r_rome, or method.operation=erase."
         )
-    return row / row.norm()
+    unit: Tensor = row / row.norm()
+    return unit
 
 
 def _delta(lm: LanguageModel, layer: int, changes: dict[tuple[int, int], Tensor], width: int) -> Delta:
