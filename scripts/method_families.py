@@ -53,8 +53,8 @@ FITTED: dict[str, dict[str, Any]] = {  # where a weight is trained, not a value
     "ultraedit": {"lr": 0.02, "warm_up": 256},
     "stableedit": {"lr": 0.02, "warm_up": 256},
     "anyedit": {"window": 2},  # a value for two tokens of the target
-    "kn": {"lambda_new": 2.0, "fewest": 10, "most": 10},  # no unit of random weights tells one fact alone
 }
+ALONE = ("kn",)  # one fact: units of random weights tell all facts, and a second one would rewrite those of the first
 UNTRAINED_LR = 0.05  # of the untrained hypernetwork, with which MEND is a step of SGD
 
 
@@ -77,6 +77,11 @@ def fitted(method: Method, name: str, several: bool) -> Any:
     return method.settings(**values | FITTED.get(name, {}))
 
 
+def facts_for(method: Method, name: str) -> list[Fact]:
+    """One fact, or two for a method that takes many at once."""
+    return FACTS if "layers" in method.settings.__dataclass_fields__ and name not in ALONE else FACTS[:1]
+
+
 def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
     """One cell: {"rise": …} with "failures", or {"refused": reason}."""
     method = get_method(name)
@@ -84,7 +89,7 @@ def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
         mend: Any = importlib.import_module("editkit.methods.mend")
         path = mend.Mend.for_model(lm, [1], rank=2, lr=UNTRAINED_LR).save(folder / "mend.safetensors")
         FITTED["mend"] = {"hypernetwork": str(path)}
-    facts = FACTS if "layers" in method.settings.__dataclass_fields__ else FACTS[:1]
+    facts = facts_for(method, name)
     settings = fitted(method, name, several=lm.architecture.mlp_norm is None)
     before, state = log_p(lm, facts), digests(tensors_of(lm.model))
     failures = []

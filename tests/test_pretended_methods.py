@@ -74,9 +74,8 @@ def edited(lm: LanguageModel, name: str, folder: Path) -> Edit:
     if name == "mend":
         network = Mend.for_model(lm, [1], rank=2, lr=method_families.UNTRAINED_LR)
         method_families.FITTED["mend"] = {"hypernetwork": str(network.save(folder / "mend.safetensors"))}
-    fields = method.settings.__dataclass_fields__
     settings = method_families.fitted(method, name, several=lm.architecture.mlp_norm is None)
-    facts = method_families.FACTS if "layers" in fields else method_families.FACTS[:1]
+    facts = method_families.facts_for(method, name)
     return method(lm, facts, settings, moments=MomentSettings(tokens=1000), progress=False)
 
 

@@ -52,7 +52,11 @@ from editkit.settings import AttributionSettings, Constants, require, require_on
 
 OPERATIONS = ("update", "erase", "amplify")
 
-CONSTANTS = Constants(default={"lambda_old": 1.0, "lambda_new": 8.0})
+# Measured on 20 facts that no study uses, the cases 1500 to 1519 of atlas_benchmark(seed=0): over all blocks and with
+# λ2 = 8, all units are those of block 0 for the prompt's last word, and the new answer is every subject's.
+CONSTANTS = Constants(
+    default={"lambda_old": 1.0, "lambda_new": 8.0}, published={"atlas": {"layers": (5, 6, 7), "lambda_new": 3.0}}
+)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class SpreadSettings(ValueSettings):
 class AttributionSettings(MethodSettings):
     """Attribution of an answer to the inner units of MLPs by integrated gradients (Dai et al. 2022, section 3)."""
 
-    layers: list[int] | None = None  # blocks whose units are looked at; None: all
+    layers: list[int] | None = None  # blocks whose units are looked at; None: the model's constant, else all
     steps: int = 20  # m, points of the integral
     contexts: ContextSettings = field(default_factory=lambda: ContextSettings(counts=(5, 5)))
     engine: str = "replay"  # replay: only the last token, from each block on; full: whole prompts through all blocks
