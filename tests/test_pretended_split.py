@@ -141,7 +141,10 @@ def test_an_edit_of_a_split_model_is_the_whole_models(
     assert file_digests(saved[family]) == files  # what lies on disk is the checkpoint itself
 
 
-@pytest.mark.parametrize("name", ["pmet", "ft", "lora", "mend", "ultraedit", "stableedit", "crispedit", "ft_bf"])
+SORTS = ("pmet", "ft", "lora", "mend", "ultraedit", "stableedit", "crispedit", "ft_bf", "anyedit", "kn")
+
+
+@pytest.mark.parametrize("name", SORTS)
 def test_each_sort_of_method_edits_a_split_model(saved: Mapping[str, Path], name: str, tmp_path: Path) -> None:
     lm, other = split(saved, "gpt2", PLACES["two devices"], tmp_path / "off"), whole(saved, "gpt2")
     edit = edited(lm, name, tmp_path)

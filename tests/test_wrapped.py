@@ -124,19 +124,7 @@ SAME: dict[str, Callable[[LanguageModel], LanguageModel]] = {
     "a checkpoint wrapper": checkpoint_wrapped,
     "DataParallel": data_parallel,
 }
-METHODS = (
-    "r_rome",
-    "memit",
-    "pmet",
-    "alphaedit",
-    "ft",
-    "lora",
-    "mend",
-    "ultraedit",
-    "stableedit",
-    "crispedit",
-    "ft_bf",
-)
+METHODS = ("r_rome", "memit", "pmet", "alphaedit", "ft", "lora", "mend", "ultraedit", "crispedit", "anyedit", "kn")
 
 
 def state(model: nn.Module) -> dict[str, Any]:

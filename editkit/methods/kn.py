@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from editkit.edits import Delta, Edit, base_of, low_rank_delta, routing_report
 from editkit.errors import EditkitError, ModelError
@@ -43,11 +43,12 @@ from editkit.methods.shared.prelude import checked_facts, checked_layers, proven
 from editkit.models.architecture import as_matrix, experts_in, matrix_shape, orientation, weight_name
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import down_of
+from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.offload import values_of
 from editkit.models.precision import widened
 from editkit.models.tokens import Rows, encode_with_targets, spaced
-from editkit.nethook import get_module
+from editkit.nethook import get_module, inside, requires_grad
 from editkit.settings import AttributionSettings, Constants, require, require_one_of
 
 OPERATIONS = ("update", "erase", "amplify")
@@ -121,12 +122,13 @@ def kn(
     - `progress`: show a bar over the blocks.
 
     The model is left bit for bit as it was. A unit of two facts gets both updates, and is erased or doubled once.
-    Raises ModelError for a layer it does not have, or a head that does not read the residual stream, FactError for a
-    target without tokens, EditkitError where no unit makes the old answer likelier.
+    Raises ModelError for a layer it does not have or one under an adapter, FactError for a target without tokens,
+    EditkitError where no unit makes the old answer likelier.
     """
     listed = checked_facts(lm, facts)
     settings = (settings or KnSettings()).resolved(lm.name, lm.layers)
     layers, base = checked_layers(lm, settings.filled({"layers": list(range(lm.layers))})), base_of(lm)
+    _require_plain(lm, layers)
     templates = context_templates(lm, settings.contexts, seed) if contexts is None else list(contexts)
     # 1) The units of each fact, and what is added to their columns.
     changes: dict[tuple[int, int], Tensor] = {}  # {(layer, unit): [d_model]}
@@ -156,6 +158,20 @@ def kn(
     routing = routing_report(lm, Edit(deltas, base), [fact.text for fact in listed])
     how = provenance("kn", settings, listed, seed=seed, contexts=templates, reports=reports, **routing)
     return Edit(deltas, base, how)
+
+
+def _require_plain(lm: LanguageModel, layers: Sequence[int]) -> None:
+    """Raise ModelError where an adapter adds to what the units of a block write."""
+    for layer in layers:
+        name = down_of(lm, layer)
+        holder: nn.Module | None = get_module(lm.model, name)
+        while holder is not None:
+            if hasattr(holder, "base_layer"):
+                raise ModelError(
+                    f"'{name}' lies under an adapter of PEFT, so its weight is not all that a unit writes. Merge it "
+                    "(model.merge_and_unload()), or leave its block out of method.layers."
+                )
+            holder = inside(holder)
 
 
 def asked_of(lm: LanguageModel, fact: Fact, templates: Sequence[str]) -> Asked:
@@ -233,13 +249,14 @@ def _column(lm: LanguageModel, layer: int, unit: int) -> Tensor:
 
 
 def _embedding(lm: LanguageModel, token: int, width: int) -> Tensor:
-    """The head's row of a token, brought to length 1, [d_model] in float64."""
-    row = values_of(lm.model, f"{lm.architecture.head}.weight")[token].double().cpu()
-    if len(row) != width:
-        raise ModelError(
-            f"The head of '{lm.name}' reads {len(row)} numbers and its residual stream has {width}, so there is no "
-            "embedding to write. Use a method with a value, such as r_rome, or method.operation=erase."
-        )
+    """The head's row of a token, brought to length 1, [d_model] in float64: the slope of the token's logit.
+
+    So it is the row that counts, whatever stands around the head.
+    """
+    with widened(lm), requires_grad(lm.model, only=[]), torch.enable_grad():
+        x = torch.zeros(1, width, device=lm.device, dtype=lm.dtype, requires_grad=True)
+        (slope,) = torch.autograd.grad(logits_of(lm, x)[0, token], x)
+    row = slope[0].double().cpu()
     unit: Tensor = row / row.norm()
     return unit
 
