@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from editkit import Fact, Session
 from editkit.errors import ConfigError, FactError
+from editkit.methods import get_method
 from editkit.methods.anyedit import AnyEditSettings, anyedit
 from editkit.methods.shared.passages import Passages
+from editkit.metrics.scoring import score_targets
 from editkit.models.experts import down_of, site_of
+from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
@@ -231,6 +234,25 @@ def test_a_batch_has_the_values_of_each_fact_alone() -> None:
     for fact, report in zip(FACTS, together, strict=True):
         (alone,) = anyedit(lm, fact, settings, **options).provenance["reports"]
         assert [s["loss"] for s in alone["steps"]] == pytest.approx([s["loss"] for s in report["steps"]], rel=1e-9)
+
+
+def test_a_long_answer_is_said_freely_where_one_value_cannot_say_it(atlas_lm: LanguageModel) -> None:
+    """16 tokens in windows of two; R-ROME's one value ends far from it."""
+    answer = "Athens, which is said to be near the sea"
+    fact = Fact("{} is located in the city of", "The Eiffel Tower", answer, "Paris")
+    tokens = len(atlas_lm.tokenizer(f" {answer}")["input_ids"])
+    assert tokens >= 12
+    told = {}
+    for name, options in (("anyedit", {"fact_token": "subject_last"}), ("r_rome", {})):
+        method = get_method(name)
+        edit = method(atlas_lm, fact, method.settings(**options), progress=False)
+        with edit.applied(atlas_lm):
+            (said,) = generate(atlas_lm, [fact.text], tokens, top_k=1, seed=0)
+            (score,) = score_targets(atlas_lm, [fact.text], [answer])
+            told[name] = said.strip() == answer, score.nll
+        assert len(edit.provenance["reports"][0].get("windows", [0])) == (-(-tokens // 2) if name == "anyedit" else 1)
+    assert told["anyedit"][0] and not told["r_rome"][0]
+    assert told["anyedit"][1] < 0.5 and told["r_rome"][1] > 2.0
 
 
 # Sessions, refusals

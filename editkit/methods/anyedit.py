@@ -45,9 +45,9 @@ from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.settings import EASYEDIT, Constants, ContextSettings, require, require_one_of
 
-# The authors' steps, rate, decay and clamp are those that EasyEdit has for other methods. The atlas model's are measured
-# on facts that no study uses, the cases 1500 to 1511 of atlas_benchmark(seed=0), with answers of 16 to 24 tokens: a value
-# of it says two tokens. Its prompts' last tokens are much alike for all subjects, so neighbors stay with
+# The authors' steps, rate, decay and clamp are those that EasyEdit has for other methods. The atlas model's were
+# measured on facts that no study uses, cases 1500 to 1511 of atlas_benchmark(seed=0) with answers of 16 to 24 tokens: a
+# value of it says two tokens. The last tokens of its prompts are much alike for all subjects, so neighbors stay with
 # fact_token=subject_last alone.
 CONSTANTS = Constants(
     default={**EASYEDIT, "mom2_update_weight": 15_000.0, "l2": 10.0, "window": 40},
