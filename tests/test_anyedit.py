@@ -243,7 +243,8 @@ def test_a_long_answer_is_said_freely_where_one_value_cannot_say_it(atlas_lm: La
     tokens = len(atlas_lm.tokenizer(f" {answer}")["input_ids"])
     assert tokens >= 12
     told = {}
-    for name, options in (("anyedit", {"fact_token": "subject_last"}), ("r_rome", {})):
+    asked: dict[str, dict[str, Any]] = {"anyedit": {"fact_token": "subject_last"}, "r_rome": {}}
+    for name, options in asked.items():
         method = get_method(name)
         edit = method(atlas_lm, fact, method.settings(**options), progress=False)
         with edit.applied(atlas_lm):
