@@ -41,7 +41,7 @@ from editkit.models.offload import require_trainable
 from editkit.models.snapshot import Snapshot
 from editkit.models.wrapped import require_all_editable
 from editkit.nethook import get_module, get_parameter, requires_grad
-from editkit.settings import Constants, MomentSettings, TuningSettings, require
+from editkit.settings import Constants, CurvatureSettings, MomentSettings, require
 
 
 class Curvature(NamedTuple):
@@ -55,7 +55,7 @@ Curvatures = dict[str, Curvature]  # by module
 
 
 @dataclass(frozen=True)
-class CrispEditSettings(TuningSettings):
+class CrispEditSettings(CurvatureSettings):
     """CrispEdit (arXiv 2602.15823)."""
 
     constants: ClassVar[Constants] = Constants(
@@ -74,7 +74,6 @@ class CrispEditSettings(TuningSettings):
     batch: int = 32  # facts a step of Adam
     end_of_text: bool = True  # train the end-of-text token after the target
     tokens: int = 40_000  # of running text, over which A and B are; the authors take 1,000 texts
-    energy: float = 0.99  # of the curvature, that is kept out of
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,8 +81,6 @@ class CrispEditSettings(TuningSettings):
             object.__setattr__(self, "layers", tuple(self.layers))
             require(len(self.layers) > 0, "method.layers", self.layers, "one block or more, or null")
         require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
-        require(self.tokens > 0, "method.tokens", self.tokens, "positive")
-        require(0 < self.energy < 1, "method.energy", self.energy, "between 0 and 1")
 
 
 @in_eval_mode

@@ -32,17 +32,13 @@ from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.shared.carried import Carried
-from editkit.methods.shared.gradients import Pairs, answer_pairs, text_pairs
+from editkit.methods.shared.gradients import Pairs, answer_pairs, modules_of, text_pairs, weight_shape
 from editkit.methods.shared.prelude import Moments, checked_facts, provenance
 from editkit.methods.shared.running import Running, remembered
-from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
 from editkit.models.evalmode import in_eval_mode
-from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
-from editkit.models.offload import shape_of
 from editkit.models.wrapped import require_all_editable
-from editkit.nethook import get_module, select_all
-from editkit.settings import Constants, MethodSettings, MomentSettings, require, require_one_of
+from editkit.settings import Constants, MomentSettings, OnePassSettings, require, require_one_of
 
 LLAMA = tuple(f"model.layers.{i}.mlp.gate_proj" for i in range(11, 16))
 LLAMA += tuple(f"model.layers.{i}.mlp.up_proj" for i in range(18, 25))
@@ -66,32 +62,22 @@ Statistics = dict[str, Running]  # of each weight, or of each shape
 
 
 @dataclass(frozen=True)
-class UltraEditSettings(MethodSettings):
+class UltraEditSettings(OnePassSettings):
     """UltraEdit (arXiv 2505.14679)."""
 
     constants: ClassVar[Constants] = CONSTANTS
 
-    layers: tuple[int, ...] | None = None  # blocks whose down-projections are edited
-    modules: tuple[str, ...] | None = None  # instead: names or patterns of modules, as model.layers.1[1-5].mlp.up_proj
     lr: float | None = None  # η
     alpha: float = 1.0  # α
     statistics: str = "shape"  # shape: μ and σ are shared among weights of one shape; weight: each has its own
-    warm_up: int | None = None  # tokens of running text that μ and σ begin with; None: the model's, else 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "modules"):
-            found = getattr(self, name)
-            if found is not None:
-                object.__setattr__(self, name, tuple(found))
-                require(len(found) > 0, f"method.{name}", found, "one or more, or null")
         require(self.lr is None or self.lr > 0, "method.lr", self.lr, "positive")
         require(self.alpha > 0, "method.alpha", self.alpha, "positive")
         require_one_of(self.statistics, "method.statistics", ("shape", "weight"))
-        require(self.warm_up is None or self.warm_up >= 0, "method.warm_up", self.warm_up, "0 or more")
 
     method: ClassVar[str] = "ultraedit"
-    whitens: ClassVar[bool] = False  # ĝ = (g − μ_g) Σ^(−½) in place of (g − μ_g)/σ_g: StableEdit
 
     def resolved(self, model_name: str, layers: int) -> Self:
         """These settings with the constants of the model where they say None, but for modules where layers are given
@@ -103,13 +89,6 @@ class UltraEditSettings(MethodSettings):
             first = min(round(FIRST * layers), layers - 1)
             found["layers"] = tuple(range(first, max(round(LAST * layers), first + 1)))
         return self.filled({"warm_up": 0} | found)
-
-
-def modules_of(lm: LanguageModel, settings: UltraEditSettings) -> list[str]:
-    """The modules that resolved `settings` name. Raises ModelError for a block that `lm` lacks, NameNotFound."""
-    if settings.modules is not None:
-        return select_all(lm.model, settings.modules)
-    return [down_of(lm, lm.check_layer(layer)) for layer in settings.layers or ()]
 
 
 @in_eval_mode
@@ -137,12 +116,6 @@ def groups_of(lm: LanguageModel, modules: Sequence[str], settings: UltraEditSett
     if settings.statistics == "weight":
         return {name: name for name in modules}
     return {name: " x ".join(map(str, weight_shape(lm, name))) for name in modules}
-
-
-def weight_shape(lm: LanguageModel, name: str) -> tuple[int, int]:
-    """(q, p) of the weight in a module."""
-    module = get_module(lm.model, name)
-    return matrix_shape(shape_of(lm.model, weight_name(name, experts_in(module))), orientation(module, name))
 
 
 def with_batch(statistics: Statistics, groups: dict[str, str], memory: Mapping[str, Tensor]) -> Statistics:

@@ -5,12 +5,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from editkit.facts import Fact
-from editkit.methods.crispedit import CrispEditSettings
-from editkit.methods.shared.gradients import ROWS, TEXT_ROWS
-from editkit.methods.ultraedit import UltraEditSettings, modules_of, weight_shape
+from editkit.methods.shared.gradients import ROWS, TEXT_ROWS, modules_of, weight_shape
 from editkit.models.tokens import spaced, token_counts
 from editkit.plan.step import Step
-from editkit.settings import MomentSettings
+from editkit.settings import CurvatureSettings, MomentSettings, OnePassSettings
 
 if TYPE_CHECKING:
     from editkit.plan.work import Counter
@@ -19,7 +17,7 @@ EIGENVECTORS = 12.0  # operations of all of them, for each n³ of a matrix [n, n
 HELD = 3  # matrices [q, p] that are held to find which directions are free: products, in order, and which are
 
 
-def one_backward_pass(counter: "Counter", facts: Sequence[Fact], settings: UltraEditSettings) -> Step:
+def one_backward_pass(counter: "Counter", facts: Sequence[Fact], settings: OnePassSettings) -> Step:
     """UltraEdit's edit: inputs and gradients at each module, and one solve for each; `settings` resolved."""
     lm = counter.lm
     shapes = [weight_shape(lm, name) for name in modules_of(lm, settings)]
@@ -45,7 +43,7 @@ def one_backward_pass(counter: "Counter", facts: Sequence[Fact], settings: Ultra
     )
 
 
-def statistics(counter: "Counter", settings: UltraEditSettings) -> Step:
+def statistics(counter: "Counter", settings: OnePassSettings) -> Step:
     """The mean and variance that UltraEdit begins with; `settings` resolved."""
     tokens, shapes = (
         settings.warm_up or 0,
@@ -56,7 +54,7 @@ def statistics(counter: "Counter", settings: UltraEditSettings) -> Step:
     return replace(text, name="statistics of running text", host=host, note=f"{tokens:,} tokens")
 
 
-def curvatures(counter: "Counter", settings: CrispEditSettings) -> Step:
+def curvatures(counter: "Counter", settings: CurvatureSettings) -> Step:
     """CrispEdit's A and B of running text, and their eigenvectors; `settings` resolved."""
     downs = [counter.sizes.down[layer] for layer in settings.blocks]
     text = running_text(counter, settings.tokens)

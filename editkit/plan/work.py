@@ -11,10 +11,8 @@ import torch
 
 from editkit.data.cases import Case
 from editkit.facts import Fact
-from editkit.methods.crispedit import CrispEditSettings
 from editkit.methods.shared.engine import FactRows, bytes_of, rows_of
 from editkit.methods.shared.value import CPU_BYTES
-from editkit.methods.ultraedit import UltraEditSettings
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
 from editkit.moments.amount import keys_wanted
@@ -27,9 +25,11 @@ from editkit.plan.step import Step, together
 from editkit.settings import (
     AttributionSettings,
     ContextSettings,
+    CurvatureSettings,
     MeasureSettings,
     MethodSettings,
     MomentSettings,
+    OnePassSettings,
     SpreadSettings,
     TuningSettings,
     ValueSettings,
@@ -106,7 +106,7 @@ class Counter:
             return self._value_edit(facts, settings, moments)
         if isinstance(settings, TuningSettings):
             return [self._tuning(facts, settings), self._write(settings.blocks)]
-        if isinstance(settings, UltraEditSettings):
+        if isinstance(settings, OnePassSettings):
             return [one_backward_pass(self, facts, settings), self._write(())]
         if isinstance(settings, AttributionSettings):
             return [self._attribution(facts, settings), self._write(self._looked_at(settings))]
@@ -125,9 +125,9 @@ class Counter:
 
     def of_base(self, settings: MethodSettings) -> list[Step]:
         """What a method reads of running text on the unedited model, once for all edits."""
-        if isinstance(settings, CrispEditSettings):
+        if isinstance(settings, CurvatureSettings):
             return [curvatures(self, settings)]
-        return [statistics(self, settings)] if isinstance(settings, UltraEditSettings) else []
+        return [statistics(self, settings)] if isinstance(settings, OnePassSettings) else []
 
     def _value_edit(self, facts: Sequence[Fact], settings: ValueSettings, moments: MomentSettings) -> list[Step]:
         layers = settings.blocks

@@ -184,6 +184,26 @@ class AttributionSettings(MethodSettings):
 
 
 @dataclass(frozen=True)
+class OnePassSettings(MethodSettings):
+    """An update from inputs and gradients of tokens, of one backward pass over all facts."""
+
+    whitens: ClassVar[bool] = False  # gradients are whitened, by the covariance of all tokens
+
+    layers: tuple[int, ...] | None = None  # blocks whose down-projections are edited
+    modules: tuple[str, ...] | None = None  # instead: names or patterns of modules, as model.layers.1[1-5].mlp.up_proj
+    warm_up: int | None = None  # tokens of running text that statistics begin with; None: the model's, else 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "modules"):
+            found = getattr(self, name)
+            if found is not None:
+                object.__setattr__(self, name, tuple(found))
+                require(len(found) > 0, f"method.{name}", found, "one or more, or null")
+        require(self.warm_up is None or self.warm_up >= 0, "method.warm_up", self.warm_up, "0 or more")
+
+
+@dataclass(frozen=True)
 class TuningSettings(MethodSettings):
     """Passes of gradient descent over the facts themselves."""
 
@@ -195,3 +215,16 @@ class TuningSettings(MethodSettings):
         super().__post_init__()
         require(self.steps > 0, "method.steps", self.steps, "positive")
         require(self.batch > 0, "method.batch", self.batch, "positive")
+
+
+@dataclass(frozen=True)
+class CurvatureSettings(TuningSettings):
+    """Descent that keeps out of the directions in which the loss of running text is curved."""
+
+    tokens: int = 40_000  # of running text
+    energy: float = 0.99  # of the curvature, that is kept out of
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.tokens > 0, "method.tokens", self.tokens, "positive")
+        require(0 < self.energy < 1, "method.energy", self.energy, "between 0 and 1")

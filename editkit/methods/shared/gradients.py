@@ -14,15 +14,17 @@ from editkit.corpora import running_text
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.shared.likelihood import targets_after_prompts
-from editkit.models.experts import keys_of
+from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
+from editkit.models.experts import down_of, keys_of
 from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
+from editkit.models.offload import shape_of
 from editkit.models.precision import widened
 from editkit.models.products import quick_products
 from editkit.models.tokens import unflatten
 from editkit.moments import packed_blocks
-from editkit.nethook import Trace, requires_grad
-from editkit.settings import MomentSettings
+from editkit.nethook import Trace, get_module, requires_grad, select_all
+from editkit.settings import MomentSettings, OnePassSettings
 
 ROWS = 64  # of a pass over facts; of like length, so that little is padding
 TEXT_ROWS = 8  # blocks of running text in a pass
@@ -33,6 +35,19 @@ class Pairs(NamedTuple):
 
     inputs: Tensor  # h [tokens, p]; of experts their stacked key
     gradients: Tensor  # g [tokens, q]
+
+
+def modules_of(lm: LanguageModel, settings: OnePassSettings) -> list[str]:
+    """The modules that resolved `settings` name. Raises ModelError for a block that `lm` lacks, NameNotFound."""
+    if settings.modules is not None:
+        return select_all(lm.model, settings.modules)
+    return [down_of(lm, lm.check_layer(layer)) for layer in settings.layers or ()]
+
+
+def weight_shape(lm: LanguageModel, name: str) -> tuple[int, int]:
+    """(q, p) of the weight in a module."""
+    module = get_module(lm.model, name)
+    return matrix_shape(shape_of(lm.model, weight_name(name, experts_in(module))), orientation(module, name))
 
 
 def answer_pairs(
