@@ -4,6 +4,7 @@ python experiments/sizes/table.py
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ def row(found: dict[str, Any]) -> list[str]:
     for phase in found["phases"]:
         seconds[phase["name"]] = seconds.get(phase["name"], 0.0) + phase["seconds"]
     moments = sum(value for name, value in seconds.items() if "second moments" in name)
-    planned = [step["seconds"] for step in plan["steps"] if step["name"] in ("rome", "memit")]
+    edits = [step for step in plan["steps"] if step["name"] in ("rome", "memit")]
     return [
         found["options"]["shape"],
         f"{plan['model']['parameters'] / 1e9:.2f} · 10⁹",
         found["options"]["dtype"],
-        " / ".join(str(found["steps"][method]) for method in ("rome", "memit")),
+        " / ".join(re.findall(r"at most (\d+) evaluations", " ".join(step["note"] for step in edits))),
         f"{seconds['rome']:.0f}",
         f"{seconds['memit']:.0f}",
         f"{moments:.0f}",
@@ -36,7 +37,7 @@ def row(found: dict[str, Any]) -> list[str]:
         f"{found['peak'] / 1e9:.2f}",
         f"{plan['peak'] / 1e9:.2f}",
         f"{plan['peak'] / found['peak'] - 1:+.0%}",
-        " + ".join(f"{value:.0f}" for value in planned),
+        " + ".join(f"{step['seconds']:.0f}" for step in edits),
         "yes" if found["reversal"]["exact"] else "NO",
     ]
 
