@@ -16,7 +16,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ class FileKind:
     - `format`: the value of `format` in the header, as "editkit-edit/1".
     - `noun`: what the file holds, with its article, as "an edit".
     - `fields`: each key of the header, without `format` and the digest, with the JSON types that it may have.
+    - `optional`: the same for keys that a header may lack.
     - `remedy`: a sentence, what to do about a damaged file. `origin`: a sentence, where such files come from.
     - `renew`: how a file without a digest is written with one.
     """
@@ -63,6 +64,11 @@ class FileKind:
     remedy: str
     origin: str
     renew: str
+    optional: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
+
+    def fields_of(self, header: Mapping[str, Any]) -> dict[str, tuple[type, ...]]:
+        """The keys that `header` must have, with those of the optional ones that it has."""
+        return dict(self.fields) | {name: types for name, types in self.optional.items() if name in header}
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def _read_header(file: BufferedReader, path: Path | str, kind: FileKind) -> tupl
     found = header.pop("format", None) if isinstance(header, dict) else None
     if found != kind.format:
         raise EditFileError(_foreign(path, kind, found))
-    fields = dict(kind.fields) | ({SEAL: (str,)} if SEAL in header else {})
+    fields = kind.fields_of(header if isinstance(header, dict) else {}) | ({SEAL: (str,)} if SEAL in header else {})
     return require_fields(header, fields, "its header"), places
 
 
@@ -245,14 +251,14 @@ def _metadata(
     kind: FileKind, header: Mapping[str, Any], tensors: Mapping[str, "Tensor"], *, seal: bool
 ) -> dict[str, str]:
     """The metadata of a file. One key only: safetensors does not keep the order of several."""
-    require_fields(json.loads(json.dumps(header)), kind.fields, "the header to write")
+    require_fields(json.loads(json.dumps(header)), kind.fields_of(header), "the header to write")
     values = {"format": kind.format, **header}
     if seal:
-        values[SEAL] = contents_digest(values, {name: _described(tensor) for name, tensor in tensors.items()})
+        values[SEAL] = contents_digest(values, {name: described(tensor) for name, tensor in tensors.items()})
     return {"editkit": json.dumps(values, sort_keys=True)}
 
 
-def _described(tensor: "Tensor") -> list[Any]:
+def described(tensor: "Tensor") -> list[Any]:
     """[dtype, shape, sha256 of the bytes], without a copy of a contiguous tensor."""
     import torch
 

@@ -1,7 +1,7 @@
 """Edits: changes of weights as values, their algebra, and the forms they leave in."""
 
 from editkit.edits.delta import Delta, dense_delta, joined, low_rank_delta
-from editkit.edits.edit import Applied, Base, Edit, apply_files, base_of, compressed, weight_norm
+from editkit.edits.edit import Applied, Base, Edit, apply_files, base_of, compressed, relative_norm
 from editkit.edits.requantized import Requantized, requantized
 from editkit.edits.routing import RoutingChange, routing_change, routing_report
 from editkit.edits.spectra import Spectrum, alignment, spectra
@@ -21,9 +21,9 @@ __all__ = [
     "dense_delta",
     "joined",
     "low_rank_delta",
+    "relative_norm",
     "requantized",
     "routing_change",
     "routing_report",
     "spectra",
-    "weight_norm",
 ]

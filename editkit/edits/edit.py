@@ -1,8 +1,10 @@
-"""Edit: a change of weights as a value. Computing, saving and loading one leaves every model as it is.
+"""Edit: a change of a model as a value. Computing, saving and loading one leaves every model as it is.
 
 An edit holds low-rank factors for each parameter it changes, in the papers' orientation (W: [d_model, d_ff],
 ΔW = left @ right), or ΔW itself where it has no low rank, with the digest of the base it was computed for and
-how it was computed. The file is safetensors (tensorfiles.py): tensors in float32, everything else as JSON.
+how it was computed. Instead of that, or beside it, it holds contents that go on a model without a change of weights: a
+prefix, a codebook (models/installed.py). The file is safetensors (tensorfiles.py): tensors in float32, everything else
+as JSON.
 
 Edits of one base are vectors: they add, scale and are cut to a rank without a model at hand. An edit that was computed
 on top of others is put together with them in their order, by `apply_files` or by a Session.
@@ -23,8 +25,10 @@ from torch import Tensor, nn
 
 from editkit.edits.delta import Delta, joined, make_delta
 from editkit.edits.peft import write_adapter
-from editkit.errors import EditkitError
+from editkit.errors import ConfigError, EditkitError
 from editkit.files import write_bytes
+from editkit.models import codebook, prefix  # noqa: F401  the kinds of contents that files may hold
+from editkit.models.installed import Installed, install, kind_named
 from editkit.models.load import LanguageModel
 from editkit.models.offload import is_offloaded, values_of, write_values
 from editkit.models.precision import wide
@@ -40,6 +44,7 @@ EDIT_FILE = FileKind(
     format="editkit-edit/1",
     noun="an edit",
     fields={"base": (dict,), "deltas": (list,), "parents": (list,), "provenance": (dict,)},
+    optional={"installed": (list,)},
     remedy="Compute the edit again, or copy the file again.",
     origin="Edits are written by edit.save(path) and as edit.safetensors in a run folder.",
     renew="Edit.load(path).save(path)",
@@ -61,7 +66,8 @@ class Edit:
 
     `provenance` is JSON: method, settings, facts, seed, loss of each step, versions. `parents` are digests
     of edits that had been applied to the base before this one was computed, in order. `memory` is what the same
-    method wants to know of this edit when it edits on top of it (AlphaEdit: the keys), in float32.
+    method wants to know of this edit when it edits on top of it (AlphaEdit: the keys), in float32. `installed` are
+    contents that change no weight, in the order they go on the model.
     """
 
     deltas: tuple[Delta, ...]
@@ -69,6 +75,7 @@ class Edit:
     provenance: dict[str, Any] = field(default_factory=dict)
     parents: tuple[str, ...] = ()
     memory: dict[str, Tensor] = field(default_factory=dict)
+    installed: tuple[Installed, ...] = ()
 
     @property
     def parameters(self) -> list[str]:
@@ -79,6 +86,27 @@ class Edit:
     def rank(self) -> int:
         """The largest rank among the deltas."""
         return max((delta.rank for delta in self.deltas), default=0)
+
+    @property
+    def modules(self) -> set[str]:
+        """Names of the modules whose outputs the edit changes directly."""
+        return {delta.module for delta in self.deltas} | {name for each in self.installed for name in each.modules}
+
+    def require_weights(self, what: str) -> None:
+        """Raise EditkitError unless the edit is a change of weights alone. `what` was to be done with it."""
+        if self.installed:
+            raise EditkitError(
+                f"{what} is for changes of weights, and this edit is {', '.join(map(str, self.installed))}. Use "
+                "a method that changes weights, as method=r_rome."
+            )
+
+    def require_same_tokens(self, what: str) -> None:
+        """Raise EditkitError where texts have other tokens with the edit. `what` compares token by token."""
+        if moving := [each for each in self.installed if each.moves_tokens]:
+            raise EditkitError(
+                f"{what} compares a text with and without the edit token by token, and {moving[0]} puts other tokens in "
+                "front of it. Compare scores or generated texts."
+            )
 
     def norm(self) -> float:
         """‖Δ‖ over all parameters (Frobenius)."""
@@ -119,6 +147,8 @@ class Edit:
                     f"{self.base.dtype}), and restore other edits first. The same base in another dtype takes "
                     "edit.in_dtype_of(lm)."
                 )
+        for each in self.installed:
+            each.check(lm.model)
         if whole and self.base.digest != (found := lm.digest):
             raise EditkitError(
                 f"This edit was computed for '{self.base.name}' with digest {self.base.digest[:12]}; '{lm.name}' is "
@@ -126,7 +156,8 @@ class Edit:
             )
 
     def apply(self, lm: LanguageModel, *, check: bool = True, everything: bool | None = None) -> Snapshot:
-        """Write the edit into the model and return the snapshot that undoes it (`restore()`, `verify()`).
+        """Write the edit into the model, put its contents on it behind those that are there, and return the snapshot that
+        undoes it (`restore()`, `verify()`).
 
         W + ΔW is added in float32 (float64 for float64 weights) and cast once to the weight's dtype; a quantised weight
         is not written, but edited by the way `lm.edited` (models/quantized.py). If
@@ -139,11 +170,15 @@ class Edit:
             _require(lm, name)
         if check:
             self.check_base(lm)
+        for each in self.installed:
+            each.check(lm.model)
         snapshot = Snapshot.take(lm.model, self.parameters, everything=everything)
         try:
             with torch.no_grad():
                 for delta in self.deltas:
                     _write(lm, delta)
+            if self.installed:
+                install(lm.model, [*snapshot.installed, *self.installed])
         except BaseException:
             snapshot.restore()
             raise
@@ -195,7 +230,11 @@ class Edit:
     # --- saving ---------------------------------------------------------------------------------------------
 
     def to_peft(self, folder: str | Path, rank: int | None = None) -> dict[str, float]:
-        """Write a LoRA adapter that peft loads onto the untouched base; see `peft.write_adapter`."""
+        """Write a LoRA adapter that peft loads onto the untouched base; see `peft.write_adapter`.
+
+        Raises EditkitError for an edit that is more than a change of weights.
+        """
+        self.require_weights("A LoRA adapter")
         return write_adapter(self.deltas, asdict(self.base), self.provenance, Path(folder), rank)
 
     def to_bytes(self) -> bytes:
@@ -218,11 +257,17 @@ class Edit:
             if not all(isinstance(parent, str) for parent in header["parents"]):
                 raise ValueError("a parent is not a digest")
             deltas = tuple(_delta_of(row, i, tensors) for i, row in enumerate(header["deltas"]))
-            memory = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
+            memory = _starting(tensors, "memory.")
             used = len(memory) + sum(1 if delta.right is None else 2 for delta in deltas)
+            installed = []
+            for number, row in enumerate(header.get("installed", [])):
+                own = _starting(tensors, f"installed.{number}.")
+                installed.append(_content_of(row, own))
+                used += len(own)
             if used != len(tensors) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
                 raise ValueError("its tensors are not the float32 factors of its changes")
-            return cls(deltas, Base(**header["base"]), header["provenance"], tuple(header["parents"]), memory)
+            base, parents = Base(**header["base"]), tuple(header["parents"])
+            return cls(deltas, base, header["provenance"], parents, memory, tuple(installed))
 
     def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the file holds: JSON values, and tensors by name."""
@@ -242,7 +287,33 @@ class Edit:
             "parents": list(self.parents),
             "provenance": self.provenance,
         }
+        if self.installed:  # files of other edits have the bytes that they had before there were contents
+            contents = [each.to_file() for each in self.installed]
+            header["installed"] = [
+                {"kind": each.kind, **values} for each, (values, _) in zip(self.installed, contents, strict=True)
+            ]
+            tensors |= {
+                f"installed.{number}.{name}": tensor
+                for number, (_, own) in enumerate(contents)
+                for name, tensor in own.items()
+            }
         return header, tensors
+
+
+def _starting(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `start`, by the rest of the name."""
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _content_of(row: Any, tensors: dict[str, Tensor]) -> Installed:
+    """The content of a file's row. Raises ValueError or KeyError where it is none of a kind that is known here."""
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        raise ValueError("a content has no kind")
+    try:
+        kind = kind_named(row["kind"])
+    except ConfigError as error:
+        raise ValueError(f"its contents are not known here: {error}") from error
+    return kind.from_file({name: value for name, value in row.items() if name != "kind"}, tensors)
 
 
 def _delta_of(row: Any, number: int, tensors: dict[str, Tensor]) -> Delta:
@@ -336,19 +407,24 @@ def base_of(lm: LanguageModel) -> Base:
     return Base(lm.name, lm.digest, dtype if scheme is None else f"{scheme}{QUANTIZED_BASE}{dtype}")
 
 
-def weight_norm(lm: LanguageModel, edit: Edit) -> float:
-    """‖W‖ over the parameters that the edit changes (Frobenius), for ‖ΔW‖/‖W‖."""
-    return math.sqrt(sum(values_of(lm.model, name).double().norm().item() ** 2 for name in edit.parameters))
+def relative_norm(lm: LanguageModel, edit: Edit) -> float:
+    """‖ΔW‖/‖W‖ over the parameters that the edit changes (Frobenius); 0 for an edit that changes none."""
+    if not edit.deltas:
+        return 0.0
+    return edit.norm() / math.sqrt(
+        sum(values_of(lm.model, name).double().norm().item() ** 2 for name in edit.parameters)
+    )
 
 
 def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:
     """Σ factor · edit, as one edit of the base that all of them were computed for.
 
     Factors stay factors (their ranks add); with a dense change among them, the sum is dense. Raises EditkitError
-    when the edits are of different bases.
+    when the edits are of different bases, or one is more than a change of weights.
     """
     scaled = []
     for edit, factor in zip(edits, factors, strict=True):
+        edit.require_weights("A sum of edits")
         if edit.base.digest != edits[0].base.digest:
             raise EditkitError(
                 f"Edits of different bases cannot be added: '{edits[0].base.name}' {edits[0].base.digest[:12]} and "
@@ -384,6 +460,7 @@ def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Appl
     base = base_of(lm)
     before: list[str] = []
     deltas: list[Delta] = []
+    installed: list[Installed] = []
     for path in paths:
         edit = Edit.load(path)
         alone = edit.base.digest == base.digest and not edit.parents
@@ -396,7 +473,9 @@ def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Appl
             )
         before.append(edit.digest)
         deltas += list(edit.deltas)
+        installed += list(edit.installed)
     weights = {delta.parameter: _weight_digest(lm, delta.parameter) for delta in deltas}
     now = tuple(replace(delta, before=weights[delta.parameter]) for delta in joined(deltas))
-    with Edit(now, base, {"method": "files", "digests": before}).applied(lm) as applied:
+    how = {"method": "files", "digests": before}
+    with Edit(now, base, how, installed=tuple(installed)).applied(lm) as applied:
         yield applied

@@ -48,11 +48,12 @@ def routing_change(lm: LanguageModel, edit: Edit, prompts: Sequence[str]) -> Rou
     """Run `prompts` through `lm` without and with `edit`, and compare where their tokens are sent.
 
     The model is left as it was. A model without experts has no blocks to report. Raises EditkitError for an edit of
-    another base.
+    another base, or one that puts other tokens in front of the prompts.
     """
     edit.check_base(lm, whole=False)
-    modules = {delta.module for delta in edit.deltas}
-    first = min((layer for layer in range(lm.layers) if down_of(lm, layer) in modules), default=lm.layers)
+    edit.require_same_tokens("routing_change")
+    edited = [layer for layer in range(lm.layers) if {down_of(lm, layer), site_of(lm, layer)} & edit.modules]
+    first = min(edited, default=lm.layers)
     layers = [layer for layer in range(first, lm.layers) if has_experts(lm, layer)]
     before = _gates(lm, layers, prompts)
     with edit.applied(lm, check=False, everything=False):

@@ -37,7 +37,11 @@ class StreamChange:
 
 @in_eval_mode
 def stream_change(lm: LanguageModel, edit: Edit, text: str) -> StreamChange:
-    """How far `edit` moves the residual stream after each block, at each token of `text`."""
+    """How far `edit` moves the residual stream after each block, at each token of `text`.
+
+    Raises EditkitError for an edit that puts other tokens in front of the text.
+    """
+    edit.require_same_tokens("stream_change")
     rows = tokenise(lm, [text])
     blocks = [lm.architecture.block.format(i) for i in range(lm.layers)]
 

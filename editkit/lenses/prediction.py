@@ -48,8 +48,10 @@ def side_effects(
     - `prompts`: texts. `targets`: a continuation of each; with them, `drop` is the decrease of the target's mean
       log-probability per token.
 
-    Raises EditkitError for an edit of another base, or another number of targets than prompts.
+    Raises EditkitError for an edit of another base, one that is more than a change of weights, or another number of
+    targets than prompts.
     """
+    edit.require_weights("side_effects")
     edit.check_base(lm, whole=False)
     if targets is not None and len(targets) != len(prompts):
         raise EditkitError(f"{len(prompts)} prompts were given with {len(targets)} targets: give one for each.")

@@ -7,6 +7,8 @@ from the unedited model alone:
     cosine   cos(k', k), k' [d_ff] the fact's key at the edited down-projection, k the edited fact's: the largest over
              edited facts and weights
     pull     ‖ΔW k'‖ / ‖ΔW k‖: how much of what the edit writes for its own key it also writes for this one
+
+Both are 0 for an edit that changes no weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -152,6 +154,8 @@ def nearness(lm: LanguageModel, edit: Edit, facts: Sequence[Fact]) -> tuple[Tens
             "The edit does not say which facts it writes (provenance holds none): nothing can be said of what is near "
             "to them. Audit an edit that a method of editkit computed, or a sum of such edits."
         )
+    if not edit.deltas:
+        return torch.zeros(len(facts), dtype=torch.float64), torch.zeros(len(facts), dtype=torch.float64)
     token = edit.provenance.get("settings", {}).get("fact_token", "subject_last")
     cosines, pulls = [], []
     for delta in edit.deltas:

@@ -1,4 +1,9 @@
-"""Running text under the unedited and the edited model: what `drift` computes its figures from."""
+"""Running text under the unedited and the edited model: what `drift` computes its figures from.
+
+A prefix that is in force (models/prefix.py) stands in front of each block too, and its own tokens are not counted: with
+an edit in context every text of a user carries it, so what it does to other text is a cost of the edit. Second moments
+are of running text without it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,11 +13,12 @@ import torch
 from torch import Tensor
 
 from editkit.corpora import atlas_prose, running_text
-from editkit.errors import ConfigError
+from editkit.errors import ConfigError, EditkitError
 from editkit.metrics.drift import drift_scores, exp
 from editkit.metrics.metric import Score
 from editkit.models.evalmode import eval_mode
 from editkit.models.load import LanguageModel
+from editkit.models.prefix import prefix_of
 from editkit.moments import packed_blocks
 
 PROSE = "prose"  # the bundled essays on everyday things: they state no fact of the atlas
@@ -57,10 +63,20 @@ class Drift:
 
 @torch.inference_mode()
 def _log_probabilities(lm: LanguageModel, blocks: Tensor) -> Iterator[Tensor]:
-    """[length - 1, vocabulary] of each block, in float32 on the CPU."""
+    """[length - 1, vocabulary] of each block, in float32 on the CPU. Raises EditkitError where a prefix that is in force
+    leaves no room for a block."""
+    prefix = prefix_of(lm.model)
+    before = torch.tensor(lm.tokenizer(prefix)["input_ids"] if prefix else [], dtype=torch.long)
+    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prefix and len(before) + blocks.shape[1] > limit:
+        raise EditkitError(
+            f"A block of {blocks.shape[1]} tokens of running text was to be read behind a prefix of {len(before)}; "
+            f"'{lm.name}' has {limit} positions. Use fewer demonstrations or facts in the prefix."
+        )
     for ids in blocks:
+        whole = torch.cat((before, ids.cpu())).to(lm.device)
         with eval_mode(lm):
-            logits = lm.model(input_ids=ids[None].to(lm.device), use_cache=False).logits[0, :-1]
+            logits = lm.model(input_ids=whole[None], use_cache=False).logits[0, len(before) : -1]
         yield logits.float().log_softmax(-1).cpu()
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import uninterrupted
-from editkit.models.wrapped import AROUND
+from editkit.models.wrapped import AROUND, innermost
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,7 +36,7 @@ def eval_mode(lm: LanguageModel) -> Iterator[None]:
     modes = [(module, module.training) for module in modules if module.training]
     compiled = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl is not None]
     wrappers = [
-        (module._modules, name, child, _innermost(child))
+        (module._modules, name, child, innermost(child))
         for module in modules
         for name, child in module._modules.items()
         if type(child).__name__ in AROUND
@@ -68,9 +68,3 @@ def in_eval_mode(function: F) -> F:
             return function(lm, *args, **kwargs)
 
     return cast(F, run)
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while type(module).__name__ in AROUND:
-        module = getattr(module, AROUND[type(module).__name__])
-    return module

@@ -1,4 +1,7 @@
-"""Text from a model: greedy, or sampled with a seed, one prompt after the other or side by side."""
+"""Text from a model: greedy, or sampled with a seed, one prompt after the other or side by side.
+
+A prefix that is in force (prefix.py) stands in front of each prompt; what is returned is without it.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -11,6 +14,7 @@ from editkit.errors import FactError
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.precision import widened
+from editkit.models.prefix import prefix_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +51,8 @@ def end_tokens(lm: LanguageModel) -> set[int]:
 
 
 def _encoded(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
-    return [lm.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    prefix = prefix_of(lm.model)
+    return [lm.tokenizer(prefix + prompt)["input_ids"] for prompt in prompts]
 
 
 def _positions(lm: LanguageModel) -> int | None:
@@ -150,14 +155,14 @@ def generate(
 
     An empty prompt starts from the tokenizer's BOS or EOS token. The global random state is left as it was.
     """
-    start = lm.tokenizer.bos_token_id
+    prefix, start = prefix_of(lm.model), lm.tokenizer.bos_token_id
     start = lm.tokenizer.eos_token_id if start is None else start
     texts = []
     devices = [lm.device] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(), _plainly(lm.model), widened(lm):
         torch.manual_seed(seed)
         for prompt in prompts:
-            ids = lm.tokenizer(prompt)["input_ids"] or [start]
+            ids = lm.tokenizer(prefix + prompt)["input_ids"] or [start]
             run: Any = lm.model.generate
             out = run(
                 torch.tensor([ids], device=lm.device),

@@ -3,6 +3,8 @@
 Restoring copies; it never subtracts (W += Δ; W -= Δ leaves about a fifth of the entries unequal). Equality
 is of integer views, so that −0.0 differs from 0.0 and a NaN equals itself.
 
+What an edit puts on a model besides weights (installed.py) is taken off again too, and shown to be gone.
+
 A quantised weight is cloned with all of its quantisation state. An edit never writes it, but puts another module in the
 place of its module (quantized.py); to restore is to put that very module back.
 """
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from editkit.errors import ReversalError
+from editkit.models.installed import Installed, install, installed_on, left_over
 from editkit.models.offload import values_of, write_values
 from editkit.models.quantized import is_quantized, storage_of, stored_tensors
 from editkit.models.wrapped import plain_name
@@ -100,8 +103,10 @@ def digests(tensors: dict[str, Tensor], model: nn.Module | None = None) -> dict[
 
 
 def model_digest(model: nn.Module) -> str:
-    """Identity of a model's state: canonical names, dtypes, shapes and bits of all persistent tensors."""
-    return _joined(digests(tensors_of(model, persistent_only=True), model))
+    """Identity of a model's state: canonical names, dtypes, shapes and bits of all persistent tensors, and what edits
+    have put on it besides (installed.py)."""
+    on = {f"{number} on the model": each.digest for number, each in enumerate(installed_on(model))}
+    return _joined(digests(tensors_of(model, persistent_only=True), model) | on)
 
 
 def _joined(each: dict[str, str]) -> str:
@@ -156,6 +161,7 @@ class Snapshot:
     clones: dict[str, Tensor]
     others: dict[str, str] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)  # that hold the quantised ones among them, by name
+    installed: tuple[Installed, ...] = ()  # what was in force besides weights
 
     @classmethod
     def take(cls, model: nn.Module, names: Iterable[str], *, everything: bool | None = None) -> "Snapshot":
@@ -180,15 +186,17 @@ class Snapshot:
         if everything is None:
             everything = size_in_bytes(tensors.values()) <= SMALL_MODEL
         if not everything:
-            return cls(model, clones, modules=modules)
+            return cls(model, clones, modules=modules, installed=installed_on(model))
         quantized = {name for owner in modules for name in clones if name.startswith(_in(owner, ""))}
         held = {id(get_parameter(model, name, allow_meta=True)) for name in clones.keys() - quantized}
         others = {n: t for n, t in tensors.items() if n not in quantized and id(t) not in held}
-        return cls(model, clones, digests(others, model), modules)
+        return cls(model, clones, digests(others, model), modules, installed_on(model))
 
     def restore(self) -> None:
-        """Copy the clones back. The parameters stay the same objects. A Ctrl-C meanwhile waits for the end."""
+        """Copy the clones back, and take off what was put on. The parameters stay the same objects. A Ctrl-C meanwhile
+        waits for the end."""
         with uninterrupted():
+            install(self.model, self.installed)
             for owner, module in self.modules.items():
                 if get_module(self.model, owner) is not module:
                     replace_module(self.model, owner, module)
@@ -216,13 +224,15 @@ class Snapshot:
         return same and name in stored and same_bits(stored[name], clone)
 
     def verify(self) -> Reversal:
-        """Compare integer views of the cloned parameters, and digests of the rest where they were taken."""
+        """Compare integer views of the cloned parameters, digests of the rest where they were taken, and what is on the
+        model besides."""
         stored = self._stored()
         unequal = [n for n, clone in self.clones.items() if not self._is_back(n, clone, stored)]
         now = tensors_of(self.model)
         present = {n: now[n] for n in self.others if n in now}
         unequal += [n for n in self.others if n not in now]
         unequal += [n for n, value in digests(present, self.model).items() if value != self.others[n]]
+        unequal += left_over(self.model, self.installed)
         compared = [*self.clones.values(), *present.values()]
         return Reversal(
             tensors=len(compared),

@@ -2,6 +2,9 @@
 
 Texts are tokenised whole, as a user would send them, and places are found by character offsets. So a
 BOS, a space-prefixing tokenizer, or a piece that merges across a boundary cannot shift a position.
+
+Where a prefix is in force (prefix.py), the whole is the prefix and the text. Offsets stay those of the text: a token of
+the prefix covers none of its characters, as a BOS does not.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from torch.nn.functional import pad
 
 from editkit.errors import ConfigError, FactError
 from editkit.models.load import LanguageModel
+from editkit.models.prefix import prefix_of
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,30 @@ class Rows:
 
 
 def tokenise(lm: LanguageModel, texts: Sequence[str]) -> Rows:
-    """Rows for `texts`, with the tokenizer's own special tokens, on the model's device.
+    """Rows for `texts`, with the prefix that is in force and the tokenizer's own special tokens, on the model's device.
 
     Raises FactError when a text has no tokens or more than the model has positions for.
     """
     encode = partial(lm.tokenizer, return_offsets_mapping=True, truncation=False, verbose=False)
-    encoded = [encode(text) for text in texts]
+    prefix = prefix_of(lm.model)
+    encoded = [encode(prefix + text) for text in texts]
     lengths = [len(e["input_ids"]) for e in encoded]
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     for text, length in zip(texts, lengths, strict=True):
         if length == 0:
             raise FactError(f"The tokenizer of '{lm.name}' maps {text!r} to no tokens.")
         if limit is not None and length > limit:
-            raise FactError(f"{text[:60]!r}… has {length} tokens; '{lm.name}' has {limit} positions. Shorten it.")
+            behind = f" with the prefix of {len(prefix)} characters that is in force" if prefix else ""
+            raise FactError(
+                f"{text[:60]!r}…{behind} has {length} tokens; '{lm.name}' has {limit} positions. Shorten it."
+            )
     ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, e in enumerate(encoded):
         ids[row, : lengths[row]] = torch.tensor(e["input_ids"])
         mask[row, : lengths[row]] = 1
-    offsets = [[tuple(pair) for pair in e["offset_mapping"]] for e in encoded]
+    begin = len(prefix)
+    offsets = [[(max(a - begin, 0), max(b - begin, 0)) for a, b in e["offset_mapping"]] for e in encoded]
     return Rows(tuple(texts), ids.to(lm.device), mask.to(lm.device), offsets)
 
 

@@ -49,6 +49,13 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers that only run it, which `eval_mode` takes off; a plain module itself."""
+    while type(module).__name__ in AROUND:
+        module = getattr(module, AROUND[type(module).__name__])
+    return module
+
+
 def plain_name(name: str) -> str:
     """The name that a parameter has in the plain model.
 

@@ -19,6 +19,7 @@ from editkit.settings.methods import (
     SpreadSettings,
     TuningSettings,
     ValueSettings,
+    WeightlessSettings,
 )
 from editkit.settings.runs import (
     TRACE_KINDS,
@@ -64,6 +65,7 @@ __all__ = [
     "TraceTaskSettings",
     "TuningSettings",
     "ValueSettings",
+    "WeightlessSettings",
     "require",
     "require_one_of",
 ]

@@ -97,6 +97,17 @@ class MethodSettings:
 
 
 @dataclass(frozen=True)
+class WeightlessSettings(MethodSettings):
+    """Methods whose edits change no weight."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("transform", "simie"):
+            found = getattr(self, name)
+            require(found is None, f"method.{name}", found, "null: this method changes no weight")
+
+
+@dataclass(frozen=True)
 class ValueSettings(MethodSettings):
     """The optimisation of a value: δ over rows = contexts × prompt (ROME section 3.1)."""
 

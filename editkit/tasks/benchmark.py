@@ -15,7 +15,7 @@ from tqdm import tqdm
 from editkit import report
 from editkit.data import load_cases
 from editkit.data.cases import Case
-from editkit.edits.edit import Edit, weight_norm
+from editkit.edits.edit import Edit, relative_norm
 from editkit.edits.requantized import requantized
 from editkit.edits.spectra import spectra
 from editkit.errors import EditkitError, OutputError, ReversalError
@@ -165,7 +165,7 @@ class _Bench:
         about: dict[str, Any] = {
             "rank": edit.rank,
             "norm": edit.norm(),
-            "relative_norm": edit.norm() / weight_norm(self.lm, edit),
+            "relative_norm": relative_norm(self.lm, edit),
             "seconds": round(time.perf_counter() - began, 4),
         }
         if (left := requantized(self.lm, edit)) is not None:

@@ -129,7 +129,10 @@ def update(edit: Edit, relative_norm: float, lost: float, left: Requantized | No
     lines = ["", "update"]
     for delta in edit.deltas:
         lines += _wrapped("  ", f"{delta.parameter} {list(delta.shape)}: rank {delta.rank}, ‖ΔW‖ {delta.norm():.4g}")
-    lines += _wrapped("  ", f"‖ΔW‖/‖W‖ {relative_norm:.4f}; {len(edit.to_bytes()) / 1024:.0f} KiB as a file")
+    for each in edit.installed:
+        lines += _wrapped("  ", str(each))
+    size = f"‖ΔW‖/‖W‖ {relative_norm:.4f}" if edit.deltas else "no weight is changed"
+    lines += _wrapped("  ", f"{size}; {len(edit.to_bytes()) / 1024:.0f} KiB as a file")
     if lost > 1e-4:  # float32 loses less
         lines += _wrapped("  ", f"rounding to {edit.base.dtype} changes ΔW by {lost:.1%} of its norm")
     if left is not None:

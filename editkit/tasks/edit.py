@@ -11,7 +11,7 @@ from typing import Any
 
 from editkit import report
 from editkit.data.cases import Case, case_of
-from editkit.edits.edit import Edit, weight_norm
+from editkit.edits.edit import Edit, relative_norm
 from editkit.edits.requantized import requantized
 from editkit.edits.routing import routing_change
 from editkit.edits.spectra import spectra
@@ -47,7 +47,6 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("measure_before")
     edit = bind_method(lm, config, progress=True)(case.facts)
     clock.lap("edit")
-    relative_norm = edit.norm() / weight_norm(lm, edit)
     sizes = spectra(edit, lm)
     lost = {spectrum.parameter: spectrum.rounding_error for spectrum in sizes}
     routing, left = _routing(lm, edit, case), requantized(lm, edit)
@@ -64,7 +63,11 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     scores = summary([of_case])
     say(console.probes(case.fact, rows, scores))
     say(console.texts(case.fact, before.texts, after.texts))
-    say(console.update(edit, relative_norm, max(x for x in lost.values() if x is not None), left))
+    say(
+        console.update(
+            edit, relative_norm(lm, edit), max((x for x in lost.values() if x is not None), default=0.0), left
+        )
+    )
     if routing:
         say(console.routing(routing))
     judged = verdict(rows, edit.provenance)
@@ -86,7 +89,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "parameters": edit.parameters,
             "rank": edit.rank,
             "norm": edit.norm(),
-            "relative_norm": relative_norm,
+            "relative_norm": relative_norm(lm, edit),
+            **({"installed": list(map(str, edit.installed))} if edit.installed else {}),
             "lost_in_rounding": lost,
             "spectra": [spectrum_beside(lm, spectrum) for spectrum in sizes],
             "provenance": edit.provenance,
@@ -108,8 +112,9 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
 
 def _routing(lm: LanguageModel, edit: Edit, case: Case) -> dict[str, dict[str, Any]]:
     """How a mixture of experts routes the case's prompts otherwise with the edit, by kind of prompt; empty for a model
-    without experts."""
-    kinds = dict.fromkeys(probe.kind for probe in case.probes) if lm.architecture.experts is not None else ()
+    without experts, and for an edit that puts other tokens in front of the prompts."""
+    compared = lm.architecture.experts is not None and not any(each.moves_tokens for each in edit.installed)
+    kinds = dict.fromkeys(probe.kind for probe in case.probes) if compared else ()
     prompts = {kind: [probe.prompt for probe in case.probes if probe.kind == kind] for kind in kinds}
     return {kind: routing_change(lm, edit, asked).to_json() for kind, asked in prompts.items()}
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from editkit import Session, load
 from editkit.data.atlas import atlas_cases
 from editkit.data.cases import Case
-from editkit.edits.edit import Edit, weight_norm
+from editkit.edits.edit import Edit, relative_norm
 from editkit.files import write_text
 from editkit.methods import get_method, names
 from editkit.methods.r_rome import RRomeSettings
@@ -81,7 +81,7 @@ def each_alone(
     for edit, case, scores in zip(tqdm(edits, desc="applied", leave=False), cases, before, strict=True):
         with edit.applied(lm, check=False):
             outcomes.append(tally(scores, score_probes(lm, case.probes)))
-    norm = sum(edit.norm() / weight_norm(lm, edit) for edit in edits) / len(edits)
+    norm = sum(relative_norm(lm, edit) for edit in edits) / len(edits)
     return row_of(outcomes, max(edit.rank for edit in edits), norm, seconds / len(edits))
 
 
@@ -104,7 +104,7 @@ def batch(lm: LanguageModel, method: str, cases: Sequence[Case], before: Sequenc
     """All facts in one edit."""
     began = time.perf_counter()
     edit = get_method(method)(lm, [case.fact for case in cases], progress=False)
-    seconds, norm = time.perf_counter() - began, edit.norm() / weight_norm(lm, edit)
+    seconds, norm = time.perf_counter() - began, relative_norm(lm, edit)
     with edit.applied(lm):
         outcomes = [tally(scores, score_probes(lm, case.probes)) for case, scores in zip(cases, before, strict=True)]
     return row_of(outcomes, edit.rank, norm, seconds)
@@ -121,7 +121,7 @@ def session(
         seconds = time.perf_counter() - began
         outcomes = [tally(scores, score_probes(lm, case.probes)) for case, scores in zip(cases, before, strict=True)]
         total = steps.total()
-    return row_of(outcomes, total.rank, total.norm() / weight_norm(lm, total), seconds)
+    return row_of(outcomes, total.rank, relative_norm(lm, total), seconds)
 
 
 def random_residual(lm: LanguageModel, edit: Edit, seed: int) -> Edit:
