@@ -104,8 +104,8 @@ class Edit:
         """Raise EditkitError where texts have other tokens with the edit. `what` compares token by token."""
         if moving := [each for each in self.installed if each.moves_tokens]:
             raise EditkitError(
-                f"{what} compares a text with and without the edit token by token, and {moving[0]} puts other tokens in "
-                "front of it. Compare scores or generated texts."
+                f"{what} compares a text with and without the edit token by token, and {moving[0]} puts other tokens "
+                "in front of it. Compare scores or generated texts."
             )
 
     def norm(self) -> float:
@@ -156,8 +156,8 @@ class Edit:
             )
 
     def apply(self, lm: LanguageModel, *, check: bool = True, everything: bool | None = None) -> Snapshot:
-        """Write the edit into the model, put its contents on it behind those that are there, and return the snapshot that
-        undoes it (`restore()`, `verify()`).
+        """Write the edit into the model and return the snapshot that undoes it (`restore()`, `verify()`). Its contents
+        go on the model behind those that are there.
 
         W + ΔW is added in float32 (float64 for float64 weights) and cast once to the weight's dtype; a quantised weight
         is not written, but edited by the way `lm.edited` (models/quantized.py). If
@@ -411,9 +411,8 @@ def relative_norm(lm: LanguageModel, edit: Edit) -> float:
     """‖ΔW‖/‖W‖ over the parameters that the edit changes (Frobenius); 0 for an edit that changes none."""
     if not edit.deltas:
         return 0.0
-    return edit.norm() / math.sqrt(
-        sum(values_of(lm.model, name).double().norm().item() ** 2 for name in edit.parameters)
-    )
+    weights = (values_of(lm.model, name).double().norm().item() for name in edit.parameters)
+    return edit.norm() / math.sqrt(sum(norm**2 for norm in weights))
 
 
 def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:

@@ -9,15 +9,15 @@ With x the input of the block's site at the last token of a fact's prompt, and m
 The Edit holds the entry, and no weight changes. While it is in force, the site's output is V at every token whose own
 input is within ε of K. The paper looks the last token of the prompt up and replaces the output there, or in the
 authors' code at other tokens of the prompt too, and is told where the prompt ends. Here each token is looked up by
-itself: it is the paper's rule for the last token, nothing has to be told, and a text that goes on with the answer, or is
-generated with a cache, gives the same.
+itself. For the last token that is the paper's rule. Nothing has to be told, and a text that goes on with the answer, or
+is generated with a cache, gives the same.
 
 The site is the down-projection (of a mixture of experts the whole MLP): its input is the key and its output the value
 of every other method here, it stands alone in all families, and what it puts out goes into the residual stream as it
 is. The authors take the first matrix of GPT-2 XL's MLP, and other public code the down-projection, as here.
 
-ε: the paper's 1 fits the models it was tried on. Keys of other models have other lengths, so without a published one ε is
-`radius` times ‖K‖.
+ε: the paper's 1 fits the models it was tried on. Keys of other models have other lengths, so where nothing was
+published ε is `radius` times ‖K‖.
 
 V is found as ROME's δ is: only the blocks from the edited one on and the tokens from the prompt's last one on are run
 (methods/shared/engine.py), and the V of many facts side by side.
@@ -43,11 +43,11 @@ from editkit.methods.shared.sites import at_lookup
 from editkit.models.codebook import Codebook
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.experts import site_of
-from editkit.models.installed import Installed, float32, install, installed_on
+from editkit.models.installed import float32, installed_on
 from editkit.models.load import LanguageModel
 from editkit.models.passes import CannotReplay
 from editkit.models.precision import wide, widened
-from editkit.models.snapshot import uninterrupted
+from editkit.models.snapshot import installed_meanwhile
 from editkit.nethook import requires_grad
 from editkit.settings import Constants, WeightlessSettings, require, require_one_of
 
@@ -69,9 +69,7 @@ class GraceSettings(WeightlessSettings):
 
     constants: ClassVar[Constants] = CONSTANTS
 
-    layer: int | None = (
-        None  # block whose down-projection gets the codebook; None: the model's, else at 0.73 of the depth
-    )
+    layer: int | None = None  # block of the codebook; None: the model's, else the one at 0.73 of the depth
     epsilon: float | None = None  # ε of a new entry; None: the model's, else `radius` times the key's norm
     radius: float = 0.3  # ε as a share of ‖K‖, where there is no epsilon
     steps: int | None = None  # of Adam, for each value
@@ -135,12 +133,8 @@ def grace(
         tuple(f"{number} of the new" for number in range(len(found))),
     )
     before = installed_on(lm.model)
-    try:
-        if before:
-            install(lm.model, [*before, blank])
+    with installed_meanwhile(lm.model, [*before, blank] if before else []):
         values, losses = _values(lm, layer, found, settings, seed, progress)
-    finally:
-        _back(lm, before)
     # 3) The entries.
     entries = Codebook(site, float32(keys), float32(values), float32(radii), labels)
     reports = [
@@ -149,11 +143,6 @@ def grace(
     ]
     how = provenance("grace", settings, found, seed=seed, site=site, reports=reports)
     return Edit((), base, how, installed=(entries,))
-
-
-def _back(lm: LanguageModel, before: Sequence[Installed]) -> None:
-    with uninterrupted():
-        install(lm.model, before)
 
 
 def _values(
@@ -167,13 +156,9 @@ def _values(
     values: dict[int, Tensor] = {}
     losses: dict[int, list[float]] = {}
     name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
-    with (
-        tqdm(
-            total=settings.steps * len(facts), desc=f"value for {name}", disable=not progress, leave=False, delay=1
-        ) as bar,
-        widened(lm),
-        requires_grad(lm.model, only=[]),
-    ):
+    total = settings.steps * len(facts)
+    bar = tqdm(total=total, desc=f"value for {name}", disable=not progress, leave=False, delay=1)
+    with bar, widened(lm), requires_grad(lm.model, only=[]):
         for begin in range(0, len(order), TOGETHER):
             part = order[begin : begin + TOGETHER]
             jobs = [rows_of(lm, facts[i], "last", ["{}"]) for i in part]

@@ -63,8 +63,8 @@ class Drift:
 
 @torch.inference_mode()
 def _log_probabilities(lm: LanguageModel, blocks: Tensor) -> Iterator[Tensor]:
-    """[length - 1, vocabulary] of each block, in float32 on the CPU. Raises EditkitError where a prefix that is in force
-    leaves no room for a block."""
+    """[length - 1, vocabulary] of each block, in float32 on the CPU. Raises EditkitError where a prefix leaves no room
+    for a block."""
     prefix = prefix_of(lm.model)
     before = torch.tensor(lm.tokenizer(prefix)["input_ids"] if prefix else [], dtype=torch.long)
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)

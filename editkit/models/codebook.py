@@ -19,8 +19,8 @@ Entries are added one after the other. With d the distance of a new key to the n
 The last case is ours: the authors' code keeps two entries with radius 0, of which the old one would win. Theirs also
 sets both radii to d/2 where that makes one larger; here a split never does.
 
-The codebook that is in force is what the entries of all contents give, in their order. So without one of them it is, bit
-for bit, what it would have become without it.
+The codebook that is in force is what the entries of all contents give, in their order. So without one of them it is,
+bit for bit, what it would have become without it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,12 +66,7 @@ class Codebook(Installed):
         if tensors.keys() != {"keys", "values", "radii"} or not all(isinstance(each, str) for each in found["labels"]):
             raise ValueError("the parts of a codebook are not those that it should have")
         keys, outputs, radii, count = tensors["keys"], tensors["values"], tensors["radii"], len(found["labels"])
-        if (
-            keys.ndim != 2
-            or outputs.ndim != 2
-            or not len(keys) == len(outputs) == len(radii) == count
-            or radii.ndim != 1
-        ):
+        if (keys.ndim, outputs.ndim, radii.ndim) != (2, 2, 1) or {len(keys), len(outputs), len(radii)} != {count}:
             raise ValueError("the tensors of a codebook do not fit together")
         return cls(found["module"], keys, outputs, radii, tuple(found["labels"]))
 
@@ -81,7 +76,8 @@ class Codebook(Installed):
             get_module(model, self.module)
         except NameNotFound as error:
             raise EditkitError(
-                f"This edit puts a codebook on {self.module}, which the model does not have. Load the base it was made for."
+                f"This edit puts a codebook on {self.module}, which the model does not have. Load the base it was made "
+                "for."
             ) from error
 
     @classmethod
@@ -141,7 +137,7 @@ def distances(x: Tensor, keys: Tensor) -> Tensor:
 
 
 def books_of(model: nn.Module, contents: Sequence[Codebook]) -> dict[str, Book]:
-    """The codebook of each module that `contents` give in their order. Of the list before only what follows is added."""
+    """The codebook of each module that `contents` give in their order. What the last call gave is kept."""
     done, books = _books.get(model, ((), {}))
     if len(done) > len(contents) or any(a is not b for a, b in zip(done, contents, strict=False)):
         done, books = (), {}

@@ -10,8 +10,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-from torch import nn
-
 from editkit.errors import ModelError
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import uninterrupted

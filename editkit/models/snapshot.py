@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -249,6 +249,19 @@ class Snapshot:
         self.restore()
         if kind is None:
             self.verify().require()
+
+
+@contextlib.contextmanager
+def installed_meanwhile(model: nn.Module, contents: Sequence[Installed]) -> Iterator[None]:
+    """In the body `contents` are all that is in force on `model` besides its weights; what was before is put back on
+    every exit."""
+    before = installed_on(model)
+    try:
+        install(model, contents)
+        yield
+    finally:
+        with uninterrupted():
+            install(model, before)
 
 
 @contextlib.contextmanager

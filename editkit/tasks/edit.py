@@ -49,6 +49,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("edit")
     sizes = spectra(edit, lm)
     lost = {spectrum.parameter: spectrum.rounding_error for spectrum in sizes}
+    largest = max((x for x in lost.values() if x is not None), default=0.0)
     routing, left = _routing(lm, edit, case), requantized(lm, edit)
     audited = audit(lm, edit) if config.task.audit else None
     clock.lap("audit")
@@ -63,11 +64,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     scores = summary([of_case])
     say(console.probes(case.fact, rows, scores))
     say(console.texts(case.fact, before.texts, after.texts))
-    say(
-        console.update(
-            edit, relative_norm(lm, edit), max((x for x in lost.values() if x is not None), default=0.0), left
-        )
-    )
+    say(console.update(edit, relative_norm(lm, edit), largest, left))
     if routing:
         say(console.routing(routing))
     judged = verdict(rows, edit.provenance)
