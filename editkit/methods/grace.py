@@ -210,8 +210,7 @@ def _descended(
         value.grad = engine.gradient(nll.sum())[0].to(dtype)
         optimizer.step()
         bar.update(len(own))
-    with torch.no_grad():
-        losses.append(_nll(engine.logits((value - own)[None]).to(dtype), engine.batch))
+    losses.append(_nll(engine.logits((value - own)[None]).to(dtype), engine.batch).detach())
     told = torch.stack(losses, 1).double().cpu()  # [facts, steps + 1]
     if not (told.isfinite().all() and value.isfinite().all()):
         raise EditkitError("A value of GRACE is not finite; nothing was changed. Lower method.lr, or load in float32.")
