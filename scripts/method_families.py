@@ -4,8 +4,9 @@
 
 A cell is ok when, for one fact (two for methods that take many): computing the edit leaves every bit of the model as
 it was, applying it raises the probability of each target_new, all logits of another prompt stay finite, and after it
-every bit is back. It shows by how much the mean log p(target_new) rose. Families with a norm behind the MLP get one
-block, the others two. "-": refused, with the reason below the table.
+every bit is back. It shows by how much the mean log p(target_new) rose, which is not asked of an edit that states the
+fact in front of the prompt: random weights cannot read. Families with a norm behind the MLP get one block, the others
+two. "-": refused, with the reason below the table.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.files import write_text
 from editkit.methods import Method, get_method, names
+from editkit.models.installed import installed_on
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digests, tensors_of
 from editkit.models.tokens import encode_with_targets, spaced, tokenise
@@ -103,11 +105,11 @@ def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
         after = log_p(lm, facts)
         with torch.no_grad():
             logits = lm.model(**tokenise(lm, ["The old bridge of stone"]).inputs(), use_cache=False).logits
-    if not (after > before).all():
+    if not (after > before).all() and not any(each.moves_tokens for each in edit.installed):
         failures.append(f"log p fell: {before.tolist()} -> {after.tolist()}")
     if not logits.isfinite().all():
         failures.append("logits are not finite")
-    if digests(tensors_of(lm.model)) != state:
+    if digests(tensors_of(lm.model)) != state or installed_on(lm.model):
         failures.append("not every bit is back")
     return {"rise": (after - before).mean().item(), "failures": failures}
 

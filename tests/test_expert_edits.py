@@ -101,7 +101,7 @@ def test_every_method_leaves_the_model_as_it_was(family: str, method: str, tmp_p
         edit = found(lm, FACT, settings, moments=MOMENTS, progress=False)
     before = everything(lm.model)
     with edit.applied(lm) as applied:
-        assert edit.norm() > 0
+        assert edit.norm() > 0 or edit.installed
     assert applied.reversal is not None and applied.reversal.exact
     assert all(torch.equal(bits, before[name]) for name, bits in everything(lm.model).items())
 

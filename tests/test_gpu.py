@@ -57,17 +57,21 @@ def on(device: str, family: str = "gpt2", dtype: torch.dtype = torch.float32) ->
 
 
 def apart(one: Edit, other: Edit) -> float:
-    """The largest relative distance between two edits' changes of one weight."""
+    """The largest relative distance between two edits' changes of one weight, or between what they install."""
     pairs = [(a.change(), b.change()) for a, b in zip(one.deltas, other.deltas, strict=True)]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    for a, b in zip(one.installed, other.installed, strict=True):
+        (values, tensors), (wanted, others) = a.to_file(), b.to_file()
+        assert values == wanted
+        pairs += [(tensors[name], others[name]) for name in others]
+    return max((float((a - b).norm() / b.norm()) for a, b in pairs), default=0.0)
 
 
 def assert_comes_off(lm: LanguageModel, edit: Edit) -> None:
-    before = digests(tensors_of(lm.model))
+    before, clean = digests(tensors_of(lm.model)), lm.digest
     with edit.applied(lm, everything=True) as applied:
-        assert digests(tensors_of(lm.model)) != before
+        assert lm.digest != clean
     assert applied.reversal is not None and applied.reversal.exact
-    assert digests(tensors_of(lm.model)) == before
+    assert digests(tensors_of(lm.model)) == before and lm.digest == clean
 
 
 @pytest.mark.parametrize("name", names())

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from tests.families import EXPERTS, SITES
 from tests.hooking import count_hooks
 from tests.oracles import logits_of
 from tests.test_session import FACTS
+from tests.test_wrapped import SAME, state
+from tests.test_wrapped_weights import DOWN, adapted
 from tests.untouched import plain_nll, tokens_of, untouched
 
 LONG = Fact("The city of {}", "The Eiffel Tower", "Berlin Madrid", "Paris")
@@ -347,6 +350,25 @@ def test_an_edit_of_weights_on_top_and_below() -> None:
     assert lm.digest == start
 
 
+@pytest.mark.parametrize("wrapping", [*SAME, "under an adapter"])
+def test_a_wrapped_model_is_asked_through_the_codebook(wrapping: str) -> None:
+    plain = tiny_lm("gpt2")
+    if wrapping == "under an adapter":
+        lm, outer = adapted("gpt2", DOWN["gpt2"])
+        merged: Any = copy.deepcopy(outer).merge_and_unload()
+        plain = replace(plain, model=merged.eval())
+    else:
+        lm = SAME[wrapping](tiny_lm("gpt2"))
+    before, edit = state(lm.model), grace(lm, FACTS[0], FEW, progress=False)
+    wanted = grace(plain, FACTS[0], FEW, progress=False)
+    asked = [FACTS[0].text, "The old bridge"], ["Rome", "of stone"]
+    with edit.applied(lm), wanted.applied(plain):
+        ours, exact = score_targets(lm, *asked), score_targets(plain, *asked)
+    assert [score.nll for score in ours] == pytest.approx([score.nll for score in exact], rel=1e-4)
+    assert ours[0].nll != pytest.approx(score_targets(lm, *asked)[0].nll, rel=1e-3)
+    assert state(lm.model) == before
+
+
 # Files and refusals
 
 
@@ -389,7 +411,10 @@ def test_what_needs_a_change_of_weights_is_refused(tmp_path: Path) -> None:
 
 def test_the_settings_of_a_model() -> None:
     unknown = GraceSettings().resolved("my-model", 12)
-    assert (unknown.layer, unknown.epsilon, unknown.steps, unknown.lr, unknown.start) == (8, None, 100, 1.0, "cold")
+    assert (unknown.layer, unknown.epsilon, unknown.radius) == (8, None, 0.3)
+    assert (unknown.steps, unknown.lr, unknown.start) == (100, 1.0, "cold")
+    asked = GraceSettings(radius=0.1).resolved("gpt2-xl", 48)
+    assert (asked.epsilon, asked.radius) == (None, 0.1)
     assert (
         GraceSettings().resolved("gpt2-xl", 48).layer == 35 and GraceSettings().resolved("gpt2-xl", 48).epsilon == 1.0
     )

@@ -16,7 +16,7 @@ from editkit.errors import ConfigError, EditFileError, EditkitError, FactError
 from editkit.lenses import attention_to_subject, logit_lens, side_effects, stream_change
 from editkit.methods.ike import IkeSettings, ike, read
 from editkit.methods.rome import RomeSettings, rome
-from editkit.methods.shared.demonstrations import KINDS, Example
+from editkit.methods.shared.demonstrations import KINDS, Corpus, Example
 from editkit.metrics.measure import look, rows_of
 from editkit.metrics.running_text import Drift
 from editkit.metrics.scoring import score_targets, top_next
@@ -156,6 +156,13 @@ def atlas_lm() -> LanguageModel:
     return load("atlas")
 
 
+@pytest.fixture(scope="module")
+def atlas_corpus(atlas_lm: LanguageModel) -> Corpus:
+    found = read(atlas_lm, IkeSettings(corpus="atlas"))
+    assert found is not None
+    return found
+
+
 def shown(edit: Edit) -> list[str]:
     """The demonstrations in an edit's prefix, the fact's own copy last."""
     (prefix,) = edit.installed
@@ -165,10 +172,9 @@ def shown(edit: Edit) -> list[str]:
     return found
 
 
-def test_demonstrations_are_the_nearest_facts_of_the_corpus(atlas_lm: LanguageModel) -> None:
+def test_demonstrations_are_the_nearest_facts_of_the_corpus(atlas_lm: LanguageModel, atlas_corpus: Corpus) -> None:
     lm, fact = atlas_lm, Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
-    corpus = read(lm, IkeSettings(corpus="atlas"))
-    assert corpus is not None
+    corpus = Corpus(atlas_corpus.examples[::16], atlas_corpus.states[::16])
     edit = ike(lm, fact, IkeSettings(corpus="atlas", demonstrations=40, room=0.95), base=corpus)
     *found, own = shown(edit)
     assert own == f"New Fact: {fact.text} Rome\nPrompt: {fact.text} Rome"
@@ -199,9 +205,8 @@ def test_demonstrations_are_the_nearest_facts_of_the_corpus(atlas_lm: LanguageMo
     assert [KINDS.count(kind) for kind in ("copy", "update", "retain")] == [1, 3, 4]
 
 
-def test_the_atlas_as_a_corpus_tells_the_truth_but_for_the_new_facts(atlas_lm: LanguageModel) -> None:
-    corpus, atlas = read(atlas_lm, IkeSettings(corpus="atlas")), load_atlas()
-    assert corpus is not None
+def test_the_atlas_as_a_corpus_tells_the_truth_but_for_the_new_facts(atlas_corpus: Corpus) -> None:
+    corpus, atlas = atlas_corpus, load_atlas()
     true = {f"{p.format(f.subject)} {f.object}" for f in atlas.facts for p in atlas.trained_pairs(f)}
     assert len(corpus.examples) > 0.9 * len(atlas.facts)
     for each in corpus.examples:

@@ -141,7 +141,7 @@ def test_an_edit_of_a_split_model_is_the_whole_models(
     assert file_digests(saved[family]) == files  # what lies on disk is the checkpoint itself
 
 
-SORTS = ("pmet", "ft", "lora", "mend", "ultraedit", "stableedit", "crispedit", "ft_bf", "anyedit", "kn")
+SORTS = ("pmet", "ft", "lora", "mend", "ultraedit", "stableedit", "crispedit", "ft_bf", "anyedit", "kn", "grace", "ike")
 
 
 @pytest.mark.parametrize("name", SORTS)

@@ -36,7 +36,8 @@ def test_every_method_lands_and_comes_off(method: str, scheme: str, way: str, tm
     before = every_bit(lm.model)
     logits(lm)
     cell = method_families.check(lm, method, tmp_path)
-    assert cell["failures"] == [] and cell["rise"] > (0.3 if method == "mend" else 0.5)  # MEND: one step of SGD
+    assert cell["failures"] == []
+    assert method == "ike" or cell["rise"] > (0.3 if method == "mend" else 0.5)  # random weights; one step of SGD
     assert same(before, lm.model)
 
 

@@ -124,7 +124,8 @@ SAME: dict[str, Callable[[LanguageModel], LanguageModel]] = {
     "a checkpoint wrapper": checkpoint_wrapped,
     "DataParallel": data_parallel,
 }
-METHODS = ("r_rome", "memit", "pmet", "alphaedit", "ft", "lora", "mend", "ultraedit", "crispedit", "anyedit", "kn")
+VALUES = ("r_rome", "memit", "pmet", "alphaedit", "anyedit")
+METHODS = (*VALUES, "ft", "lora", "mend", "ultraedit", "crispedit", "kn", "grace", "ike")
 
 
 def state(model: nn.Module) -> dict[str, Any]:

@@ -33,12 +33,14 @@ class Constants:
     - `blocks`: how the settings name the blocks to edit: one `layer`; `layers` with one block; a `range` of `layers`.
       "" for a method that is told elsewhere.
     - `like`: the constants of the method whose block is taken where nothing was published: ROME's, for most.
+    - `depth`: where there is no such method either, the block is the one at this share of the depth.
     """
 
     default: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     blocks: Literal["", "layer", "layers", "range"] = ""
     like: "Constants | None" = None
+    depth: float = DEPTH_FRACTION
 
     def of(self, model_name: str, layers: int) -> dict[str, Any]:
         """The constants for the model of this name with `layers` blocks: published, else proposed.
@@ -68,6 +70,6 @@ class Constants:
     def _proposed(self, model_name: str, layers: int) -> int:
         """The block of `like`, else the one at 0.35 of the depth."""
         if self.like is None:
-            return int(DEPTH_FRACTION * layers)
+            return int(self.depth * layers)
         found = self.like.of(model_name, layers)
         return int(found["layer"] if "layer" in found else found["layers"][-1])
