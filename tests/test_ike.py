@@ -25,7 +25,7 @@ from editkit.models.installed import installed_on
 from editkit.models.load import LanguageModel, load
 from editkit.models.prefix import Prefix, prefix_of
 from editkit.models.tokens import encode_with_targets, tokenise
-from editkit.settings import MeasureSettings, MomentSettings
+from editkit.settings import MeasureSettings, MomentSettings, TraceSettings
 from editkit.tracing import trace
 from tests.conftest import tiny_lm
 from tests.families import SITES
@@ -103,7 +103,7 @@ def test_what_looks_inside_sees_the_prefix_and_finds_the_subject(family: str) ->
 
     def seen(fact: Fact) -> tuple[Any, ...]:
         (delta,) = rome(lm, fact, RomeSettings(layer=1, steps=3, kl_factor=0.0), **options).deltas
-        found = trace(lm, fact, samples=2, progress=False)
+        found = trace(lm, fact, TraceSettings(samples=2), progress=False)
         lens, looks = logit_lens(lm, fact.text, ["Rome"]), attention_to_subject(lm, fact)
         return delta.change(), found.clean, lens.probability, looks.to_subject, looks.tokens[-1]
 
@@ -133,7 +133,7 @@ def test_running_text_carries_it_and_its_own_tokens_do_not_count() -> None:
     assert kl.average is not None and perplexity.average is not None
     assert kl.average.mean == pytest.approx(sum(divergence) / len(divergence), rel=1e-3)
     assert perplexity.average.mean == pytest.approx(torch.tensor(surprise).mean().exp().item(), rel=1e-3)
-    far = Edit((), base_of(lm), installed=(Prefix("word " * 150, ""),))
+    far = Edit((), base_of(lm), installed=(Prefix("word " * 250, ""),))
     with far.applied(lm), pytest.raises(EditkitError, match="behind a prefix of .* 'atlas' has 256 positions"):
         drift.measure(lm)
 

@@ -18,7 +18,6 @@ asked.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from editkit.edits import Edit, base_of
@@ -28,10 +27,8 @@ from editkit.methods import register
 from editkit.methods.shared.demonstrations import KINDS, Corpus, corpus_of
 from editkit.methods.shared.prelude import Moments, checked_facts, provenance
 from editkit.models.evalmode import in_eval_mode
-from editkit.models.installed import installed_on
 from editkit.models.load import LanguageModel
-from editkit.models.prefix import Prefix, prefix_of
-from editkit.models.snapshot import installed_meanwhile
+from editkit.models.prefix import Prefix, prefix_of, without_prefix
 from editkit.settings import WeightlessSettings, require
 
 LEAD = "Prompt: "
@@ -63,7 +60,7 @@ def read(
     """
     if settings.corpus is None:
         return None
-    with _without_prefix(lm):
+    with without_prefix(lm.model):
         return corpus_of(lm, settings.corpus)
 
 
@@ -99,7 +96,7 @@ def ike(
     text, shown = stated, 0
     if corpus is not None:
         own = "".join(f"New Fact: {_said(fact)}\nPrompt: {_said(fact)}\n\n" for fact in found)
-        with _without_prefix(lm):
+        with without_prefix(lm.model):
             texts, subjects = [_said(fact) for fact in found], [fact.subject for fact in found]
             nearest = corpus.nearest(lm, texts, subjects)[: settings.demonstrations]
         kinds = [KINDS[i % len(KINDS)] for i in range(len(nearest))]
@@ -112,12 +109,6 @@ def ike(
                 break
     how = provenance("ike", settings, found, demonstrations=shown, tokens=_length(lm, text + LEAD))
     return Edit((), base_of(lm), how, installed=(Prefix(text, LEAD),))
-
-
-def _without_prefix(lm: LanguageModel) -> AbstractContextManager[None]:
-    """In the body texts are taken as they are, without the prefixes that are in force."""
-    now = installed_on(lm.model)
-    return installed_meanwhile(lm.model, [each for each in now if not isinstance(each, Prefix)])
 
 
 def _said(fact: Fact) -> str:

@@ -12,12 +12,14 @@ Several prefixes in force stand one behind the other, and of their leads the las
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from editkit.models.installed import Handle, Installed, installed_on, register
+from editkit.models.snapshot import installed_meanwhile
 from editkit.tensorfiles import require_fields
 
 
@@ -58,6 +60,11 @@ def prefix_of(model: nn.Module) -> str:
     """The text that stands in front of every text of `model` now; "" without a prefix."""
     found = [each for each in installed_on(model) if isinstance(each, Prefix)]
     return "".join(each.text for each in found) + found[-1].lead if found else ""
+
+
+def without_prefix(model: nn.Module) -> AbstractContextManager[None]:
+    """In the body texts are taken as they are, without the prefixes that are in force."""
+    return installed_meanwhile(model, [each for each in installed_on(model) if not isinstance(each, Prefix)])
 
 
 register(Prefix)

@@ -10,6 +10,7 @@ from editkit.errors import FactError
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
+from editkit.models.prefix import without_prefix
 from editkit.models.tokens import Rows, tokenise
 from editkit.nethook import get_module, get_parameter
 from editkit.settings import TraceSettings
@@ -33,7 +34,8 @@ def embedding_std(lm: LanguageModel, subjects: Sequence[str] | None = None) -> f
     if subjects is not None:
         if not subjects:
             raise FactError("The standard deviation of embeddings was asked for over no subject: name at least one.")
-        ids = torch.cat([rows.ids[0] for rows in (tokenise(lm, [each]) for each in subjects)])
+        with without_prefix(lm.model):
+            ids = torch.cat([rows.ids[0] for rows in (tokenise(lm, [each]) for each in subjects)])
     else:
         vocabulary = len(get_parameter(lm.model, f"{lm.architecture.embedding}.weight", allow_meta=True))
         ids = torch.arange(vocabulary, device=lm.device)
