@@ -84,8 +84,8 @@ def test_characters_are_counted_from_the_texts_own_first(family: str) -> None:
         assert offsets[first][1] > len(prompt) >= offsets[first - 1][1]
         assert offsets[-1][1] == len(f"{prompt} {target}")
         covered = rows.tokens_covering(row, 0, len(prompt))
-        said = lm.tokenizer.decode(rows.ids[row, covered]).strip()
-        assert said == prompt and covered == list(range(covered[0], len(rows.offsets[row])))
+        said = str(lm.tokenizer.decode(rows.ids[row, covered].tolist()))
+        assert said.strip() == prompt and covered == list(range(covered[0], len(rows.offsets[row])))
     with pytest.raises(FactError, match="with the prefix of .* characters that is in force has"):
         far = Edit((), base_of(lm), installed=(Prefix("word " * 400, ""),))
         with far.applied(lm):
@@ -183,7 +183,8 @@ def test_demonstrations_are_the_nearest_facts_of_the_corpus(atlas_lm: LanguageMo
     def mean_state(text: str) -> torch.Tensor:
         with torch.no_grad():
             ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
-            return lm.model(ids, output_hidden_states=True).hidden_states[-1][0].mean(0).double()
+            found: torch.Tensor = lm.model(ids, output_hidden_states=True).hidden_states[-1][0].mean(0).double()
+            return found
 
     ours = mean_state(f"{fact.text} Rome")
     near = []
@@ -317,9 +318,10 @@ def test_what_compares_token_by_token_is_refused() -> None:
         routing_change(lm, edit, [FACT.text])
     with pytest.raises(EditkitError, match="side_effects is for changes of weights, and this edit is a prefix of"):
         side_effects(lm, edit, [FACT.text])
-    for wrong in ({"transform": "rect"}, {"simie": 1.0}, {"demonstrations": 0}, {"room": 1.0}):
+    refused: list[dict[str, Any]] = [{"transform": "rect"}, {"simie": 1.0}, {"demonstrations": 0}, {"room": 1.0}]
+    for wrong in refused:
         with pytest.raises(ConfigError):
-            IkeSettings(**wrong)  # type: ignore[arg-type]
+            IkeSettings(**wrong)
 
 
 def test_a_case_is_asked_behind_it() -> None:

@@ -24,7 +24,7 @@ V is found as ROME's δ is: only the blocks from the edited one on and the token
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -52,7 +52,7 @@ from editkit.nethook import requires_grad
 from editkit.settings import Constants, WeightlessSettings, require, require_one_of
 
 TOGETHER = 16  # facts whose values are found side by side
-AUTHORS: Mapping[str, Any] = {"steps": 100, "lr": 1.0, "start": "cold"}  # their files
+AUTHORS: dict[str, Any] = {"steps": 100, "lr": 1.0, "start": "cold"}  # their files
 CONSTANTS = Constants(
     default=AUTHORS | {"radius": 0.3},
     published={

@@ -81,7 +81,7 @@ class Codebook(Installed):
             ) from error
 
     @classmethod
-    def put(cls, model: nn.Module, contents: "Sequence[Self]") -> Iterator[Handle]:
+    def put(cls, model: nn.Module, contents: Sequence[Self]) -> Iterator[Handle]:
         for name, book in books_of(model, contents).items():
             yield _Lookup(innermost(get_module(model, name)), book).on()
 

@@ -61,7 +61,7 @@ class Installed(ABC):
 
     @classmethod
     @abstractmethod
-    def put(cls, model: nn.Module, contents: "Sequence[Self]") -> Iterator[Handle]:
+    def put(cls, model: nn.Module, contents: Sequence[Any]) -> Iterator[Handle]:
         """Put `contents`, all of this kind that are to be in force, on `model`, hook by hook.
 
         Each hook is an instance of `Hook`.

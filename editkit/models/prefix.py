@@ -47,7 +47,7 @@ class Prefix(Installed):
         """Any model takes a prefix; one that is too long for it is refused when something is asked."""
 
     @classmethod
-    def put(cls, model: nn.Module, contents: "Sequence[Self]") -> Iterator[Handle]:
+    def put(cls, model: nn.Module, contents: Sequence[Self]) -> Iterator[Handle]:
         """Nothing goes on the model: `prefix_of` reads what is in force."""
         yield from ()
 
