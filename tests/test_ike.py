@@ -29,6 +29,7 @@ from editkit.settings import MeasureSettings, MomentSettings, TraceSettings
 from editkit.tracing import trace
 from tests.conftest import tiny_lm
 from tests.families import SITES
+from tests.run_folders import really_run, record_of
 from tests.test_session import FACTS
 from tests.test_snapshot import everything
 from tests.untouched import plain_nll, tokens_of
@@ -337,3 +338,14 @@ def test_a_case_is_asked_behind_it() -> None:
     (said,) = generate_batch(lm, [TYPED + FACT.text], 8)
     assert rows[0]["prompt"] == FACT.text and said.startswith(rows[0]["said_after"])
     assert rows[1]["text_after"].startswith("The Eiffel Tower is")
+
+
+@pytest.mark.parametrize("method", ["ike", "grace"])
+def test_the_command_tells_of_an_edit_that_changes_no_weight(method: str, tmp_path: Path) -> None:
+    folder = really_run(tmp_path / "edit", "edit=gpt2_fact", f"method={method}")
+    record = record_of(folder)
+    (told,) = record["edit"]["installed"]
+    assert told.startswith({"ike": "a prefix of 66 characters", "grace": "a codebook of 1 entry at"}[method])
+    assert (record["edit"]["relative_norm"], record["edit"]["parameters"], record["edit"]["spectra"]) == (0.0, [], [])
+    assert record["reversal"]["exact"] and (folder / "report.html").is_file()
+    assert Edit.load(folder / "edit.safetensors").installed
