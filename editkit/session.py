@@ -31,6 +31,7 @@ from editkit.methods.shared.prelude import Moments
 from editkit.methods.shared.simie import simulated
 from editkit.methods.shared.transforms import TRANSFORMS
 from editkit.models.architecture import as_stored
+from editkit.models.installed import Installed, install, installed_on
 from editkit.models.load import LanguageModel
 from editkit.models.offload import values_of, write_values
 from editkit.models.quantized import edited_module, is_quantized
@@ -155,7 +156,7 @@ class Session:
         """‖Σ ΔW‖ / ‖W0‖ (Frobenius) over the parameters that the steps change; 0 without steps."""
         changed = sum(change.square().sum().item() for change in self._sums(self.steps).values())
         began = sum(start.double().square().sum().item() for start in self._held.values())
-        return (changed / began) ** 0.5 if self.steps else 0.0
+        return (changed / began) ** 0.5 if began else 0.0
 
     def reset(self) -> Reversal:
         """Take back everything: the weights of the session's begin, compared bit for bit with them."""
@@ -255,7 +256,8 @@ class Session:
     def _total(self, steps: Sequence[Edit]) -> Edit:
         """With the base's weights in the model where a transform looks at them."""
         deltas = joined(delta for step in steps for delta in step.deltas)
-        one = Edit(deltas, self.base, {"method": "session", "steps": [step.provenance for step in steps]})
+        how = {"method": "session", "steps": [step.provenance for step in steps]}
+        one = Edit(deltas, self.base, how, installed=tuple(each for step in steps for each in step.installed))
         if self.transform is None or not steps:
             return one
         with self._undone_if_it_fails(always=True):
@@ -276,7 +278,8 @@ class Session:
         return sums
 
     def _write(self, steps: Sequence[Edit]) -> None:
-        """Bring the weights to W0 and `steps`, and those of parameters without a step back to W0."""
+        """Bring the weights to W0 and `steps`, those of parameters without a step back to W0, and put on the model what
+        the steps install."""
         stored = {delta.parameter: delta for step in steps for delta in step.deltas}
         for name in stored:
             if name not in self._held:  # no step has touched it: it is W0
@@ -299,11 +302,14 @@ class Session:
                 values[name] = edited_module(module, total.float(), None, way, self.lm.dtype, site)
             else:
                 values[name] = changed.to(start.dtype)
-        self._copy(values)
+        self._copy(values, [*self._start.installed, *(each for step in steps for each in step.installed)])
 
-    def _copy(self, values: Mapping[str, Tensor | nn.Module]) -> None:
-        """Give the parameters these values; a quantised one is given its module, or what takes that one's place."""
+    def _copy(self, values: Mapping[str, Tensor | nn.Module], contents: Sequence[Installed] | None = None) -> None:
+        """Give the parameters these values; a quantised one is given its module, or what takes that one's place. With
+        `contents`, they are all that is in force besides weights."""
         with uninterrupted():
+            if contents is not None:
+                install(self.lm.model, contents)
             for name, value in values.items():
                 if isinstance(value, nn.Module):
                     replace_module(self.lm.model, name.rpartition(".")[0], value)
@@ -320,15 +326,15 @@ class Session:
     def _undone_if_it_fails(self, *, always: bool = False) -> Iterator[None]:
         """Weights and steps as they were, after an exception in the body (`always`: after the body)."""
         steps = self.steps
-        now = {name: self._now(name) for name in self._held}
+        now, on = {name: self._now(name) for name in self._held}, installed_on(self.lm.model)
         try:
             yield
         except BaseException:
             self.steps = steps
-            self._copy({**self._held, **self._modules, **now})
+            self._copy({**self._held, **self._modules, **now}, on)
             raise
         if always:
-            self._copy({**self._held, **self._modules, **now})
+            self._copy({**self._held, **self._modules, **now}, on)
 
 
 def _read(path: Path) -> dict[str, Any]:
