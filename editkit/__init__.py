@@ -28,6 +28,8 @@ _PUBLIC = {
     "MemitSettings": "editkit.methods.memit",
     "PmetSettings": "editkit.methods.pmet",
     "RomeSettings": "editkit.methods.rome",
+    "Alarm": "editkit.alarm",
+    "CollapseError": "editkit.alarm",
     "Session": "editkit.session",
     "Snapshot": "editkit.models.snapshot",
     "Trace": "editkit.nethook",
@@ -57,6 +59,8 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
+    from editkit.alarm import Alarm as Alarm
+    from editkit.alarm import CollapseError as CollapseError
     from editkit.edits.edit import Edit as Edit
     from editkit.edits.edit import apply_files as apply_files
     from editkit.edits.routing import routing_change as routing_change

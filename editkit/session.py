@@ -1,63 +1,37 @@
 """Session: edits over time on one model, each computed on what the earlier ones left, each of which can be undone.
 
-With W0 the weights at the session's begin and Δ_j the edits that are in force, in the order they were made,
-
-    W = cast(T(W0, Σ_j Δ_j))          summed in float64, cast once; T is a transform (prune, rect, sphere) or nothing
-
-so undoing any step leaves, bit for bit, the composition of the others. What methods carry from step to step (keys of
+The weights are those of the session's begin and the sum of the steps in force, in their order (composition.py), so
+undoing any step leaves, bit for bit, the composition of the others. What methods carry from step to step (keys of
 earlier facts, running statistics) is computed from the steps' `memory`, in their order (shared/carried.py): it is saved
-with the steps, and undone with them. Second moments and contexts are taken once, on W0. Nothing is global.
+with the steps (sessionfiles.py), and undone with them. Second moments and contexts are taken once, on the weights of
+the begin. Nothing is global.
+
+With `keep=k` the latest k steps are kept, and older ones are folded into one sum (folded.py): the weights are the same
+bit for bit, and a step takes as much time and memory after 10,000 steps as after 100. A folded step cannot be undone.
+
+An alarm looks at the model on the way (alarm.py), and may end the session or take it back to its last good step.
 """
 
 import contextlib
-import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from editkit.edits.delta import joined
+from editkit.alarm import CONTINUE, ROLLBACK, Alarm, CollapseError, Seen
+from editkit.composition import Composition, distance
 from editkit.edits.edit import Edit, base_of
-from editkit.errors import ConfigError, EditFileError, EditkitError
+from editkit.errors import ConfigError, EditkitError
 from editkit.facts import Fact
-from editkit.files import write_bytes, write_text
+from editkit.folded import Folded, facts_in
 from editkit.methods import get_method
 from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.prelude import Moments
 from editkit.methods.shared.simie import simulated
-from editkit.methods.shared.transforms import TRANSFORMS
-from editkit.models.architecture import as_stored
-from editkit.models.installed import Installed, install, installed_on
 from editkit.models.load import LanguageModel
-from editkit.models.offload import values_of, write_values
-from editkit.models.quantized import edited_module, is_quantized
-from editkit.models.snapshot import Reversal, Snapshot, uninterrupted
-from editkit.models.wrapped import require_editable
-from editkit.nethook import get_module, replace_module
-from editkit.settings import ContextSettings, MethodSettings
-from editkit.tensorfiles import SEAL, FileKind, contents_digest, explained, require_fields, strict_json
-
-FILE = "session.json"
-SESSION_FILE = FileKind(
-    format="editkit-session/1",
-    noun="a session",
-    fields={
-        "format": (str,),
-        "base": (dict,),
-        "method": (str,),
-        "settings": (dict,),
-        "transform": (str, type(None)),
-        "seed": (int,),
-        "steps": (list,),
-    },
-    remedy="Copy the folder again, or begin a new session.",
-    origin="Sessions are written by session.save(folder).",
-    renew="Session.load(folder, lm).save(folder)",
-)
+from editkit.models.snapshot import Reversal, Snapshot
+from editkit.sessionfiles import Folder, Header, read_session
+from editkit.settings import MethodSettings
 
 
 @dataclass(frozen=True)
@@ -69,6 +43,20 @@ class Undone:
     distance: float | None = None  # ‖Σ Δ − Σ Δ re-run without it‖ / ‖Σ Δ re-run‖, where a re-run was asked for
 
 
+@dataclass(frozen=True)
+class State:
+    """Which steps are in force, and what their method carries."""
+
+    folded: Folded
+    steps: list[Edit]
+    carried: Carried
+
+    @property
+    def count(self) -> int:
+        """Of all steps, the folded ones too."""
+        return self.folded.steps + len(self.steps)
+
+
 class Session:
     """Edits over time. `with Session(lm, "alphaedit") as session: session.edit(facts)`; restored and verified on exit.
 
@@ -76,8 +64,11 @@ class Session:
     - `moments`: how to collect C on the base, or {layer: SecondMoment}.
     - `transform`: "prune", "rect" or "sphere", of the sum of all steps against the base; None takes the settings' own.
     - `seed`: of contexts and running text.
+    - `keep`: how many of the latest steps can be undone, the others are folded; None: all.
+    - `alarm`: looks at the model after steps; see `Alarm`.
 
-    `steps` are the edits in force. Raises ConfigError for an unknown method.
+    `steps` are the edits in force, without the `folded` ones. Raises ConfigError for an unknown method, and for one
+    whose state cannot be folded where `keep` is given.
     """
 
     def __init__(
@@ -90,23 +81,34 @@ class Session:
         transform: str | None = None,
         seed: int = 0,
         progress: bool = True,
+        keep: int | None = None,
+        alarm: Alarm | None = None,
     ) -> None:
         registered = get_method(method)
-        self.lm, self.method, self.seed, self.progress = lm, method, seed, progress
+        if keep is not None and keep < 1:
+            raise ConfigError(f"keep={keep} was asked for: keep one step or more, or leave it out to keep all.")
+        if keep is not None and "earlier" in registered.takes and "carried" not in registered.takes:
+            raise ConfigError(
+                f"method={method} looks at all earlier edits itself, so they cannot be folded. Leave out keep "
+                "(task.keep=null), or let the method use `carried` (methods/shared/carried.py)."
+            )
+        self.lm, self.method, self.seed, self.progress, self.keep, self.alarm = lm, method, seed, progress, keep, alarm
         self._registered = registered
         given = settings or registered.settings()
         self.transform = transform or given.transform
         self.settings = replace(given.resolved(lm.name, lm.layers), transform=None)
         self.base = base_of(lm)
-        self.steps: list[Edit] = []
+        self.folded, self.steps, self._carried = Folded(), list[Edit](), Carried()
         self._start = Snapshot.take(lm.model, [])  # digests of everything, to verify by at the end
-        self._held: dict[str, Tensor] = {}  # W0 of every parameter that a step has changed
-        self._modules: dict[str, nn.Module] = {}  # that hold the quantised ones among them at W0
-        self._summed: tuple[list[Edit], dict[str, Tensor]] = [], {}  # the last sums: one step more adds to them
-        self._saved: set[Path] = set()  # files of steps that are known to be sound
+        self._weights = Composition(lm, self.base, self.transform)
         self._moments = moments
-        self._carried = Carried()
         self._inputs: dict[str, Any] | None = None
+        self._folder: Folder | None = None
+        self._good, self._since = (
+            self._state(),
+            list[Fact](),
+        )  # at the last look without alarm, and the facts edited since
+        self._seen: Seen | None = None
 
     def __enter__(self) -> "Session":
         return self
@@ -116,271 +118,190 @@ class Session:
         if kind is None:
             reversal.require()
 
+    @property
+    def count(self) -> int:
+        """How many steps are in force, the folded ones too."""
+        return self._state().count
+
+    @property
+    def good(self) -> int:
+        """How many steps were in force at the last look that passed no limit; 0 before the first."""
+        return self._good.count
+
     def edit(self, facts: Fact | Sequence[Fact]) -> Edit:
         """Compute an edit of `facts` on the model as it is now, and put it in force.
 
-        An exception or Ctrl-C leaves the session and the weights as they were before.
+        An exception or Ctrl-C leaves the session and the weights as they were before. Only CollapseError, which an
+        alarm raises, comes after the step has been taken: the session is then as its message says.
         """
         step = self._compute(facts, self.steps)
         with self._undone_if_it_fails():
-            self._write([*self.steps, step])
+            self._weights.write(self.folded, [*self.steps, step])
             self.steps = [*self.steps, step]
+            while self.keep is not None and len(self.steps) > self.keep:
+                self._fold()
+        if self.alarm is not None:
+            self._since += [facts] if isinstance(facts, Fact) else facts
+            if self.alarm.due(self.count):
+                self.look()
         return step
 
+    def look(self) -> Seen | None:
+        """What the alarm sees now; None without one. At a limit it does what `Alarm.on_collapse` says.
+
+        Raises CollapseError, with the step kept (stop), or with the session back at its last good step (rollback).
+        """
+        if self.alarm is None:
+            return None
+        number, folded = self.count, self.folded
+        if self._seen is not None and self._seen.step == number:
+            return self._seen
+        edited = folded.facts + sum(map(facts_in, self.steps))
+        seen = self._seen = self.alarm.look(number, edited, self._weights.norms(folded, self.steps))
+        if not seen.passed:
+            self._good, self._since = self._state(), []
+            return seen
+        if self.alarm.on_collapse == CONTINUE:
+            return seen
+        dropped = self._since if self.alarm.on_collapse == ROLLBACK else []
+        if self.alarm.on_collapse == ROLLBACK:
+            self._return_to(self._good)
+        raise CollapseError(seen, self.count, dropped)
+
     def undo(self, number: int, *, rerun: bool = False) -> Undone:
-        """Take back step `number`: the weights become those of the other steps, bit for bit.
+        """Take back step `number` of `steps`: the weights become those of the other steps, bit for bit.
 
         Later steps stay as they are, though they were computed on top of it; `rerun` computes them again without it,
         changes nothing by that, and tells how far the two are apart. Raises EditkitError for a step there is not.
         """
         if not -len(self.steps) <= number < len(self.steps):
-            raise EditkitError(f"Step {number} was to be undone; the session has {len(self.steps)}.")
+            folded = f" and {self.folded.steps} that are folded" if self.folded.steps else ""
+            raise EditkitError(f"Step {number} was to be undone; the session has {len(self.steps)}{folded}.")
         number %= len(self.steps)
         rest = [*self.steps[:number], *self.steps[number + 1 :]]
         with self._undone_if_it_fails():
             again = list(self.steps[:number])
             if rerun:
                 for later in self.steps[number + 1 :]:
-                    self._write(again)
+                    self._weights.write(self.folded, again)
                     again.append(self._compute([Fact(**fact) for fact in later.provenance["facts"]], again))
-            self._write(rest)
+            self._weights.write(self.folded, rest)
             gone, self.steps = self.steps[number], rest
-        distance = _distance(self._sums(rest), self._sums(again)) if rerun else None
-        return Undone(gone, tuple(range(number, len(rest))), distance)
+        self._seen = None
+        sums = self._weights.sums
+        apart = distance(sums(self.folded, rest), sums(self.folded, again)) if rerun else None
+        return Undone(gone, tuple(range(number, len(rest))), apart)
 
     def total(self) -> Edit:
         """The sum of all steps as one edit of the base, transformed where the session transforms."""
-        return self._total(self.steps)
+        return self._weights.total(self.folded, self.steps)
 
     def relative_norm(self) -> float:
         """‖Σ ΔW‖ / ‖W0‖ (Frobenius) over the parameters that the steps change; 0 without steps."""
-        changed = sum(change.square().sum().item() for change in self._sums(self.steps).values())
-        began = sum(start.double().square().sum().item() for start in self._held.values())
+        norms = self._weights.norms(self.folded, self.steps).values()
+        changed, began = (sum(size**2 for size in sizes) for sizes in zip(*norms, strict=True)) if norms else (0, 0)
         return (changed / began) ** 0.5 if began else 0.0
+
+    @contextlib.contextmanager
+    def unedited(self) -> Iterator[None]:
+        """The weights of the session's begin in the body, those of its steps after it."""
+        with self._weights.unchanged():
+            self._weights.write(Folded(), [])
+            yield
 
     def reset(self) -> Reversal:
         """Take back everything: the weights of the session's begin, compared bit for bit with them."""
-        self._write([])
-        self.steps = []
+        self._return_to(State(Folded(), [], Carried()))
+        self._good, self._since = self._state(), []
         return self._start.verify()
 
     def save(self, folder: str | Path) -> Path:
-        """Write the steps and session.json, which is written last: without it a folder is no session."""
-        folder = Path(folder)
-        names = [f"{step.digest[:16]}.safetensors" for step in self.steps]
-        for step, name in zip(self.steps, names, strict=True):
-            self._save_step(step, folder / name)
-        header = {
-            "format": SESSION_FILE.format,
-            "base": asdict(self.base),
-            "method": self.method,
-            "settings": asdict(self.settings),
-            "transform": self.transform,
-            "seed": self.seed,
-            "steps": [{"file": name, "digest": step.digest} for name, step in zip(names, self.steps, strict=True)],
-        }
-        header[SEAL] = contents_digest(header)
-        return write_text(folder / FILE, json.dumps(header, indent=2, ensure_ascii=False) + "\n")
+        """Write the steps, the folded sum and session.json, which is written last: without it a folder is no session.
+
+        Raises OutputError, and EditkitError for a method that carries what cannot be saved.
+        """
+        if self._folder is None or self._folder.path != Path(folder):
+            self._folder = Folder(Path(folder))
+        header = Header(self.base, self.method, self.settings, self.transform, self.seed, self.keep)
+        return self._folder.save(header, self.folded, self._carried, self.steps)
 
     @classmethod
     def load(
-        cls, folder: str | Path, lm: LanguageModel, *, moments: Moments = None, progress: bool = True
+        cls,
+        folder: str | Path,
+        lm: LanguageModel,
+        *,
+        moments: Moments = None,
+        progress: bool = True,
+        alarm: Alarm | None = None,
     ) -> "Session":
         """Go on with a saved session on its base: the same steps, weights and state, bit for bit.
 
         Raises EditFileError for a folder that holds no session or a damaged one, EditkitError for another base.
         """
-        # 1) session.json and the settings in it
-        path = Path(folder) / FILE
-        header = _read(path)
-        with explained(path, SESSION_FILE):
-            settings = _settings_of(header)
-            listed = [_step_of(step) for step in header["steps"]]
-        if header["base"]["digest"] != (found := lm.digest):
-            raise EditkitError(
-                f"This session began on '{header['base']['name']}' with digest {header['base']['digest'][:12]}; "
-                f"'{lm.name}' is {found[:12]}. Load the base it was made for."
-            )
-        # 2) the steps, each of which must be the one that session.json names
-        steps = []
-        for name, digest in listed:
-            step = Edit.load(path.parent / name, note=False)
-            if step.digest != digest:
-                raise EditFileError(
-                    f"'{path.parent / name}' is not the step that '{path}' names: it holds edit {step.digest[:12]}, "
-                    f"and {digest[:12]} is wanted. The file was exchanged or damaged. {SESSION_FILE.remedy}"
-                )
-            steps.append(step)
-        # 3) the session with them in force
+        found = read_session(Path(folder), lm)
+        how = found.header
         session = cls(
             lm,
-            header["method"],
-            settings,
+            how.method,
+            how.settings,
             moments=moments,
-            transform=header["transform"],
-            seed=header["seed"],
+            transform=how.transform,
+            seed=how.seed,
             progress=progress,
+            keep=how.keep,
+            alarm=alarm,
         )
-        session._write(steps)
-        session.steps = steps
+        session._return_to(State(found.folded, found.steps, found.carried))
+        session._good = session._state()
         return session
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _save_step(self, step: Edit, path: Path) -> None:
-        """Write a step, unless its file is there and has the same bytes. Steps are many: each is compared once."""
-        if path in self._saved and path.exists():
-            return
-        data = step.to_bytes()
-        if not (path.is_file() and path.read_bytes() == data):
-            write_bytes(path, data)
-        self._saved.add(path)
+    def _state(self) -> State:
+        return State(self.folded, self.steps, self._carried)
+
+    def _return_to(self, state: State) -> None:
+        """Put these steps in force, and no others."""
+        self._weights.write(state.folded, state.steps)
+        self.folded, self.steps, self._carried = state.folded, list(state.steps), state.carried.copy()
+        self._since, self._seen = [], None
+
+    def _fold(self) -> None:
+        """Fold the oldest step. The weights stay as they are: the sum is the same."""
+        oldest, *rest = self.steps
+        folded, carried = self.folded.plus(oldest), self._carried.fold(oldest)
+        self._weights.folds(folded, rest)
+        self.folded, self.steps, self._carried = folded, rest, carried
 
     def _compute(self, facts: Fact | Sequence[Fact], earlier: Sequence[Edit]) -> Edit:
         options = {"seed": self.seed, "progress": self.progress, "earlier": earlier}
         options |= {"carried": self._carried, **self._of_base()}
         step = self._registered(self.lm, facts, self.settings, **options)
+        if self.keep is not None and step.installed:
+            raise EditkitError(
+                f"method={self.method} installs {step.installed[0]}, which cannot be folded into a sum of weights. "
+                "Leave out keep (task.keep=null)."
+            )
         if self.settings.simie is not None:
             step = simulated(step, earlier, self._carried, self.settings.simie)
-        return replace(step, parents=tuple(edit.digest for edit in earlier))
+        return replace(step, parents=(*self.folded.parents, *(edit.digest for edit in earlier)))
 
     def _of_base(self) -> dict[str, Any]:
         """Second moments, contexts and what else the method asks of W0, taken the first time they are needed."""
         if self._inputs is None:
-            with self._undone_if_it_fails(always=True):
-                self._write([])
+            with self.unedited():
                 shared = self._registered.shared(self.lm, self.settings, self._moments, self.seed, self.progress)
                 self._inputs = shared
         return self._inputs
 
-    def _total(self, steps: Sequence[Edit]) -> Edit:
-        """With the base's weights in the model where a transform looks at them."""
-        deltas = joined(delta for step in steps for delta in step.deltas)
-        how = {"method": "session", "steps": [step.provenance for step in steps]}
-        one = Edit(deltas, self.base, how, installed=tuple(each for step in steps for each in step.installed))
-        if self.transform is None or not steps:
-            return one
-        with self._undone_if_it_fails(always=True):
-            self._copy({**self._held, **self._modules})
-            return TRANSFORMS[self.transform](self.lm, one)
-
-    def _sums(self, steps: Sequence[Edit]) -> dict[str, Tensor]:
-        """Σ ΔW of each parameter, [d_model, d_ff] in float64."""
-        steps = [self._total(steps)] if self.transform else list(steps)
-        summed, known = self._summed
-        same = len(summed) <= len(steps) and all(a is b for a, b in zip(summed, steps, strict=False))
-        summed, sums = (summed, dict(known)) if same else ([], {})
-        for step in steps[len(summed) :]:
-            for delta in step.deltas:
-                change = delta.change()
-                sums[delta.parameter] = sums[delta.parameter] + change if delta.parameter in sums else change
-        self._summed = steps, sums
-        return sums
-
-    def _write(self, steps: Sequence[Edit]) -> None:
-        """Bring the weights to W0 and `steps`, those of parameters without a step back to W0, and put on the model what
-        the steps install."""
-        stored = {delta.parameter: delta for step in steps for delta in step.deltas}
-        for name in stored:
-            if name not in self._held:  # no step has touched it: it is W0
-                module = get_module(self.lm.model, stored[name].module)
-                if is_quantized(module):
-                    self._modules[name] = module
-                self._held[name] = values_of(self.lm.model, name).clone()
-        for name in self._held:
-            require_editable(self.lm.model, name.rpartition(".")[0])
-        sums: dict[str, Tensor] = self._sums(steps)
-        values: dict[str, Tensor | nn.Module] = {**self._held, **self._modules}
-        for name, total in sums.items():
-            start = self._held[name]
-            change = as_stored(total, stored[name].orientation, stored[name].experts)
-            changed = start.double() + change.to(start.device)
-            if not changed.to(start.dtype).isfinite().all():
-                raise EditkitError(f"{name} is not finite in {start.dtype} with this step; the step was not taken.")
-            if name in self._modules:
-                module, way, site = self._modules[name], self.lm.edited, stored[name].module
-                values[name] = edited_module(module, total.float(), None, way, self.lm.dtype, site)
-            else:
-                values[name] = changed.to(start.dtype)
-        self._copy(values, [*self._start.installed, *(each for step in steps for each in step.installed)])
-
-    def _copy(self, values: Mapping[str, Tensor | nn.Module], contents: Sequence[Installed] | None = None) -> None:
-        """Give the parameters these values; a quantised one is given its module, or what takes that one's place. With
-        `contents`, they are all that is in force besides weights."""
-        with uninterrupted():
-            if contents is not None:
-                install(self.lm.model, contents)
-            for name, value in values.items():
-                if isinstance(value, nn.Module):
-                    replace_module(self.lm.model, name.rpartition(".")[0], value)
-                else:
-                    write_values(self.lm.model, name, value)
-
-    def _now(self, name: str) -> Tensor | nn.Module:
-        """What `_copy` takes to leave the parameter as it is now."""
-        if name in self._modules:
-            return get_module(self.lm.model, name.rpartition(".")[0])
-        return values_of(self.lm.model, name).clone()
-
     @contextlib.contextmanager
-    def _undone_if_it_fails(self, *, always: bool = False) -> Iterator[None]:
-        """Weights and steps as they were, after an exception in the body (`always`: after the body)."""
-        steps = self.steps
-        now, on = {name: self._now(name) for name in self._held}, installed_on(self.lm.model)
-        try:
-            yield
-        except BaseException:
-            self.steps = steps
-            self._copy({**self._held, **self._modules, **now}, on)
-            raise
-        if always:
-            self._copy({**self._held, **self._modules, **now}, on)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON of a session's file, checked. Raises EditFileError; warns of one without a digest."""
-    with explained(path, SESSION_FILE):
-        header = strict_json(path.read_bytes())
-        if isinstance(header, dict) and header.get("format", SESSION_FILE.format) != SESSION_FILE.format:
-            raise ValueError(f"its format is {header['format']!r}, and {SESSION_FILE.format!r} is read here")
-        stored = header.pop(SEAL, None) if isinstance(header, dict) else None
-        if stored is not None and stored != contents_digest(header):
-            raise ValueError("its contents do not have the digest that was stored with them")
-        require_fields(header, SESSION_FILE.fields, "its content")
-        require_fields(header["base"], dict.fromkeys(("name", "digest", "dtype"), (str,)), "its base")
-    if stored is None:
-        warnings.warn(
-            f"'{path}' was written without a digest, so damage would not be noticed. To write it anew with one: "
-            f"{SESSION_FILE.renew}.",
-            stacklevel=3,
-        )
-    return dict(header)
-
-
-def _settings_of(header: dict[str, Any]) -> MethodSettings:
-    """The settings in a session's file. Raises ValueError or TypeError where they are not those of its method."""
-    try:
-        kind = get_method(header["method"]).settings
-        values = dict(header["settings"])
-        if "contexts" in values:
-            values["contexts"] = ContextSettings(**values["contexts"])
-        if header["transform"] not in (None, *TRANSFORMS):
-            raise ValueError(f"its transform is {header['transform']!r}")
-        return kind(**values)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-
-
-def _step_of(step: object) -> tuple[str, str]:
-    """(file name, digest) of a step in a session's file. Raises ValueError for a name that is not one of ours."""
-    found = require_fields(step, {"file": (str,), "digest": (str,)}, "a step")
-    if found["file"] != f"{found['digest'][:16]}.safetensors" or "/" in found["file"]:
-        raise ValueError(f"the file of a step is {found['file'][:80]!r}")
-    return found["file"], found["digest"]
-
-
-def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    zero = torch.zeros(())
-    apart = sum((a.get(n, zero) - b.get(n, zero)).square().sum().item() for n in {*a, *b})
-    size = sum(t.square().sum().item() for t in b.values())
-    return (apart / size) ** 0.5 if size else 0.0
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """Weights and steps as they were, after an exception in the body."""
+        before = self._state()
+        with self._weights.unchanged(if_it_fails=True):
+            try:
+                yield
+            except BaseException:
+                self.folded, self.steps, self._carried = before.folded, before.steps, before.carried
+                raise

@@ -1,6 +1,7 @@
 """LocFT-BF against a plain float64 loop, and its replay as state of a session."""
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from editkit import Edit, Fact, Session
 from editkit.errors import ConfigError, FactError
-from editkit.methods.ft_bf import FtBfSettings, ft_bf, replayed
+from editkit.methods.ft_bf import FtBfSettings, Stored, ft_bf, replayed
 from editkit.models.architecture import experts_in, weight_name
 from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
@@ -84,11 +85,16 @@ def test_it_stops_where_the_plain_loop_stops() -> None:
     check(ft_bf(lm, FACTS, settings, progress=False), expected, losses)
 
 
+def stored(steps: Sequence[Edit]) -> Stored:
+    """What a session of these steps has edited."""
+    return functools.reduce(Stored.also, steps, Stored())
+
+
 def test_facts_of_earlier_steps_are_replayed() -> None:
     lm = tiny_lm("gpt2", dtype=torch.float64)
     with Session(lm, "ft_bf", PLAIN, progress=False) as session:
         session.edit(FACTS[:2])
-        expected, losses = loop(lm, PLAIN, [FACTS[2], *replayed(FACTS[2:], session.steps, 100, 0)])
+        expected, losses = loop(lm, PLAIN, [FACTS[2], *replayed(FACTS[2:], stored(session.steps), 100, 0)])
         step = session.edit(FACTS[2])
         check(step, expected, losses)
         assert step.provenance["reports"][0]["replayed"] == 2 and len(step.provenance["facts"]) == 1
@@ -101,13 +107,14 @@ def test_the_last_answer_of_a_prompt_is_replayed() -> None:
     lm = tiny_lm("gpt2")
     one = ft_bf(lm, FACTS[:2], PLAIN, progress=False)
     two = ft_bf(lm, FACT.with_target("Oslo"), PLAIN, progress=False)
-    found = replayed(FACTS[2:], [one, two], 5, 0)
+    before = stored([one, two])
+    found = replayed(FACTS[2:], before, 5, 0)
     assert {(fact.subject, fact.target_new) for fact in found} == {
         ("The Eiffel Tower", "Oslo"),
         ("Big Ben", TARGETS[1]),
     }
-    assert [fact.subject for fact in replayed([FACT.with_target("Rome")], [one, two], 5, 0)] == ["Big Ben"]
-    assert len(replayed(FACTS[2:], [one, two], 1, 0)) == 1
+    assert [fact.subject for fact in replayed([FACT.with_target("Rome")], before, 5, 0)] == ["Big Ben"]
+    assert len(replayed(FACTS[2:], before, 1, 0)) == 1
 
 
 def test_undone_and_resumed_a_session_replays_what_its_steps_hold(tmp_path: Path) -> None:

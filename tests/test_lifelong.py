@@ -13,7 +13,10 @@ import pytest
 
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, SAME_SUBJECT, Case, Probe
 from editkit.facts import Fact
+from editkit.folded import FOLD_FILE
+from editkit.tasks.costs import read_costs
 from editkit.tasks.lifelong import sampled, staying
+from editkit.tensorfiles import read_header
 from tests.run_folders import score_of
 
 FAST = ["method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000"]
@@ -71,10 +74,72 @@ def test_killed_and_resumed_it_measures_the_same(whole: tuple[Path, str], tmp_pa
 
 def test_it_may_stop_at_a_collapse(tmp_path: Path) -> None:
     wild = ["method.layer=0", "method.clamp=null", "method.lr=50", "method.weight_decay=0", "method.steps=10"]
-    done = run("hydra.run.dir=run", "task.collapse=1.01", "task.stop_at_collapse=true", *wild, cwd=tmp_path)
+    done = run("hydra.run.dir=run", "task.alarm.perplexity=1.01", "task.on_collapse=stop", *wild, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = points(tmp_path / "run")
     assert found[-1]["collapsed"] and found[-1]["edits"] < 6 and "collapsed" in done.stdout
+
+
+STREAM = ["method=ft_l", "data.stream=14", "data.limit=5", "task.keep=2", "task.save=3", "task.every=7"]
+STREAM += ["task.retention=3", "task.untouched=1", "task.measure.generate=0", "task.measure.distracted=false"]
+STREAM += ["task.alarm.tokens=128", "method.steps=2"]
+
+
+def streamed(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+    asked = [sys.executable, "-m", "editkit.run", "task=lifelong", *STREAM, *arguments]
+    return subprocess.Popen(asked, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def kept_of(folder: Path) -> dict[str, bytes]:
+    """The files that must not depend on kills."""
+    return {path.name: path.read_bytes() for path in (*(folder / "session").iterdir(), folder / "points.jsonl")}
+
+
+def test_a_stream_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole = streamed("hydra.run.dir=whole", cwd=tmp_path)
+    assert whole.wait() == 0, whole.communicate()
+    for step in (4, 9):  # neither is saved: the last saves are of 3 and 9 steps
+        process = streamed("hydra.run.dir=run", *(["resume=true"] if step > 4 else []), cwd=tmp_path)
+        costs = tmp_path / "run" / "costs.jsonl"
+        deadline = time.monotonic() + 240
+        while not costs.exists() or f'"step": {step}' not in costs.read_text(encoding="ascii"):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = streamed("hydra.run.dir=run", "resume=true", cwd=tmp_path)
+    assert done.wait() == 0, done.communicate()
+    found = kept_of(tmp_path / "run")
+    assert found == kept_of(tmp_path / "whole") and len(found) == 5  # points, session.json, the fold, two steps
+    assert [point["edits"] for point in points(tmp_path / "run")] == [0, 7, 14]
+    found_costs = read_costs(tmp_path / "run" / "costs.jsonl")
+    assert [cost.step for cost in found_costs] == list(range(14))
+    assert all(cost.cpu > 0 and cost.rss >= cost.anonymous > 0 for cost in found_costs)
+
+
+def test_a_rollback_names_what_was_dropped(tmp_path: Path) -> None:
+    """A limit that a wild step passes; the record and the session are those of the last good step."""
+    limits = ["task.alarm.every=2", "task.alarm.growth=0.06", "task.on_collapse=rollback", "task.every=14"]
+    done = streamed("hydra.run.dir=run", *limits, cwd=tmp_path)
+    out, error = done.communicate(timeout=300)
+    assert done.returncode == 0, error.decode()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "points.jsonl").read_text().splitlines()[1:]]
+    (ended,) = [line for line in lines if "collapse" in line]
+    good = ended["edits_kept"]
+    assert 0 < good < 12 and good % 2 == 0 and len(ended["dropped"]) == 2
+    said = " ".join(out.decode().split())
+    assert f"alarm after step {good + 2} ({good + 2} facts edited): ‖ΔW‖/‖W‖ is" in said
+    assert f"It is back at step {good}, the last good one; dropped: " in said
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["edit"]["count"] == good and record["data"]["collapse"] == ended and record["reversal"]["exact"]
+    assert not record["series"][-1]["collapsed"]
+    session = json.loads((tmp_path / "run" / "session" / "session.json").read_text())
+    fold = read_header(tmp_path / "run" / "session" / session["folded"]["file"], FOLD_FILE)
+    assert fold["steps"] + len(session["steps"]) == good
+    alone = streamed("hydra.run.dir=alone", f"data.stream={good}", "task.every=14", "task.save=100", cwd=tmp_path)
+    assert alone.wait() == 0, alone.communicate()
+    ours, theirs = (kept_of(tmp_path / name) for name in ("run", "alone"))
+    assert ours.pop("points.jsonl") != theirs.pop("points.jsonl") and ours == theirs
 
 
 def test_shards_are_refused(tmp_path: Path) -> None:

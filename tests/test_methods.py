@@ -10,11 +10,11 @@ import torch
 from editkit import Fact
 from editkit.errors import ConfigError, EditkitError, FactError, ModelError
 from editkit.methods import get_method
-from editkit.methods.alphaedit import AlphaEditSettings, constrained, null_space
+from editkit.methods.alphaedit import AlphaEditSettings, constrained, in_basis, null_space
 from editkit.methods.emmet import EmmetSettings, equality
 from editkit.methods.memit import MemitSettings
 from editkit.methods.pmet import PmetSettings
-from editkit.methods.shared.held import Held, least_squares
+from editkit.methods.shared.held import Held, least_squares, plain
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.moments import Factored, SecondMoment, second_moments
@@ -113,7 +113,10 @@ def test_alphaedit_is_the_papers_solve_and_stays_in_the_null_space(n: int, m: in
     assert 0 < basis.shape[1] < 40 and torch.allclose(p, low @ low.T, atol=1e-9)
     keys = torch.randn(40, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     held = torch.cat([keys, torch.randn(40, m, generator=torch.Generator().manual_seed(m), dtype=torch.float64)], 1)
-    right = constrained(basis, keys, held, 10.0)
+    earlier = plain(10.0, basis.shape[1], experts=False)
+    for some in held[:, n:].split(7, 1):  # as a session's steps add them
+        earlier = earlier.also(in_basis(basis, some)) if m else earlier
+    right = constrained(basis, earlier, keys)
     paper = torch.linalg.solve(p @ (held @ held.T) + 10 * torch.eye(40).double(), p @ keys).T
     assert torch.allclose(right, paper, rtol=1e-6, atol=1e-10)
     assert torch.allclose(right @ p, right, atol=1e-9)

@@ -201,7 +201,7 @@ def test_a_step_that_fails_leaves_the_session_as_it_was(
         def fail(*arguments: object, **options: object) -> None:
             raise error
 
-        for place in ("editkit.methods.shared.value.kl_div", "editkit.session.Session._sums"):
+        for place in ("editkit.methods.shared.value.kl_div", "editkit.composition.Composition.sums"):
             with monkeypatch.context() as patch:
                 patch.setattr(place, fail)
                 with pytest.raises(error):

@@ -5,6 +5,7 @@ formats/        one file a format: a raw record to a Case; the registry of forma
 fields.py       a raw record's fields, read with checks; where a prompt names its subject
 atlas.py        the atlas as a benchmark
 records.py      raw records from files, folders and the Hub
+stream.py       cases one after the other; atlas_stream.py, in which a fact comes again and again
 sources.py      load_cases: what is skipped is named; limits and shards
 """
 
@@ -12,10 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Imported when first used, so that the command line can check data.name without torch.
-__all__ = ["Cases", "Rejected", "load_cases"]
+__all__ = ["Cases", "Rejected", "load_cases", "streamed"]
 
 if TYPE_CHECKING:
-    from editkit.data.sources import Cases, Rejected, load_cases
+    from editkit.data.sources import Cases, Rejected, load_cases, streamed
 
 
 def __getattr__(name: str) -> Any:

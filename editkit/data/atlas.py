@@ -61,7 +61,9 @@ def atlas_benchmark(*, seed: int = 0) -> list[Case]:
     """A case of every fact, in a seeded order. A case's draws are its own, so the first n are the same whatever n is
     (which `atlas_cases` does not promise)."""
     atlas = load_atlas()
-    return [_benchmark_case(atlas, fact, seed) for fact in random.Random(seed).sample(atlas.facts, len(atlas.facts))]
+    return [
+        benchmark_case(atlas, fact, str(seed)) for fact in random.Random(seed).sample(atlas.facts, len(atlas.facts))
+    ]
 
 
 def atlas_digest() -> str:
@@ -70,9 +72,10 @@ def atlas_digest() -> str:
     return hashlib.sha256(b"".join(tables)).hexdigest()
 
 
-def _benchmark_case(atlas: Atlas, fact: AtlasFact, seed: int) -> Case:
-    rng = random.Random(f"{seed}|{fact.relation}|{fact.subject}")
-    case = atlas_case(atlas, fact, rng)
+def benchmark_case(atlas: Atlas, fact: AtlasFact, draw: str, new: str | None = None) -> Case:
+    """The case of one fact in a benchmark. `draw`: seeds what is drawn. `new`: its target; None: it is drawn."""
+    rng = random.Random(f"{draw}|{fact.relation}|{fact.subject}")
+    case = atlas_case(atlas, fact, rng, new)
     new = case.fact.target_new
     alike = [f for f in atlas.by_relation[fact.relation] if f.object == new]
     alike = rng.sample(alike, min(NEIGHBORS, len(alike)))
@@ -98,11 +101,15 @@ def _told(atlas: Atlas, subject: str) -> str:
     return " ".join(f"{atlas.trained_pairs(f)[0].format(subject)} {f.object}." for f in facts)
 
 
-def atlas_case(atlas: Atlas, fact: AtlasFact, rng: random.Random) -> Case:
-    """The case of one fact: a target drawn from its relation's other objects, and all its probes."""
+def other_objects(atlas: Atlas, fact: AtlasFact) -> list[str]:
+    """The other objects of the fact's relation, sorted."""
+    return sorted({f.object for f in atlas.by_relation[fact.relation]} - {fact.object})
+
+
+def atlas_case(atlas: Atlas, fact: AtlasFact, rng: random.Random, new: str | None = None) -> Case:
+    """The case of one fact, with all its probes. `new`: its target; None: drawn from its relation's other objects."""
     rewrite = atlas.trained_pairs(fact)[0]
-    others = sorted({f.object for f in atlas.by_relation[fact.relation]} - {fact.object})
-    new = rng.choice(others)
+    new = new or rng.choice(other_objects(atlas, fact))
 
     def probe(kind: str, phrasing: str, about: AtlasFact) -> Probe:
         return Probe(kind, phrasing.format(about.subject), about.object, new)

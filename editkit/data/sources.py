@@ -12,6 +12,7 @@ from editkit.data.cases import Case
 from editkit.data.fields import BadField, Raw, printable
 from editkit.data.formats import Format, get_format, looks_like, names
 from editkit.data.records import Source, Unreadable, read_source
+from editkit.data.stream import CaseStream
 from editkit.errors import ConfigError, DataError
 from editkit.settings import DataSettings
 
@@ -52,6 +53,8 @@ def load_cases(settings: DataSettings, *, seed: int = 0, distinct: bool = False)
     `seed` draws the atlas's order and targets, and the targets of known-1000.
     Raises ConfigError and DataError; when no record can be read, the error says which format they look like.
     """
+    if settings.stream is not None:
+        raise ConfigError(f"data.stream={settings.stream} needs task=lifelong: each case alone has nothing before it.")
     form = get_format(settings.name)
     whole = _read(form, settings, seed) if form.make is None else _made(form, settings, seed)
     places: Sequence[int] = range(len(whole.cases))
@@ -73,6 +76,22 @@ def load_cases(settings: DataSettings, *, seed: int = 0, distinct: bool = False)
     cases = tuple(whole.cases[i] for i in places)
     notes = (*_notes(cases), *filter(None, [dropped]))
     return replace(whole, cases=cases, indices=tuple(whole.indices[i] for i in places), notes=notes)
+
+
+def streamed(settings: DataSettings, cases: Sequence[Case], *, seed: int = 0) -> CaseStream:
+    """`cases` one after the other, or as `settings.stream` asks: that many, each fact again and again.
+
+    Raises ConfigError for a format whose facts have no other targets.
+    """
+    if settings.stream is None:
+        return CaseStream(cases)
+    form = get_format(settings.name)
+    if form.stream is None:
+        raise ConfigError(
+            f"data.stream={settings.stream} needs other targets for each fact, and data={form.name} has one. Use "
+            "data=atlas, or leave out data.stream."
+        )
+    return form.stream(cases, settings.stream, seed)
 
 
 def _made(form: Format, settings: DataSettings, seed: int) -> Cases:

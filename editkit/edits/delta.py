@@ -1,6 +1,6 @@
 """Delta: the change of one weight, as factors or dense; and sums of such changes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.offload import shape_of
 from editkit.models.snapshot import weight_digest
 from editkit.nethook import get_module
+from editkit.tensorfiles import require_fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,11 @@ class Delta:
     bias: bool  # whether the module has a bias (untouched)
     before: str  # digest of the weight in the base
     experts: int | None = None  # how many have their slices in the weight; None: one matrix
+
+    def __post_init__(self) -> None:
+        # As a file gives them back: the last bits of products and sums depend on how factors lie in memory.
+        object.__setattr__(self, "left", self.left.contiguous())
+        object.__setattr__(self, "right", None if self.right is None else self.right.contiguous())
 
     @property
     def parameter(self) -> str:
@@ -82,6 +88,33 @@ class Delta:
             return float(self.left.double().norm())
         left, right = self.left.double(), self.right.double()
         return torch.trace((left.T @ left) @ (right @ right.T)).clamp_min(0).sqrt().item()
+
+    def described(self) -> dict[str, Any]:
+        """What a file says of the change beside its tensors, as JSON; `delta_of` reads it."""
+        row = {name: getattr(self, name) for name in ("module", "orientation", "bias", "before")}
+        if self.experts is not None:
+            row["experts"] = self.experts
+        return row | {"dense": self.right is None}
+
+
+def delta_of(row: Any, number: int, tensors: Mapping[str, Tensor]) -> Delta:
+    """The change of a file's row `number`, with its tensors. Raises ValueError or KeyError where the two do not fit
+    together."""
+    what = f"change {number}"
+    fields: dict[str, tuple[type, ...]] = {"module": (str,), "orientation": (str,), "bias": (bool,), "before": (str,)}
+    fields |= {"dense": (bool,), "experts": (int, type(None))}
+    if isinstance(row, dict):
+        row = {"dense": False, "experts": None} | row  # the first files had no dense changes
+    require_fields(row, fields, what)
+    if row["orientation"] not in ("in_out", "out_in"):
+        raise ValueError(f"the orientation of {what} is {row['orientation']!r}")
+    left, right = tensors[f"{number}.left"], None if row.pop("dense") else tensors[f"{number}.right"]
+    if left.ndim != 2 or (right is not None and (right.ndim != 2 or left.shape[1] != right.shape[0])):
+        raise ValueError(f"the tensors of {what} do not make a matrix")
+    experts, width = row["experts"], (left if right is None else right).shape[1]
+    if experts is not None and (experts < 1 or width % experts):
+        raise ValueError(f"the tensors of {what} do not divide among {experts} experts")
+    return Delta(left=left, right=right, **row)
 
 
 def joined(deltas: Iterable[Delta]) -> tuple[Delta, ...]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from editkit.edits.delta import Delta, joined, make_delta
+from editkit.edits.delta import Delta, delta_of, joined, make_delta
 from editkit.edits.peft import write_adapter
 from editkit.errors import ConfigError, EditkitError
 from editkit.files import write_bytes
@@ -38,6 +38,7 @@ from editkit.models.wrapped import require_editable
 from editkit.nethook import NameNotFound, get_module, replace_module
 from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
 
+FOLDED = "folded:"  # in front of the parent that stands for the folded steps of a session
 QUANTIZED_BASE = "/"  # in the dtype of a quantised base, between its scheme and the dtype of its activations
 
 EDIT_FILE = FileKind(
@@ -65,7 +66,8 @@ class Edit:
     """A frozen edit. `with edit.applied(lm): ...` applies it, and restores and verifies on exit.
 
     `provenance` is JSON: method, settings, facts, seed, loss of each step, versions. `parents` are digests
-    of edits that had been applied to the base before this one was computed, in order. `memory` is what the same
+    of edits that had been applied to the base before this one was computed, in order; of a session that folds its older
+    steps the first is FOLDED and the digest of all of those (editkit/folded.py). `memory` is what the same
     method wants to know of this edit when it edits on top of it (AlphaEdit: the keys), in float32. `installed` are
     contents that change no weight, in the order they go on the model.
     """
@@ -76,6 +78,9 @@ class Edit:
     parents: tuple[str, ...] = ()
     memory: dict[str, Tensor] = field(default_factory=dict)
     installed: tuple[Installed, ...] = ()
+
+    def __post_init__(self) -> None:  # as a file gives them back, see Delta
+        object.__setattr__(self, "memory", {name: tensor.contiguous() for name, tensor in self.memory.items()})
 
     @property
     def parameters(self) -> list[str]:
@@ -256,7 +261,7 @@ class Edit:
             require_fields(header["base"], dict.fromkeys(("name", "digest", "dtype"), (str,)), "its base")
             if not all(isinstance(parent, str) for parent in header["parents"]):
                 raise ValueError("a parent is not a digest")
-            deltas = tuple(_delta_of(row, i, tensors) for i, row in enumerate(header["deltas"]))
+            deltas = tuple(delta_of(row, i, tensors) for i, row in enumerate(header["deltas"]))
             memory = _starting(tensors, "memory.")
             used = len(memory) + sum(1 if delta.right is None else 2 for delta in deltas)
             installed = []
@@ -276,10 +281,7 @@ class Edit:
             tensors[f"{number}.left"] = delta.left.float()
             if delta.right is not None:
                 tensors[f"{number}.right"] = delta.right.float()
-            row = {k: getattr(delta, k) for k in ("module", "orientation", "bias", "before")}
-            if delta.experts is not None:
-                row["experts"] = delta.experts
-            rows.append(row | {"dense": delta.right is None})
+            rows.append(delta.described())
         tensors |= {f"memory.{name}": tensor.float() for name, tensor in self.memory.items()}
         header = {
             "base": asdict(self.base),
@@ -314,25 +316,6 @@ def _content_of(row: Any, tensors: dict[str, Tensor]) -> Installed:
     except ConfigError as error:
         raise ValueError(f"its contents are not known here: {error}") from error
     return kind.from_file({name: value for name, value in row.items() if name != "kind"}, tensors)
-
-
-def _delta_of(row: Any, number: int, tensors: dict[str, Tensor]) -> Delta:
-    """The Delta of a file's row `number`. Raises ValueError or KeyError where the two do not fit together."""
-    what = f"change {number}"
-    fields: dict[str, tuple[type, ...]] = {"module": (str,), "orientation": (str,), "bias": (bool,), "before": (str,)}
-    fields |= {"dense": (bool,), "experts": (int, type(None))}
-    if isinstance(row, dict):
-        row = {"dense": False, "experts": None} | row  # the first files had no dense changes
-    require_fields(row, fields, what)
-    if row["orientation"] not in ("in_out", "out_in"):
-        raise ValueError(f"the orientation of {what} is {row['orientation']!r}")
-    left, right = tensors[f"{number}.left"], None if row.pop("dense") else tensors[f"{number}.right"]
-    if left.ndim != 2 or (right is not None and (right.ndim != 2 or left.shape[1] != right.shape[0])):
-        raise ValueError(f"the tensors of {what} do not make a matrix")
-    experts, width = row["experts"], (left if right is None else right).shape[1]
-    if experts is not None and (experts < 1 or width % experts):
-        raise ValueError(f"the tensors of {what} do not divide among {experts} experts")
-    return Delta(left=left, right=right, **row)
 
 
 @dataclass
@@ -462,6 +445,11 @@ def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Appl
     installed: list[Installed] = []
     for path in paths:
         edit = Edit.load(path)
+        if any(parent.startswith(FOLDED) for parent in edit.parents):
+            raise EditkitError(
+                f"'{path}' was computed in a session that had folded its older steps into one sum, so no files of "
+                "edits make the model that it belongs on. Use Session.load(folder, lm), or session.total()."
+            )
         alone = edit.base.digest == base.digest and not edit.parents
         if not alone and not (before and edit.parents == tuple(before)):
             raise EditkitError(

@@ -6,11 +6,17 @@ eigenvalue under a threshold), K the keys of these facts and K_p those of the fa
     ΔW = R Kᵀ P (P (K Kᵀ + K_p K_pᵀ) P + l2 · I)⁻¹
 
 which is the transpose of the paper's Δᵀ = (P (K Kᵀ + K_p K_pᵀ) + l2 · I)⁻¹ P K Rᵀ, made symmetric: its range lies
-in P's, where both agree. K_p is kept in each edit's `memory` and handed back as `earlier`, never in a global.
+in P's, where both agree. It is solved there: with B [d_ff, rank] a basis of it, P = B Bᵀ, and K_B = BᵀK,
+
+    ΔW = R K_Bᵀ (A + K_B K_Bᵀ)⁻¹ Bᵀ,      A = Bᵀ K_p K_pᵀ B + l2 · I
+
+K_p is kept in each edit's `memory` and handed back as `earlier`, never in a global; a session carries A from step to
+step (shared/held.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,6 +27,8 @@ from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.rome import CONSTANTS as ROME
+from editkit.methods.shared.carried import Carried
+from editkit.methods.shared.held import Held, carried_on, least_squares, plain
 from editkit.methods.shared.prelude import Moments, prepare
 from editkit.methods.shared.spread import write_values
 from editkit.models.evalmode import in_eval_mode
@@ -84,11 +92,14 @@ def alphaedit(
     contexts: Sequence[str] | None = None,
     progress: bool = True,
     earlier: Sequence[Edit] = (),
+    carried: Carried | None = None,
 ) -> Edit:
     """One edit for all of `facts` at once. Arguments and errors as for `rome`.
 
-    `earlier`: this method's edits that `lm` already holds; their keys are kept where they are. Raises
-    EditkitError when the null space is empty.
+    - `earlier`: this method's edits that `lm` already holds; their keys are kept where they are.
+    - `carried`: what a session has computed from them.
+
+    Raises EditkitError when the null space is empty.
     """
     given = prepare(
         lm, facts, settings or AlphaEditSettings(), seed=seed, moments=moments, contexts=contexts, progress=progress
@@ -97,11 +108,11 @@ def alphaedit(
     l2 = asked.l2
     assert l2 is not None  # resolved
     bases = {layer: null_space(c, layer, asked.threshold, asked.fraction) for layer, c in given.moments.items()}
+    states = carried or Carried()
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        name = down_of(lm, layer)
-        before = [edit.memory[name].double() for edit in earlier if name in edit.memory and asked.keep_earlier]
-        return constrained(bases[layer], keys, torch.cat([keys, *before], 1), l2)
+        held = held_in(bases[layer], down_of(lm, layer), l2, earlier if asked.keep_earlier else (), states)
+        return constrained(bases[layer], held, keys)
 
     spread = write_values(lm, given, solve, progress=progress)
     for report in spread.layers:
@@ -133,32 +144,31 @@ def null_space(moment: SecondMoment | None, layer: int, threshold: float, fracti
     return vectors[:, :rank]
 
 
+def held_in(basis: Tensor, module: str, l2: float, earlier: Sequence[Edit], carried: Carried) -> Held:
+    """l2 I and the keys of `earlier` at `module`, in the null space of `basis`."""
+    if basis.ndim == 2:
+        alone = plain(l2, rank_of(basis), experts=False)
+    else:
+        alone = plain(l2, basis.shape[0] * basis.shape[1], experts=True)
+    return carried_on(alone, f"held {module}", module, earlier, carried, partial(in_basis, basis))
+
+
 def rank_of(basis: Tensor) -> int:
     """The dimension of the null space that `null_space` gave."""
     return int(basis.any(-2).sum()) if basis.ndim == 3 else basis.shape[1]
 
 
-def constrained(basis: Tensor, keys: Tensor, held: Tensor, l2: float) -> Tensor:
-    """Kᵀ P (P H Hᵀ P + l2 I)⁻¹ [n, d_ff] in float64, with P = B Bᵀ, K [d_ff, n] and H [d_ff, m] = K and K_p.
+def constrained(basis: Tensor, held: Held, keys: Tensor) -> Tensor:
+    """K_Bᵀ (A + K_B K_Bᵀ)⁻¹ Bᵀ [n, d_ff] in float64, from K [d_ff, n].
 
-    `basis`: B, as `null_space` gives it.
-
-    Solved in the smaller of rank(P) and m dimensions (Woodbury).
+    - `basis`: B, as `null_space` gives it. `held`: A.
     """
-    k, h = in_basis(basis, keys), in_basis(basis, held)  # [rank, n], [rank, m]
-    rank, m = h.shape
-    solved: Tensor  # [rank, n]
-    if m < rank:
-        inner = l2 * torch.eye(m, dtype=h.dtype) + h.T @ h
-        solved = (k - h @ torch.linalg.solve(inner, h.T @ k)) / l2
-    else:
-        solved = torch.linalg.solve(l2 * torch.eye(rank, dtype=h.dtype) + h @ h.T, k)
-    return out_of_basis(basis, solved).T
+    return out_of_basis(basis, least_squares(held, in_basis(basis, keys)).T).T
 
 
 def in_basis(basis: Tensor, x: Tensor) -> Tensor:
-    """Bᵀ X [rank, n], from X [d_ff, n]."""
-    return _times(basis.mT, x)
+    """Bᵀ X [rank, n] in float64, from X [d_ff, n]."""
+    return _times(basis.mT, x.double())
 
 
 def out_of_basis(basis: Tensor, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from editkit.edits import Edit, routing_report
 from editkit.facts import Fact
 from editkit.methods import register
-from editkit.methods.alphaedit import constrained, null_space
+from editkit.methods.alphaedit import constrained, held_in, in_basis, null_space
 from editkit.methods.memit import CONSTANTS as MEMIT
 from editkit.methods.memit import MemitSettings, weighed
 from editkit.methods.shared.anchor import Anchored, anchored
@@ -178,15 +178,16 @@ def _by_least_squares(
 def _in_null_space(
     lm: LanguageModel, given: Given[AnyEditSettings], earlier: Sequence[Edit], carried: Carried | None
 ) -> Callable[[Passages], Solve]:
-    """AlphaEdit's solve, with K_o. `carried` is not needed."""
+    """AlphaEdit's solve, with K_o."""
     asked = given.settings
+    states = carried or Carried()
     bases = {layer: null_space(c, layer, asked.threshold, asked.fraction) for layer, c in given.moments.items()}
 
     def solve(layer: int, keys: Tensor, others: Tensor) -> Tensor:
-        name = down_of(lm, layer)
-        before = [edit.memory[name].double() for edit in earlier if name in edit.memory and asked.keep_earlier]
+        basis = bases[layer]
         assert asked.l2 is not None  # resolved
-        return constrained(bases[layer], keys, torch.cat([keys, others, *before], 1), asked.l2)
+        held = held_in(basis, down_of(lm, layer), asked.l2, earlier if asked.keep_earlier else (), states)
+        return constrained(basis, held.also(in_basis(basis, others)), keys)
 
     return lambda passages: lambda layer, keys: solve(layer, keys, passages.others(layer))
 

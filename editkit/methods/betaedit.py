@@ -26,9 +26,9 @@ from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.alphaedit import CONSTANTS as ALPHAEDIT
-from editkit.methods.alphaedit import AlphaEditSettings, in_basis, null_space, out_of_basis, rank_of
-from editkit.methods.shared.carried import Carried
-from editkit.methods.shared.held import Diagonal, Held, least_squares
+from editkit.methods.alphaedit import AlphaEditSettings, constrained, in_basis, null_space, rank_of
+from editkit.methods.shared.carried import Carried, Form, Tensors
+from editkit.methods.shared.held import Diagonal, Earlier, Held
 from editkit.methods.shared.prelude import Given, Moments, prepare
 from editkit.methods.shared.spread import write_values
 from editkit.models.evalmode import in_eval_mode
@@ -104,8 +104,7 @@ def betaedit(
     spaces = {layer: space_of(lm, given, layer, kept, states) for layer in given.layers}
 
     def solve(layer: int, keys: Tensor) -> Tensor:
-        space = spaces[layer]
-        return out_of_basis(space.basis, least_squares(space.held, in_basis(space.basis, keys)).T).T
+        return constrained(spaces[layer].basis, spaces[layer].held, keys)
 
     spread = write_values(lm, given, solve, progress=progress)
     for report, delta in zip(spread.layers, spread.deltas, strict=True):
@@ -147,7 +146,23 @@ def space_of(
         basis = null_space(both, layer, asked.threshold, asked.fraction)
         return replace(more, basis=basis, held=held_in(basis, moment, sums, asked), sums=sums, rebuilt=more.facts)
 
-    return carried.state(("space", name), earlier, start, add)
+    return carried.state(f"space {name}", earlier, start, add, Form(written, read))
+
+
+def written(space: Space) -> dict[str, Tensor]:
+    """What `read` makes the space of again."""
+    text = space.held.text
+    factor = {"diagonal": text.values} if isinstance(text, Diagonal) else {"lower": text.lower}
+    counts = {"counts": torch.tensor([space.facts, space.rebuilt])}
+    sums = {} if space.sums is None else {"sums": space.sums}
+    return {"basis": space.basis, **factor, **counts, **sums, **space.held.earlier.tensors()}
+
+
+def read(tensors: Tensors) -> Space:
+    """The space that was `written`."""
+    text = Diagonal(tensors["diagonal"]) if "diagonal" in tensors else Factored(tensors["lower"])
+    facts, rebuilt = tensors["counts"].tolist()
+    return Space(tensors["basis"], Held(text, earlier=Earlier.of(tensors)), tensors.get("sums"), facts, rebuilt)
 
 
 def held_in(basis: Tensor, moment: SecondMoment, sums: Tensor | None, settings: BetaEditSettings) -> Held:

@@ -9,12 +9,12 @@ target, so that a free answer stops. A batch under a loss of .01 takes no step, 
 In a session facts of earlier steps are trained along with the new ones (`method.replay`), as many as one mini-batch
 by default, drawn anew at each step, so that a step does not cost more as the session grows. A prompt that has been
 edited again has its last answer. The steps hold their facts themselves (Edit.provenance): they are saved with the
-session, and undone with it.
+session, and undone with it. Of steps that are folded the last answers are kept.
 """
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from editkit.facts import Fact
 from editkit.methods import register
 from editkit.methods.ft import FtSettings, trainable, tuned
 from editkit.methods.rome import CONSTANTS as ROME
+from editkit.methods.shared.carried import Carried, json_form
 from editkit.methods.shared.likelihood import descend, kept_grads, mean_of_tokens, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
@@ -63,6 +64,25 @@ class FtBfSettings(FtSettings):
         require(self.replay >= 0, "method.replay", self.replay, "0 or more")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a session has edited before: how many steps, and the last fact of each prompt."""
+
+    steps: int = 0
+    facts: dict[str, Fact] = field(default_factory=dict)
+
+    def also(self, edit: Edit) -> "Stored":
+        """With the facts of one step more."""
+        found = [Fact(**each) for each in edit.provenance["facts"]]
+        return Stored(self.steps + 1, self.facts | {fact.text: fact for fact in found})
+
+
+STORED = json_form(
+    lambda found: Stored(found["steps"], {fact.text: fact for fact in (Fact(**each) for each in found["facts"])}),
+    lambda stored: {"steps": stored.steps, "facts": [asdict(fact) for fact in stored.facts.values()]},
+)
+
+
 @in_eval_mode
 def ft_bf(
     lm: LanguageModel,
@@ -72,6 +92,7 @@ def ft_bf(
     seed: int = 0,
     progress: bool = True,
     earlier: Sequence[Edit] = (),
+    carried: Carried | None = None,
 ) -> Edit:
     """Fine-tune one weight on all of `facts`; the dense ΔW as an Edit.
 
@@ -79,6 +100,7 @@ def ft_bf(
     - `seed`: of the order of each pass, and of what is replayed.
     - `progress`: show a bar with the loss of each pass.
     - `earlier`: this method's edits that `lm` already holds, whose facts may be replayed.
+    - `carried`: what a session has computed from them.
 
     The model is left bit for bit as it was, its flags and `.grad` too. Raises ModelError for a layer it does not
     have, FactError for a target without tokens, EditkitError for a loss or an update that is not finite.
@@ -91,7 +113,8 @@ def ft_bf(
     require_trainable(lm.model, site, "ft_bf")
     holder, base = get_module(lm.model, site), base_of(lm)
     layout, name = orientation(holder, site), weight_name(site, experts_in(holder))
-    stored = replayed(found, earlier, settings.replay, seed)
+    before = (carried or Carried()).state("facts", earlier, Stored, Stored.also, STORED)
+    stored = replayed(found, before, settings.replay, seed)
     every = [*found, *stored]
     batches = shuffled(lm, every, settings.batch, seed, end_of_text=settings.end_of_text)
     with (
@@ -125,13 +148,11 @@ def shuffled(
     return batches
 
 
-def replayed(facts: Sequence[Fact], earlier: Sequence[Edit], count: int, seed: int) -> list[Fact]:
-    """`count` facts of `earlier`, drawn by `seed` and the number of edits: the last answer of each prompt, without the
-    prompts of `facts`."""
-    stored = {fact.text: fact for edit in earlier for fact in (Fact(**each) for each in edit.provenance["facts"])}
-    for fact in facts:
-        stored.pop(fact.text, None)
-    return random.Random(f"{seed} {len(earlier)}").sample(list(stored.values()), min(count, len(stored)))
+def replayed(facts: Sequence[Fact], before: Stored, count: int, seed: int) -> list[Fact]:
+    """`count` facts of `before`, drawn by `seed` and the number of its steps, without the prompts of `facts`."""
+    now = {fact.text for fact in facts}
+    stored = [fact for prompt, fact in before.facts.items() if prompt not in now]
+    return random.Random(f"{seed} {before.steps}").sample(stored, min(count, len(stored)))
 
 
 def with_end(lm: LanguageModel, facts: Sequence[Fact]) -> Scored:

@@ -28,6 +28,7 @@ from editkit.edits import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError, ModelError
 from editkit.facts import Fact
 from editkit.methods import register
+from editkit.methods.shared.carried import Carried, json_form
 from editkit.methods.shared.likelihood import nll_of_rows, targets_after_prompts
 from editkit.methods.shared.prelude import checked_facts, provenance
 from editkit.models.architecture import experts_in, matrix_shape, orientation, weight_name
@@ -141,9 +142,9 @@ class Mend(nn.Module):
             network.load_state_dict(tensors)
         return network
 
-    def check_base(self, lm: LanguageModel, earlier: Sequence[Edit] = ()) -> None:
-        """Raise EditkitError unless the network was trained for `lm` as it is now, or as it was before `earlier`."""
-        found = earlier[0].base.digest if earlier else lm.digest
+    def check_base(self, lm: LanguageModel, found: str | None = None) -> None:
+        """Raise EditkitError unless the network was trained for `lm`. `found`: its digest; None: as it is now."""
+        found = found or lm.digest
         if self.base != found:
             raise EditkitError(
                 f"This hypernetwork of MEND was trained for a model with digest {self.base[:12]}; '{lm.name}' is "
@@ -177,6 +178,9 @@ def rank_one_gradients(lm: LanguageModel, sites: Sequence[str], facts: Sequence[
     return pairs, losses.detach()
 
 
+BASE = json_form(str, str)  # of the digest of the model before the first edit
+
+
 @in_eval_mode
 def mend(
     lm: LanguageModel,
@@ -184,11 +188,13 @@ def mend(
     settings: MendSettings | None = None,
     *,
     earlier: Sequence[Edit] = (),
+    carried: Carried | None = None,
 ) -> Edit:
     """The MEND edit for one fact, or for several at once (their transformed gradients summed).
 
     - `settings.hypernetwork`: the file of a trained network; None takes the bundled one of this model.
     - `earlier`: edits that `lm` already holds. The network is that of the model before them.
+    - `carried`: what a session has computed from them.
 
     The model is left bit for bit as it was; its weights are never written. Raises EditFileError for a missing or
     foreign file, EditkitError for a network of another base or an update that is not finite, FactError for
@@ -197,7 +203,11 @@ def mend(
     settings = settings or MendSettings()
     path = Path(settings.hypernetwork) if settings.hypernetwork else BUNDLED / f"{lm.name}_mend.safetensors"
     network = Mend.load(path)
-    network.check_base(lm, earlier)
+
+    def began() -> str:
+        return earlier[0].base.digest if earlier else lm.digest
+
+    network.check_base(lm, (carried or Carried()).state("base", earlier, began, lambda base, _: base, BASE))
     require_all_editable(lm.model, network.sites)
     found = checked_facts(lm, facts)
     pairs, losses = rank_one_gradients(lm, network.sites, found)

@@ -31,7 +31,7 @@ from editkit.edits import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods import register
-from editkit.methods.shared.carried import Carried
+from editkit.methods.shared.carried import Carried, Form, Tensors
 from editkit.methods.shared.gradients import Pairs, answer_pairs, modules_of, text_pairs, weight_shape
 from editkit.methods.shared.prelude import Moments, checked_facts, provenance
 from editkit.methods.shared.running import Running, remembered
@@ -168,7 +168,7 @@ def ultraedit(
     def add(statistics: Statistics, edit: Edit) -> Statistics:
         return with_batch(statistics, groups, edit.memory)
 
-    before = (carried or Carried()).state("statistics", earlier, lambda: first, add)
+    before = (carried or Carried()).state("statistics", earlier, lambda: first, add, Form(written, read))
     statistics = with_batch(before, groups, memory)
     # 3) The factors of each weight.
     deltas, reports = [], []
@@ -193,6 +193,19 @@ def ultraedit(
         reports=[{"steps": [{"loss": loss}]} for loss in losses],
     )
     return Edit(tuple(deltas), began, how, memory=memory)
+
+
+def written(statistics: Statistics) -> dict[str, Tensor]:
+    """What `read` makes the statistics of again."""
+    return {
+        f"{group}.{name}": part for group, running in statistics.items() for name, part in running.tensors().items()
+    }
+
+
+def read(tensors: Tensors) -> Statistics:
+    """The statistics that were `written`."""
+    groups = [name.removesuffix(".count") for name in tensors if name.endswith(".count")]
+    return {group: Running.of(tensors, group) for group in groups}
 
 
 def targets(running: Running, pairs: Pairs, settings: UltraEditSettings) -> tuple[Tensor, bool]:

@@ -5,7 +5,7 @@ an edit in context every text of a user carries it, so what it does to other tex
 are of running text without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -42,12 +42,7 @@ class Drift:
         embeddings = lm.model.get_input_embeddings().weight  # [vocabulary, d_model]
         assert isinstance(embeddings, Tensor)
         vocabulary = embeddings.shape[0]
-        count = max(1, min(tokens, BYTES // (4 * vocabulary)) // length)
-        texts = iter(atlas_prose()) if source == PROSE else running_text(source)
-        found = list(islice(packed_blocks(lm, texts, length), count))
-        if not found:
-            raise ConfigError(f"The running text '{source}' has fewer than {length} tokens. Give a longer one.")
-        blocks = torch.stack(found)
+        blocks = text_blocks(lm, source, tokens=min(tokens, BYTES // (4 * vocabulary)), length=length)
         unedited = torch.stack(list(_log_probabilities(lm, blocks)))
         return cls(blocks, unedited, _perplexity(unedited, blocks))
 
@@ -59,6 +54,23 @@ class Drift:
             divergence.append((p.exp() * (p - q)).sum(-1).mean().item())
             surprise.append(-_said(q, ids).mean().item())
         return drift_scores(divergence, surprise, seed)
+
+
+def text_blocks(lm: LanguageModel, source: str = PROSE, *, tokens: int, length: int = 128) -> Tensor:
+    """[blocks, length] token ids of running text, one block at least; `source` as in `Drift.take`.
+
+    Raises ConfigError for a text shorter than a block.
+    """
+    texts = iter(atlas_prose()) if source == PROSE else running_text(source)
+    found = list(islice(packed_blocks(lm, texts, length), max(1, tokens // length)))
+    if not found:
+        raise ConfigError(f"The running text '{source}' has fewer than {length} tokens. Give a longer one.")
+    return torch.stack(found)
+
+
+def perplexity(lm: LanguageModel, blocks: Tensor) -> float:
+    """exp of the mean negative log-likelihood of the tokens of `blocks` [blocks, length], one block after the other."""
+    return _perplexity(_log_probabilities(lm, blocks), blocks)
 
 
 @torch.inference_mode()
@@ -85,6 +97,6 @@ def _said(log_p: Tensor, ids: Tensor) -> Tensor:
     return log_p.gather(1, ids[1:, None].cpu())[:, 0]
 
 
-def _perplexity(log_p: Tensor, blocks: Tensor) -> float:
+def _perplexity(log_p: Iterable[Tensor], blocks: Tensor) -> float:
     said = torch.stack([_said(each.double(), ids) for each, ids in zip(log_p, blocks, strict=True)])
     return exp(-said.mean().item())

@@ -30,6 +30,11 @@ def own_bytes() -> int:
     return _kib(_STATUS, "RssAnon:") or 0
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is resident, mapped files too, in bytes; 0 where the system does not say."""
+    return _kib(_STATUS, "VmRSS:") or 0
+
+
 def _container() -> list[int]:
     for limit, used in _LIMITS:
         try:

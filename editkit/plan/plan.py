@@ -214,9 +214,11 @@ def steps_of(config: Config, counter: Counter, cases: Sequence[Case]) -> list[St
         size = min(task.size or len(cases), len(cases))
         return [*before, *edits(size), together("questions", looks).times(2), counter.digests(2)]
     if isinstance(task, LifelongSettings):
-        points = 1 + -(-len(cases) // task.every)
+        count = config.data.stream or len(cases)
+        points = 1 + -(-count // task.every)
         asked = min(1.0, (task.retention + task.untouched) / len(cases))
-        return [*before, *edits(min(task.step, len(cases))), together("questions", looks).times(asked * points)]
+        made = [step.times(count / len(cases)) for step in edits(min(task.step, len(cases)))]
+        return [*before, *made, together("questions", looks).times(asked * points)]
     text = counter.passes("continuations", 2 * (getattr(task, "continuation", 0) + 1), 1, logits=1)
     return [*before, *edits(len(cases)), together("questions", looks).times(2), text, counter.digests(2)]
 
@@ -226,7 +228,7 @@ def _cases(config: Config) -> Sequence[Case]:
     task = config.task
     average = isinstance(task, TraceTaskSettings) and task.average
     if average or isinstance(task, BenchmarkSettings | LifelongSettings):
-        return load_cases(config.data, seed=config.seed).cases
+        return load_cases(replace(config.data, stream=None), seed=config.seed).cases
     return [case_of(config.edit)]
 
 

@@ -18,6 +18,7 @@ TABLE = "table.csv"  # of a sweep: a row a run
 CASE_LINES = "cases.jsonl"
 POINT_LINES = "points.jsonl"
 FACT_LINES = "facts.jsonl"
+COSTS = "costs.jsonl"  # of a lifelong run: seconds and memory of each step
 
 # Folders.
 EDIT_FILES = "edits"

@@ -23,6 +23,7 @@ from editkit.settings.methods import (
 )
 from editkit.settings.runs import (
     TRACE_KINDS,
+    AlarmSettings,
     BatchSettings,
     BenchmarkSettings,
     Config,
@@ -43,6 +44,7 @@ __all__ = [
     "KEYS_PER_DIMENSION",
     "LOOKUP_TOKENS",
     "TRACE_KINDS",
+    "AlarmSettings",
     "AttributionSettings",
     "BatchSettings",
     "BenchmarkSettings",

@@ -10,6 +10,7 @@ MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
 TRACE_KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
 CORRUPTIONS = ("noise", "swap")
 FORMS = ("bare", "qa", "chat")
+CONTINUE, STOP, ROLLBACK = ON_COLLAPSE = ("continue", "stop", "rollback")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,29 @@ class BatchSettings(BenchmarkSettings):
 
 
 @dataclass(frozen=True)
+class AlarmSettings:
+    """When a session is said to break its model; see `editkit.alarm`. A limit that is null is not watched."""
+
+    every: int = 50  # steps between two looks
+    growth: float | None = 5.0  # ‖ΔW‖/‖W‖ of all edits together
+    per_fact: float | None = 20.0  # ‖ΔW‖/√n of one weight, n the facts edited (BetaEdit, IJCAI 2026)
+    perplexity: float | None = 10.0  # in multiples of the unedited model's
+    untouched: float | None = 0.5  # the least share of untouched facts that must still be answered rightly
+    tokens: int = 1024  # of the text for perplexity
+    facts: int = 20  # untouched facts that are asked
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "alarm.every", self.every, "positive")
+        for name in ("growth", "per_fact"):
+            limit = getattr(self, name)
+            require(limit is None or limit > 0, f"alarm.{name}", limit, "positive")
+        require(self.perplexity is None or self.perplexity > 1, "alarm.perplexity", self.perplexity, "larger than 1")
+        require(self.untouched is None or 0 < self.untouched <= 1, "alarm.untouched", self.untouched, "in (0, 1]")
+        require(self.tokens > 0, "alarm.tokens", self.tokens, "positive")
+        require(self.facts >= 0, "alarm.facts", self.facts, "0 or more")
+
+
+@dataclass(frozen=True)
 class LifelongSettings:
     """task=lifelong: cases edited one after the other on one model, measured on the way."""
 
@@ -118,8 +142,10 @@ class LifelongSettings:
     every: int = 50  # cases between two measurements; the end is measured too
     retention: int = 100  # cases edited so far that are asked again, spread over all of them
     untouched: int = 50  # cases after those edited, never edited, that are asked too
-    collapse: float = 10.0  # perplexity, in multiples of the unedited model's, that counts as collapse
-    stop_at_collapse: bool = False  # end the run there
+    keep: int | None = None  # latest steps that stay edits of their own, the others are folded into one sum; null: all
+    save: int = 1  # steps between two saves of the session; the end is saved too
+    alarm: AlarmSettings = field(default_factory=AlarmSettings)
+    on_collapse: str = CONTINUE  # at a limit of the alarm: continue, stop, or rollback to the last good step and stop
     text: str = "prose"  # running text for KL and perplexity: the bundled prose, or as moments.source
     measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
 
@@ -128,7 +154,9 @@ class LifelongSettings:
         require(self.every > 0 and self.every % self.step == 0, "task.every", self.every, "a multiple of task.step")
         require(self.retention > 0, "task.retention", self.retention, "positive")
         require(self.untouched >= 0, "task.untouched", self.untouched, "0 or more")
-        require(self.collapse > 1, "task.collapse", self.collapse, "larger than 1")
+        require(self.keep is None or self.keep > 0, "task.keep", self.keep, "positive")
+        require(self.save > 0, "task.save", self.save, "positive")
+        require_one_of(self.on_collapse, "task.on_collapse", ON_COLLAPSE)
 
 
 @dataclass(frozen=True)
@@ -180,11 +208,15 @@ class DataSettings:
     path: str | None = None  # a file, a folder, or hub:NAME[:CONFIG[:SPLIT]]; null: the bundled atlas
     revision: str | None = None  # commit or tag of a Hub data set
     limit: int | None = None  # how many cases, from the first; null: all
+    # This many cases of the same facts, edited again and again with other objects (data=atlas, task=lifelong);
+    # null: each fact once.
+    stream: int | None = None
     shard: str = "0/1"  # i/n: every n-th case from the i-th, after the limit
     on_bad_record: str = "skip"  # a record that cannot be used: skip (named and counted) or fail
 
     def __post_init__(self) -> None:
         require(self.limit is None or self.limit > 0, "data.limit", self.limit, "positive")
+        require(self.stream is None or self.stream > 0, "data.stream", self.stream, "positive")
         require_one_of(self.on_bad_record, "data.on_bad_record", ("skip", "fail"))
         number, _, count = self.shard.partition("/")
         valid = number.isdecimal() and count.isdecimal() and int(number) < int(count)

@@ -91,6 +91,11 @@ def point(edits: int, scores: Sequence[Score], relative_norm: float, *, collapse
     return "\n".join(_wrapped(f"{edits:6}  ", "  ".join(parts) + ("  collapsed" if collapsed else "")))
 
 
+def alarm(line: str) -> str:
+    """What an alarm says, indented as the line of a point."""
+    return "\n".join(_wrapped("     !  ", line))
+
+
 def probes(fact: Fact, rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> str:
     """Probabilities of the true and the new object after every prompt of the fact, before and after the edit."""
     true, new = fact.target_true.strip() or "(true)", fact.target_new.strip()

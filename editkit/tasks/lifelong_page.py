@@ -23,9 +23,11 @@ def body(run: Run) -> Body:
         if first
         else Text(f"Not collapsed up to {number(max(point.edits for point in run.series))} edits.", "good")
     )
+    ended = run.record["data"].get("collapse")
+    ended = [Text(str(ended["collapse"]), "bad")] if isinstance(ended, dict) and "collapse" in ended else []
     note = "Means over cases; bands are 95 % bootstrap intervals over cases (of drift: over blocks of text)."
     sections = [
-        Section("curves", "Along the edits", [verdict, Text(note, "note"), Charts(drawn)]),
+        Section("curves", "Along the edits", [verdict, *ended, Text(note, "note"), Charts(drawn)]),
         Section("points", "Every point", _points(run)),
         Section("end", "Every metric at the end", _end(run)),
     ]

@@ -28,7 +28,7 @@ from editkit.edits import Edit
 from editkit.files import write_text
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
-from editkit.session import FILE
+from editkit.sessionfiles import FILE
 from editkit.settings import DataSettings
 
 SAVE = 100  # steps between two saves

@@ -17,10 +17,12 @@ from editkit.registry import Registry
 if TYPE_CHECKING:
     from editkit.data.cases import Case
     from editkit.data.fields import Raw
+    from editkit.data.stream import CaseStream
 
 Read = Callable[["Raw"], "Case"]
 Before = Callable[[Sequence[Any], int], list[Any]]
 Make = Callable[[int], "Sequence[Case]"]
+Stream = Callable[["Sequence[Case]", int, int], "CaseStream"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Format:
     before: Before | None = None  # (records, seed) -> records: what needs all records at once
     make: Make | None = None  # seed -> cases
     digest: Callable[[], str] | None = None  # of what the cases are made of
+    stream: Stream | None = None  # (cases, count, seed) -> their facts again and again
 
 
 _FORMATS: Registry[Format] = Registry("data", package=__name__, group="editkit.data")
@@ -46,6 +49,7 @@ def register(
     before: Before | None = None,
     make: Make | None = None,
     digest: Callable[[], str] | None = None,
+    stream: Stream | None = None,
 ) -> Format:
     """Add a format: `data=NAME data.path=FILE` reads records with it.
 
@@ -54,12 +58,13 @@ def register(
     - `before`: (records, seed) -> records, for what needs all records at once.
     - `make`, `digest`: in place of `read`, for cases without a file: seed -> cases, and the sha256 of what they are
       made of. `data=NAME` takes no data.path then.
+    - `stream`: (cases, count, seed) -> so many cases of their facts, with other targets (data.stream).
 
     Raises ConfigError for a name that is taken, or for neither or both of `read` and `make`.
     """
     if (read is None) == (make is None) or (make is None) != (digest is None):
         raise ConfigError(f"The data format '{name}' needs either `read`, or `make` and `digest`.")
-    found = Format(name, read, tuple(map(tuple, marks)), before, make, digest)
+    found = Format(name, read, tuple(map(tuple, marks)), before, make, digest, stream)
     return _FORMATS.register(name, found, home=(read or make).__module__)
 
 

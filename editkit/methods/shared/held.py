@@ -15,7 +15,7 @@ and the key of a block depends on no other (tests/test_carried.py compares them)
 they are the keys before the transform.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from editkit.edits.edit import Edit
-from editkit.methods.shared.carried import Carried
+from editkit.methods.shared.carried import Carried, Form
 from editkit.methods.shared.prelude import Given
 from editkit.models.experts import down_of
 from editkit.models.load import LanguageModel
-from editkit.moments import Factored
+from editkit.moments import Factored, Identity
 from editkit.moments.experts import FactoredExperts
 
 MANY = 1 / 16  # of d_ff: with more earlier keys than this, Q costs less than the solves without it
@@ -40,6 +40,18 @@ class Earlier:
     keys: Tensor | None = None  # H [d_ff, m] while there are few
     weighed: Tensor | None = None  # G [d_ff, m]
     inverse: Tensor | None = None  # Q [d_ff, d_ff] once there are many
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Earlier":
+        """From `tensors`, among which there may be others."""
+        return cls(*(tensors.get(name) for name in ("keys", "weighed", "inverse")))
+
+
+EARLIER = Form(Earlier.tensors, Earlier.of)
 
 
 class Diagonal(Factored):
@@ -121,14 +133,37 @@ def held_by(
     states = carried or Carried()
 
     def held(layer: int) -> Held:
-        name, alone = down_of(lm, layer), text(layer)
-
-        def add(state: Earlier, edit: Edit) -> Earlier:
-            return replace(alone, earlier=state).also(edit.memory[name]).earlier if name in edit.memory else state
-
-        return replace(alone, earlier=states.state(("held", name), earlier, Earlier, add))
+        name = down_of(lm, layer)
+        return carried_on(text(layer), f"held {name}", name, earlier, states)
 
     return held
+
+
+def carried_on(
+    alone: Held,
+    state: str,
+    module: str,
+    earlier: Sequence[Edit],
+    carried: Carried,
+    keys_of: Callable[[Tensor], Tensor] = Tensor.double,
+) -> Held:
+    """`alone` with S of the keys that the edits `earlier` remember of `module`.
+
+    - `alone`: A without earlier facts. `state`: the name of S in `carried`.
+    - `keys_of`: the keys as A is solved with, from those that are remembered [d_ff, n].
+    """
+
+    def add(before: Earlier, edit: Edit) -> Earlier:
+        if module not in edit.memory:
+            return before
+        return replace(alone, earlier=before).also(keys_of(edit.memory[module])).earlier
+
+    return replace(alone, earlier=carried.state(state, earlier, Earlier, add, EARLIER))
+
+
+def plain(weight: float, width: int, *, experts: bool) -> Held:
+    """λ I [width, width]. Of `experts` as a diagonal matrix: the inverse over all of them would be far too large."""
+    return Held(Diagonal(torch.full((width,), weight, dtype=torch.float64))) if experts else Held(Identity(), weight)
 
 
 def least_squares(held: Held, keys: Tensor) -> Tensor:

@@ -36,6 +36,17 @@ class Running:
             products = centred.T @ centred
         return cls(count, memory[f"{name}.mean"].double(), memory[f"{name}.squares"].double(), products)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `of` makes it of again, in float64."""
+        found = {"count": torch.tensor([self.count]), "mean": self.mean, "squares": self.squares}
+        return found if self.products is None else found | {"products": self.products}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Running":
+        """From `tensors`, which are below this name."""
+        mean, squares = (tensors[f"{name}.{part}"] for part in ("mean", "squares"))
+        return cls(int(tensors[f"{name}.count"].item()), mean, squares, tensors.get(f"{name}.products"))
+
     def merged(self, other: "Running") -> "Running":
         """Of the tokens of both; with products where both have them."""
         count = self.count + other.count

@@ -10,15 +10,11 @@ so the step keeps what it does to its own keys, as far as earlier steps have not
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-
-import torch
 
 from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.methods.shared.carried import Carried
-from editkit.methods.shared.held import Diagonal, Held, least_squares
-from editkit.moments import Identity
+from editkit.methods.shared.held import carried_on, least_squares, plain
 
 
 def simulated(step: Edit, earlier: Sequence[Edit], carried: Carried, weight: float) -> Edit:
@@ -38,21 +34,9 @@ def simulated(step: Edit, earlier: Sequence[Edit], carried: Carried, weight: flo
                 f"of {delta.module}. Use memit_seq, encore, alphaedit or betaedit, or set method.keep_earlier=true."
             )
         keys, width = keys.double(), delta.shape[1]
-        # The inverse over all experts together would be far too large.
-        alone = Held(Identity(), weight)
-        if delta.experts is not None:
-            alone = Held(Diagonal(torch.full((width,), weight, dtype=torch.float64)))
-        held = carried.state(("simie", delta.module), earlier, partial(_same, alone), partial(_add, delta.module))
+        alone = plain(weight, width, experts=delta.experts is not None)
+        held = carried_on(alone, f"simie {delta.module}", delta.module, earlier, carried)
         left = delta.left.double()
         left = left @ keys if delta.right is None else left @ (delta.right.double() @ keys)
         deltas.append(replace(delta, left=left.float(), right=least_squares(held, keys).float()))
     return replace(step, deltas=tuple(deltas), provenance=step.provenance | {"simie": weight})
-
-
-def _same(held: Held) -> Held:
-    return held
-
-
-def _add(name: str, held: Held, edit: Edit) -> Held:
-    """With the keys that `edit` remembers of the module `name`."""
-    return held.also(edit.memory[name]) if name in edit.memory else held
