@@ -259,9 +259,13 @@ def test_registration_is_checked() -> None:
 def test_a_method_takes_the_options_of_its_signature() -> None:
     taken = {name: method.takes for name, method in methods.all_methods().items()}
     shared = {"seed", "moments", "contexts", "progress"}
-    assert taken["rome"] == shared and taken["alphaedit"] == shared | {"earlier"}
+    assert taken["rome"] == shared and taken["alphaedit"] == shared | {"earlier", "carried"}
     assert taken["memit"] == taken["memit_seq"] == shared | {"earlier", "carried"}
-    assert [set(taken[name]) for name in ("ft", "lora", "mend")] == [{"progress"}, {"seed", "progress"}, {"earlier"}]
+    assert [set(taken[name]) for name in ("ft", "lora", "mend")] == [
+        {"progress"},
+        {"seed", "progress"},
+        {"earlier", "carried"},
+    ]
     with pytest.raises(TypeError, match="no method takes sede"):
         methods.get_method("ft")(tiny_lm("gpt2"), [], sede=1)
 
