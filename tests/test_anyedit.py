@@ -290,13 +290,14 @@ def test_undone_and_resumed(family: str, solve: str, tmp_path: Path) -> None:
 
 
 def test_what_is_refused() -> None:
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"window": 0}, "method.window must be positive; found 0"),
         ({"solve": "rome"}, "method.solve must be one of memit, alphaedit; found 'rome'"),
         ({"kl_factor": 0.1}, "method.kl_factor must be 0, since AnyEdit has no KL term; found 0.1"),
         ({"l2": 0.0}, "method.l2 must be positive"),
         ({"fraction": 0.0}, "method.fraction must be in"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ConfigError, match=message):
             AnyEditSettings(**options)
     lm = tiny_lm("gpt2")

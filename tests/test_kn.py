@@ -301,11 +301,11 @@ def test_answers_are_told_apart_where_they_differ(monkeypatch: pytest.MonkeyPatc
         found = asked_of(lm, Fact("The mouth of {} lies in the", "the river Rhine", new, old), CONTEXTS)
         ids = found.rows.ids[0, : found.at[0] + 1].tolist()
         assert all(at == found.rows.last(row) or at < found.rows.last(row) for row, at in enumerate(found.at))
-        told = None if found.new is None else lm.tokenizer.decode([found.new])
-        return lm.tokenizer.decode(ids), lm.tokenizer.decode([found.old]), told
+        told = None if found.new is None else str(lm.tokenizer.decode([found.new]))
+        return str(lm.tokenizer.decode(ids)), str(lm.tokenizer.decode([found.old])), told
 
     def pieces(answer: str) -> list[str]:
-        return [lm.tokenizer.decode([i]) for i in lm.tokenizer(f" {answer}")["input_ids"]]
+        return [str(lm.tokenizer.decode([i])) for i in lm.tokenizer(f" {answer}")["input_ids"]]
 
     north, black = pieces("North Sea"), pieces("Black Sea")
     assert asked("Black Sea", "North Sea") == (text, north[0], black[0])
@@ -351,7 +351,7 @@ def test_undone_and_resumed(family: str, operation: str, tmp_path: Path) -> None
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"operation": "forget"}, "method.operation must be one of update, erase, amplify; found 'forget'"),
         ({"threshold": 0.0}, r"method.threshold must be in \(0, 1\]"),
         ({"share": 1.5}, r"method.share must be in \(0, 1\]"),
@@ -359,7 +359,8 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lambda_new": -1.0}, "method.lambda_new must be 0 or more"),
         ({"steps": 0}, "method.steps must be positive"),
         ({"layers": []}, "method.layers must be one block or more"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ConfigError, match=message):
             KnSettings(**options)
     lm = tiny_lm("gpt2")
