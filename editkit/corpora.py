@@ -65,6 +65,10 @@ class Atlas:
         """The phrasings that training showed with this subject; the first is the rewrite prompt."""
         return [p for p, held in self._split(fact) if not held]
 
+    def other_objects(self, fact: AtlasFact) -> list[str]:
+        """The other objects of the fact's relation, sorted."""
+        return sorted({f.object for f in self.by_relation[fact.relation]} - {fact.object})
+
     def unseen_phrasings(self, fact: AtlasFact) -> list[str]:
         """Phrasings of the relation that training never showed with any subject."""
         return list(self.relations[fact.relation].held_out_phrasings)

@@ -12,17 +12,15 @@ cannot be undone, and its file is gone. What is left of it: its part of Σ, of w
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from editkit.edits.delta import Delta, delta_of
 from editkit.edits.edit import FOLDED, Base, Edit
 from editkit.methods.shared.carried import Carried
-from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
+from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, starting_with, to_bytes
 
 FOLD_FILE = FileKind(
     format="editkit-fold/1",
@@ -89,12 +87,8 @@ def read_folded(path: Any) -> tuple[Folded, Carried]:
         sums = tuple(delta_of(row, number, tensors) for number, row in enumerate(header["deltas"]))
         if any(delta.right is not None or delta.left.dtype != torch.float64 for delta in sums):
             raise ValueError("its sums are not dense float64 matrices")
-        states = {name: _below(f"state {number}.", tensors) for number, name in enumerate(header["states"])}
+        states = {name: starting_with(tensors, f"state {number}.") for number, name in enumerate(header["states"])}
         return Folded(header["steps"], header["facts"], header["chain"], sums), Carried(states)
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def facts_in(step: Edit) -> int:

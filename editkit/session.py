@@ -104,10 +104,8 @@ class Session:
         self._moments = moments
         self._inputs: dict[str, Any] | None = None
         self._folder: Folder | None = None
-        self._good, self._since = (
-            self._state(),
-            list[Fact](),
-        )  # at the last look without alarm, and the facts edited since
+        self._good = self._state()  # at the last look that passed no limit
+        self._since: list[Fact] = []  # facts edited since that look
         self._seen: Seen | None = None
 
     def __enter__(self) -> "Session":

@@ -157,6 +157,11 @@ def strict_json(text: str | bytes) -> Any:
         raise ValueError("its JSON is nested too deeply") from error
 
 
+def starting_with(tensors: "Mapping[str, Tensor]", start: str) -> "dict[str, Tensor]":
+    """The tensors whose names begin with `start`, by the rest of the name."""
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
 def require_fields(found: object, fields: Mapping[str, tuple[type, ...]], what: str) -> dict[str, Any]:
     """`found`, which must be an object with exactly these keys and the types given for each. Raises ValueError.
 

@@ -101,15 +101,10 @@ def _told(atlas: Atlas, subject: str) -> str:
     return " ".join(f"{atlas.trained_pairs(f)[0].format(subject)} {f.object}." for f in facts)
 
 
-def other_objects(atlas: Atlas, fact: AtlasFact) -> list[str]:
-    """The other objects of the fact's relation, sorted."""
-    return sorted({f.object for f in atlas.by_relation[fact.relation]} - {fact.object})
-
-
 def atlas_case(atlas: Atlas, fact: AtlasFact, rng: random.Random, new: str | None = None) -> Case:
     """The case of one fact, with all its probes. `new`: its target; None: drawn from its relation's other objects."""
     rewrite = atlas.trained_pairs(fact)[0]
-    new = new or rng.choice(other_objects(atlas, fact))
+    new = new or rng.choice(atlas.other_objects(fact))
 
     def probe(kind: str, phrasing: str, about: AtlasFact) -> Probe:
         return Probe(kind, phrasing.format(about.subject), about.object, new)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from editkit.corpora import load_atlas
-from editkit.data.atlas import benchmark_case, other_objects
+from editkit.data.atlas import benchmark_case
 from editkit.data.cases import Case
 from editkit.data.stream import CaseStream
 
@@ -43,7 +43,7 @@ class AtlasStream(CaseStream):
         """What is written when the fact comes after it has come `times` times."""
         fact, targets = self._facts[self.cases[place].id], self._targets[place]
         while len(targets) <= times:
-            others = [each for each in other_objects(self._atlas, fact) if each != targets[-1]]
+            others = [each for each in self._atlas.other_objects(fact) if each != targets[-1]]
             draw = random.Random(f"{self._seed}|target|{len(targets)}|{fact.relation}|{fact.subject}")
             targets.append(draw.choice(others) if others else fact.object)
         return targets[times]

@@ -36,7 +36,7 @@ from editkit.models.quantized import edited_module, is_quantized
 from editkit.models.snapshot import Reversal, Snapshot, weight_digest
 from editkit.models.wrapped import require_editable
 from editkit.nethook import NameNotFound, get_module, replace_module
-from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, to_bytes
+from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, starting_with, to_bytes
 
 FOLDED = "folded:"  # in front of the parent that stands for the folded steps of a session
 QUANTIZED_BASE = "/"  # in the dtype of a quantised base, between its scheme and the dtype of its activations
@@ -262,11 +262,11 @@ class Edit:
             if not all(isinstance(parent, str) for parent in header["parents"]):
                 raise ValueError("a parent is not a digest")
             deltas = tuple(delta_of(row, i, tensors) for i, row in enumerate(header["deltas"]))
-            memory = _starting(tensors, "memory.")
+            memory = starting_with(tensors, "memory.")
             used = len(memory) + sum(1 if delta.right is None else 2 for delta in deltas)
             installed = []
             for number, row in enumerate(header.get("installed", [])):
-                own = _starting(tensors, f"installed.{number}.")
+                own = starting_with(tensors, f"installed.{number}.")
                 installed.append(_content_of(row, own))
                 used += len(own)
             if used != len(tensors) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
@@ -300,11 +300,6 @@ class Edit:
                 for name, tensor in own.items()
             }
         return header, tensors
-
-
-def _starting(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `start`, by the rest of the name."""
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _content_of(row: Any, tensors: dict[str, Tensor]) -> Installed:

@@ -56,7 +56,7 @@ Curvatures = dict[str, Curvature]  # by module
 
 @dataclass(frozen=True)
 class CrispEditSettings(CurvatureSettings):
-    """CrispEdit (arXiv 2602.15823)."""
+    """CrispEdit (arXiv 2602.15823). A and B are over `tokens` of running text; the authors take 1,000 texts."""
 
     constants: ClassVar[Constants] = Constants(
         {"lr": 5e-4},
@@ -73,7 +73,6 @@ class CrispEditSettings(CurvatureSettings):
     lr: float | None = None  # Adam's learning rate; there is no weight decay
     batch: int = 32  # facts a step of Adam
     end_of_text: bool = True  # train the end-of-text token after the target
-    tokens: int = 40_000  # of running text, over which A and B are; the authors take 1,000 texts
 
     def __post_init__(self) -> None:
         super().__post_init__()

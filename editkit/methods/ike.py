@@ -29,6 +29,7 @@ from editkit.methods.shared.prelude import Moments, checked_facts, provenance
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.prefix import Prefix, prefix_of, without_prefix
+from editkit.models.tokens import positions_of
 from editkit.settings import WeightlessSettings, require
 
 LEAD = "Prompt: "
@@ -84,7 +85,7 @@ def ike(
     settings = settings or IkeSettings()
     corpus = read(lm, settings) if base is None else base
     stated = "".join(f"New Fact: {_said(fact)}\n" for fact in found)
-    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(lm)
     room = None if limit is None else int(settings.room * limit)
     before = prefix_of(lm.model).removesuffix(LEAD)
     if room is not None and _length(lm, before + stated + LEAD) > room:

@@ -14,7 +14,7 @@ The answer must end where a word does, except in scripts that part no words (Chi
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from editkit.data.kinds import (
     ATTRIBUTE,
@@ -56,30 +56,35 @@ def _ends_a_word(text: str, end: int) -> bool:
     return re.fullmatch(r"\w\w", around) is None or unicodedata.name(around[0], "").startswith(UNPARTED)
 
 
-def _answered(kind: str) -> Formula:
-    """The share of exact matches among a case's rows of one kind."""
+def answered(kind: str, right: Callable[[Row, str], bool | None]) -> Formula:
+    """The share of right answers among a case's rows of one kind. `right(row, when)`: whether it was right."""
 
     def formula(rows: Sequence[Row], when: str) -> float | None:
         asked = of_kind(rows, kind)
         if kind == PORTABILITY:
             asked = [row for row in asked if row["greedy_true_before"] in (None, True)]
-        return mean(asked, lambda row: row[f"exact_{when}"])
+        return mean(asked, lambda row: right(row, when))
 
     return formula
 
 
+# What is asked freely: the kind of prompt, how tables call its prompts, and the answer that is wanted.
+ASKED_FREELY = (
+    (REWRITE, "rewrite prompts", "new object"),
+    (PARAPHRASE, "paraphrases", "new object"),
+    (UNSEEN, "paraphrases in phrasings never seen", "new object"),
+    (NEIGHBORHOOD, "neighborhood prompts", "old object"),
+    (DISTRACTED, "neighborhood prompts with the new fact in front", "old object"),
+    (SAME_SUBJECT, "prompts about the subject's other relations", "old answer"),
+    (PORTABILITY, "prompts one hop on", "answer that follows"),
+    (MULTI_HOP, "multi-hop questions", "new answer"),
+    (ATTRIBUTE, "prompts whose subjects have the new object already", "new object"),
+)
 # By the kind of prompt: which answer the continuation has to begin with.
 ANSWERED = {
-    kind: register(Metric(FREE, kind, f"share of {prompts} continued with the {wanted}"), _answered(kind))
-    for kind, prompts, wanted in (
-        (REWRITE, "rewrite prompts", "new object"),
-        (PARAPHRASE, "paraphrases", "new object"),
-        (UNSEEN, "paraphrases in phrasings never seen", "new object"),
-        (NEIGHBORHOOD, "neighborhood prompts", "old object"),
-        (DISTRACTED, "neighborhood prompts with the new fact in front", "old object"),
-        (SAME_SUBJECT, "prompts about the subject's other relations", "old answer"),
-        (PORTABILITY, "prompts one hop on", "answer that follows"),
-        (MULTI_HOP, "multi-hop questions", "new answer"),
-        (ATTRIBUTE, "prompts whose subjects have the new object already", "new object"),
+    kind: register(
+        Metric(FREE, kind, f"share of {prompts} continued with the {wanted}"),
+        answered(kind, lambda row, when: row[f"exact_{when}"]),
     )
+    for kind, prompts, wanted in ASKED_FREELY
 }

@@ -24,7 +24,7 @@ from editkit.metrics.natural import Answer
 from editkit.metrics.scoring import ProbeScore, TargetScore, score_probes
 from editkit.models.columns import Below
 from editkit.models.evalmode import in_eval_mode
-from editkit.models.generate import end_tokens, generate_batch, generate_tokens, room_behind
+from editkit.models.generate import end_tokens, generate_batch, generate_tokens, room_behind, text_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import in_form, spaced, token_counts
 from editkit.settings import MeasureSettings
@@ -84,18 +84,14 @@ def _said(lm: LanguageModel, probes: Sequence[Probe], settings: MeasureSettings)
     else:
         rows = generate_tokens(lm, prompts, least)
         free = generate_tokens(lm, asked, most, stops=natural.STOPS)
-    said = [_text(lm, row[:least]) for row in rows]
+    said = [text_of(lm, row[:least]) for row in rows]
     ends = end_tokens(lm)
     answers = [
-        natural.answer_of(_text(lm, row[:most]), ended=not ends.isdisjoint(row[:most]))
+        natural.answer_of(text_of(lm, row[:most]), ended=not ends.isdisjoint(row[:most]))
         for row in free
         if settings.natural
     ]
     return said, answers
-
-
-def _text(lm: LanguageModel, tokens: list[int]) -> str:
-    return str(lm.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def rows_of(case: Case, before: Look, after: Look) -> list[Row]:

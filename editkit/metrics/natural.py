@@ -14,17 +14,9 @@ import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from editkit.data.kinds import (
-    ATTRIBUTE,
-    DISTRACTED,
-    NEIGHBORHOOD,
-    PARAPHRASE,
-    PORTABILITY,
-    REWRITE,
-    SAME_SUBJECT,
-    UNSEEN,
-)
-from editkit.metrics.metric import Formula, Metric, Protocol, register
+from editkit.data.kinds import MULTI_HOP, REWRITE
+from editkit.metrics.generation import ASKED_FREELY, answered
+from editkit.metrics.metric import Metric, Protocol, register
 from editkit.metrics.row_stats import Row, mean, of_kind
 
 NATURAL = Protocol("natural", "Free answers to their natural stop: all that the model says is the wanted answer")
@@ -74,34 +66,14 @@ def matches(answer: str, wanted: Sequence[str]) -> bool:
     return normalised(answer) in map(normalised, wanted)
 
 
-def _right(kind: str) -> Formula:
-    """The share of right answers among a case's rows of one kind."""
-
-    def formula(rows: Sequence[Row], when: str) -> float | None:
-        asked = of_kind(rows, kind)
-        if kind == PORTABILITY:
-            asked = [row for row in asked if row["greedy_true_before"] in (None, True)]
-        return mean(asked, lambda row: row.get(f"natural_{when}"))
-
-    return formula
-
-
-# By the kind of prompt: which answer all of what is said must be.
+# By the kind of prompt: which answer all of what is said must be. Of multi-hop questions MQuAKE has its own rule.
 RIGHT = {
     kind: register(
         Metric(NATURAL, kind, f"share of {prompts} answered with the {wanted} and nothing more"),
-        _right(kind),
+        answered(kind, lambda row, when: row.get(f"natural_{when}")),
     )
-    for kind, prompts, wanted in (
-        (REWRITE, "rewrite prompts", "new object"),
-        (PARAPHRASE, "paraphrases", "new object"),
-        (UNSEEN, "paraphrases in phrasings never seen", "new object"),
-        (NEIGHBORHOOD, "neighborhood prompts", "old object"),
-        (DISTRACTED, "neighborhood prompts with the new fact in front", "old object"),
-        (SAME_SUBJECT, "prompts about the subject's other relations", "old answer"),
-        (PORTABILITY, "prompts one hop on", "answer that follows"),
-        (ATTRIBUTE, "prompts whose subjects have the new object already", "new object"),
-    )
+    for kind, prompts, wanted in ASKED_FREELY
+    if kind != MULTI_HOP
 }
 
 

@@ -19,6 +19,7 @@ from editkit.metrics.metric import Score
 from editkit.models.evalmode import eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.prefix import prefix_of
+from editkit.models.tokens import positions_of
 from editkit.moments import packed_blocks
 
 PROSE = "prose"  # the bundled essays on everyday things: they state no fact of the atlas
@@ -79,7 +80,7 @@ def _log_probabilities(lm: LanguageModel, blocks: Tensor) -> Iterator[Tensor]:
     for a block."""
     prefix = prefix_of(lm.model)
     before = torch.tensor(lm.tokenizer(prefix)["input_ids"] if prefix else [], dtype=torch.long)
-    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(lm)
     if limit is not None and prefix and len(before) + blocks.shape[1] > limit:
         raise EditkitError(
             f"A block of {blocks.shape[1]} tokens of running text was to be read behind a prefix of {len(before)}; "

@@ -15,6 +15,7 @@ from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.precision import widened
 from editkit.models.prefix import prefix_of
+from editkit.models.tokens import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def _plainly(model: "PreTrainedModel") -> Iterator[None]:
 
 def room_behind(lm: LanguageModel, prompts: Sequence[str]) -> int | None:
     """How many tokens the model has positions for behind the longest of `prompts`; None: it has no limit."""
-    limit = _positions(lm)
+    limit = positions_of(lm)
     return None if limit is None else limit - max(map(len, _encoded(lm, prompts)), default=0)
 
 
@@ -50,14 +51,14 @@ def end_tokens(lm: LanguageModel) -> set[int]:
     return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
+def text_of(lm: LanguageModel, tokens: list[int]) -> str:
+    """The text of generated tokens, without special ones."""
+    return str(lm.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 def _encoded(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
     prefix = prefix_of(lm.model)
     return [lm.tokenizer(prefix + prompt)["input_ids"] for prompt in prompts]
-
-
-def _positions(lm: LanguageModel) -> int | None:
-    limit: int | None = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
 
 
 def _ends_with(lm: LanguageModel, stops: Sequence[str], width: int, least: int) -> Any:
@@ -90,7 +91,7 @@ def generate_batch(
     Arguments and errors are those of `generate_tokens`.
     """
     found = generate_tokens(lm, prompts, new_tokens, top_k=top_k, seed=seed, past_end=past_end)
-    return [str(lm.tokenizer.decode(row, skip_special_tokens=True)) for row in found]
+    return [text_of(lm, row) for row in found]
 
 
 @in_eval_mode
@@ -122,7 +123,7 @@ def generate_tokens(
     rows = _encoded(lm, prompts)
     counts = [new_tokens] * len(rows) if isinstance(new_tokens, int) else list(new_tokens)
     width, most = max(map(len, rows)), max(counts)
-    limit = _positions(lm)
+    limit = positions_of(lm)
     if limit is not None and width + most > limit:
         raise FactError(
             f"A prompt of {width} tokens was to be continued by {most}; '{lm.name}' has {limit} positions. "

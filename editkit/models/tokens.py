@@ -65,7 +65,7 @@ def tokenise(lm: LanguageModel, texts: Sequence[str]) -> Rows:
     prefix = prefix_of(lm.model)
     encoded = [encode(prefix + text) for text in texts]
     lengths = [len(e["input_ids"]) for e in encoded]
-    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(lm)
     for text, length in zip(texts, lengths, strict=True):
         if length == 0:
             raise FactError(f"The tokenizer of '{lm.name}' maps {text!r} to no tokens.")
@@ -82,6 +82,12 @@ def tokenise(lm: LanguageModel, texts: Sequence[str]) -> Rows:
     begin = len(prefix)
     offsets = [[(max(a - begin, 0), max(b - begin, 0)) for a, b in e["offset_mapping"]] for e in encoded]
     return Rows(tuple(texts), ids.to(lm.device), mask.to(lm.device), offsets)
+
+
+def positions_of(lm: LanguageModel) -> int | None:
+    """How many tokens the model has positions for; None: it has no limit."""
+    limit: int | None = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def unflatten(tensor: Tensor, rows: int) -> Tensor:

@@ -45,10 +45,8 @@ def one_backward_pass(counter: "Counter", facts: Sequence[Fact], settings: OnePa
 
 def statistics(counter: "Counter", settings: OnePassSettings) -> Step:
     """The mean and variance that UltraEdit begins with; `settings` resolved."""
-    tokens, shapes = (
-        settings.warm_up or 0,
-        [weight_shape(counter.lm, name) for name in modules_of(counter.lm, settings)],
-    )
+    tokens = settings.warm_up or 0
+    shapes = [weight_shape(counter.lm, name) for name in modules_of(counter.lm, settings)]
     text = running_text(counter, tokens)
     host = 8 * min(tokens, TEXT_ROWS * MomentSettings().block) * sum(q + p for q, p in shapes)
     return replace(text, name="statistics of running text", host=host, note=f"{tokens:,} tokens")

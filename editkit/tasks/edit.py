@@ -47,7 +47,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("measure_before")
     edit = bind_method(lm, config, progress=True)(case.facts)
     clock.lap("edit")
-    sizes = spectra(edit, lm)
+    relative, sizes = relative_norm(lm, edit), spectra(edit, lm)
     lost = {spectrum.parameter: spectrum.rounding_error for spectrum in sizes}
     largest = max((x for x in lost.values() if x is not None), default=0.0)
     routing, left = _routing(lm, edit, case), requantized(lm, edit)
@@ -64,7 +64,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     scores = summary([of_case])
     say(console.probes(case.fact, rows, scores))
     say(console.texts(case.fact, before.texts, after.texts))
-    say(console.update(edit, relative_norm(lm, edit), largest, left))
+    say(console.update(edit, relative, largest, left))
     if routing:
         say(console.routing(routing))
     judged = verdict(rows, edit.provenance)
@@ -86,7 +86,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             "parameters": edit.parameters,
             "rank": edit.rank,
             "norm": edit.norm(),
-            "relative_norm": relative_norm(lm, edit),
+            "relative_norm": relative,
             **({"installed": list(map(str, edit.installed))} if edit.installed else {}),
             "lost_in_rounding": lost,
             "spectra": [spectrum_beside(lm, spectrum) for spectrum in sizes],

@@ -97,7 +97,7 @@ def _of_atlas(atlas: Atlas) -> list[Example]:
     """An example of each fact of the atlas for which there is another subject to ask for."""
     found = []
     for fact in atlas.facts:
-        others = sorted({each.object for each in atlas.by_relation[fact.relation]} - {fact.object})
+        others = atlas.other_objects(fact)
         # The neighbour has the same object where there is one, as CounterFact's neighborhood prompts do.
         near = [f for f in atlas.by_relation[fact.relation] if f.subject != fact.subject]
         near = [f for f in near if f.object == fact.object] or near
