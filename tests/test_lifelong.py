@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, SAME_SUBJECT, Case, Probe
+from editkit.errors import ConfigError
 from editkit.facts import Fact
 from editkit.folded import FOLD_FILE
+from editkit.settings import LifelongSettings
 from editkit.tasks.costs import read_costs
 from editkit.tasks.lifelong import sampled, staying
 from editkit.tensorfiles import read_header
@@ -140,6 +142,17 @@ def test_a_rollback_names_what_was_dropped(tmp_path: Path) -> None:
     assert alone.wait() == 0, alone.communicate()
     ours, theirs = (kept_of(tmp_path / name) for name in ("run", "alone"))
     assert ours.pop("points.jsonl") != theirs.pop("points.jsonl") and ours == theirs
+
+
+def test_it_may_be_measured_at_chosen_places_alone(tmp_path: Path) -> None:
+    done = streamed("hydra.run.dir=run", "task.every=null", "task.at=[5,1,50]", cwd=tmp_path)
+    assert done.wait() == 0, done.communicate()
+    assert [point["edits"] for point in points(tmp_path / "run")] == [0, 1, 5, 14]
+
+
+def test_a_place_inside_a_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.at must be a multiple of task\.step; found 25"):
+        LifelongSettings(step=10, every=None, at=(20, 25))
 
 
 def test_shards_are_refused(tmp_path: Path) -> None:

@@ -215,10 +215,9 @@ def steps_of(config: Config, counter: Counter, cases: Sequence[Case]) -> list[St
         return [*before, *edits(size), together("questions", looks).times(2), counter.digests(2)]
     if isinstance(task, LifelongSettings):
         count = config.data.stream or len(cases)
-        points = 1 + -(-count // task.every)
-        asked = min(1.0, (task.retention + task.untouched) / len(cases))
+        asked = min(1.0, (task.retention + task.untouched) / len(cases)) * len(task.points(count))
         made = [step.times(count / len(cases)) for step in edits(min(task.step, len(cases)))]
-        return [*before, *made, together("questions", looks).times(asked * points)]
+        return [*before, *made, together("questions", looks).times(asked)]
     text = counter.passes("continuations", 2 * (getattr(task, "continuation", 0) + 1), 1, logits=1)
     return [*before, *edits(len(cases)), together("questions", looks).times(2), text, counter.digests(2)]
 

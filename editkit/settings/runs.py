@@ -139,7 +139,8 @@ class LifelongSettings:
 
     name: str = "lifelong"
     step: int = 1  # cases in one edit
-    every: int = 50  # cases between two measurements; the end is measured too
+    every: int | None = 50  # cases between two measurements; null: none but those of `at`; the end is measured too
+    at: tuple[int, ...] = ()  # numbers of edited cases at which it is measured too
     retention: int = 100  # cases edited so far that are asked again, spread over all of them
     untouched: int = 50  # cases after those edited, never edited, that are asked too
     keep: int | None = None  # latest steps that stay edits of their own, the others are folded into one sum; null: all
@@ -151,12 +152,20 @@ class LifelongSettings:
 
     def __post_init__(self) -> None:
         require(self.step > 0, "task.step", self.step, "positive")
-        require(self.every > 0 and self.every % self.step == 0, "task.every", self.every, "a multiple of task.step")
+        object.__setattr__(self, "at", tuple(sorted(set(self.at))))
+        for name, edits in (("every", self.every), *(("at", edits) for edits in self.at)):
+            good = edits is None or (edits > 0 and edits % self.step == 0)
+            require(good, f"task.{name}", edits, "a multiple of task.step")
         require(self.retention > 0, "task.retention", self.retention, "positive")
         require(self.untouched >= 0, "task.untouched", self.untouched, "0 or more")
         require(self.keep is None or self.keep > 0, "task.keep", self.keep, "positive")
         require(self.save > 0, "task.save", self.save, "positive")
         require_one_of(self.on_collapse, "task.on_collapse", ON_COLLAPSE)
+
+    def points(self, edits: int) -> set[int]:
+        """The numbers of edits after which a run of so many `edits` is measured, the begin and the end among them."""
+        regular = range(0, edits, self.every) if self.every is not None else ()
+        return {0, *regular, *(place for place in self.at if place < edits), edits}
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class _Life:
         self.path, self.costs = folder / names.SESSION, Costs(folder / names.COSTS)
         size = self.task.step
         self.steps = [range(first, min(first + size, len(edited))) for first in range(0, len(edited), size)]
+        self.points_due = self.task.points(len(edited))
         self.failed_steps = {line["cases"][0] // size for line in journal.lines if "failed" in line}
         self.tried = self.good = 0  # steps; and those at the last look that passed no limit
         self.untouched = [case for case in map(staying, untouched) if case.probes]
@@ -225,7 +226,7 @@ class _Life:
 
     def _measure_if_due(self, session: Session) -> None:
         edits = self.steps[self.tried - 1][-1] + 1 if self.tried else 0
-        if edits in (0, len(self.edited)) or edits % self.task.every == 0:
+        if edits in self.points_due:
             self._measure(session, edits)
             self._save(session)
 
