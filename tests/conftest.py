@@ -1,13 +1,15 @@
 """Shared fixtures: the atlas model, and tiny random models with two kinds of tokenizer."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from editkit.corpora import atlas_prose, load_atlas
@@ -21,9 +23,16 @@ from tests.hooking import count_hooks
 from tests.oracles import FactRows
 from tests.run_folders import TASKS, really_run
 
+ORACLE = "oracle"  # the mark of a test with an oracle, and its property: method|family|difference|bound
 CELL = "pretended"  # the property of a test that is one cell on the pretended accelerator
 
 torch.set_num_threads(1)  # for tiny models two threads wait for each other more than they work
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "near" in getattr(item, "fixturenames", ()):
+            item.add_marker(ORACLE)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -40,6 +49,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"pretended accelerator: {len(cells)} cells (method × family × dtype × device), {failed} failed, "
             f"{seconds:.0f} s"
         )
+
+
+class Near(Protocol):
+    def __call__(self, method: str, family: str, ours: Tensor, oracle: Tensor, within: float) -> None: ...
+
+
+@pytest.fixture
+def near(record_property: Callable[[str, object], None]) -> Near:
+    """`near(method, family, ours, oracle, within)` asserts ‖ours − oracle‖/‖oracle‖ ≤ within, and keeps the difference
+    for scripts/oracles.py."""
+
+    def compare(method: str, family: str, ours: Tensor, oracle: Tensor, within: float) -> None:
+        difference = float((ours.double() - oracle.double()).norm() / oracle.double().norm())
+        record_property(ORACLE, f"{method}|{family}|{difference!r}|{within!r}")
+        assert difference <= within
+
+    return compare
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,7 +26,7 @@ from editkit.models.load import LanguageModel
 from editkit.moments import Identity, second_moments
 from editkit.moments.experts import FactoredExperts
 from editkit.settings import MomentSettings
-from tests.conftest import inputs_of, tiny_lm
+from tests.conftest import Near, inputs_of, tiny_lm
 from tests.expert_oracle import memory_of
 from tests.families import EXPERTS, SITES
 from tests.oracles import session_updates, spread_updates
@@ -68,7 +68,7 @@ def settings_for(lm: LanguageModel, method: str, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize(("family", "method"), CELLS)
-def test_a_session_is_the_oracles(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_is_the_oracles(family: str, method: str, monkeypatch: pytest.MonkeyPatch, near: Near) -> None:
     """S from keys that the oracle measures again on the edited model."""
     # Padded rows of gemma2 are not numbers in float64: transformers adds two masks of its least number.
     lm = tiny_lm(family, dtype=torch.float32 if family == "gemma2" else torch.float64)
@@ -95,7 +95,7 @@ def test_a_session_is_the_oracles(family: str, method: str, monkeypatch: pytest.
     with Session(lm, method, settings, moments=moments, progress=False) as session:
         for batch, updates in zip(BATCHES, expected, strict=True):
             for delta, update in zip(session.edit(batch).deltas, updates, strict=True):
-                assert apart(delta.change(), update) <= 1e-4
+                near(f"{method}, a session", family, delta.change(), update, 1e-4)
         keys = [step.memory[down_of(lm, layer)] for step in session.steps for layer in layers]
         assert [k.shape[1] for k in keys] == [1] * len(layers) + [len(FACTS) - 1] * len(layers)
 
@@ -196,7 +196,7 @@ def test_encore_stops_a_value_that_says_the_target() -> None:
 
 @pytest.mark.parametrize("method", ["memit_seq", "alphaedit", "ft"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
-def test_simie_rewrites_each_step(family: str, method: str, tmp_path: Path) -> None:
+def test_simie_rewrites_each_step(family: str, method: str, tmp_path: Path, near: Near) -> None:
     lm = tiny_lm(family)
     settings: Any = FtSettings(layer=1, steps=2, simie=7.0) if method == "ft" else settings_for(lm, method, simie=7.0)
     given: dict[str, Any] = {"moments": MOMENTS, "progress": False}
@@ -214,7 +214,7 @@ def test_simie_rewrites_each_step(family: str, method: str, tmp_path: Path) -> N
                 S[delta.module] = S.get(delta.module, torch.zeros(())) + keys @ keys.T
                 wanted = before.change() @ keys @ keys.T
                 wanted = wanted @ torch.linalg.inv(7.0 * torch.eye(len(keys)).double() + S[delta.module])
-                assert apart(delta.change(), wanted) <= 1e-5
+                near(f"{method}, SimIE", family, delta.change(), wanted, 1e-5)
         session.undo(0)
         session.save(tmp_path)
         after = session.edit(FACTS[0])

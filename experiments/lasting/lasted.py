@@ -1,0 +1,184 @@
+"""The tables of lasting.json: TABLE.md with everything, README.md's short ones, and which published orderings hold.
+
+python experiments/lasting/lasted.py
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editkit.files import write_text
+
+HERE = Path(__file__).parent
+Cell = dict[str, Any]
+SHORT = (100, 1000, 2000, 10_000)  # edits of README.md's columns
+MEASURED = (100, 200, 500, 1000, 2000, 5000, 10_000)  # edits at which cells are measured
+COLUMNS = ("written", "said freely", "paraphrase", "same subject", "goes on", "untouched")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published ordering: after `edits` in steps of `batch`, `better` is above `worse` in `column`."""
+
+    better: str
+    worse: str
+    batch: int
+    edits: int
+    source: str
+    column: str = "said freely"
+
+
+# The papers measured other models and data, and most of them teacher-forced. Here all are judged by free answers.
+CLAIMS = (
+    Claim("alphaedit", "memit", 100, 2000, "arXiv 2410.02355, table 1"),
+    Claim("memit_seq", "memit", 100, 2000, "arXiv 2605.26670"),
+    Claim("memit_seq", "alphaedit", 100, 2000, "arXiv 2605.26670"),
+    Claim("alphaedit, NAS", "alphaedit", 1, 10_000, "arXiv 2602.02543"),
+    Claim("memit, NAS", "memit", 1, 10_000, "arXiv 2602.02543"),
+    Claim("alphaedit", "ultraedit", 1, 10_000, "arXiv 2602.02543"),
+    Claim("ultraedit", "alphaedit", 100, 10_000, "arXiv 2505.14679"),
+    Claim("stableedit", "ultraedit", 100, 10_000, "arXiv 2605.11836"),
+    Claim("encore", "memit", 100, 10_000, "arXiv 2502.01636"),
+    Claim("encore", "alphaedit", 100, 10_000, "arXiv 2502.01636"),
+    Claim("betaedit", "alphaedit", 100, 10_000, "BetaEdit, IJCAI 2026"),
+    Claim("alphaedit, SPHERE", "alphaedit", 100, 2000, "SPHERE, ICLR 2026"),
+    Claim("memit, SimIE", "memit", 1, 1000, "SimIE"),
+    Claim("ft_bf", "alphaedit", 100, 10_000, "arXiv 2509.22072"),
+    Claim("ft_bf", "ultraedit", 100, 10_000, "arXiv 2509.22072"),
+    Claim("ft_bf", "ft_l", 100, 2000, "arXiv 2509.22072"),
+    Claim("crispedit", "ft_bf", 100, 2000, "arXiv 2602.15823", "untouched"),
+    Claim("r_rome", "rome", 1, 1000, "arXiv 2403.07175"),
+)
+
+
+def at(cell: Cell, edits: int) -> dict[str, Any] | None:
+    """The point after exactly so many edits."""
+    return next((point for point in cell["points"] if point["edits"] == edits), None)
+
+
+def figure(value: list[float] | None) -> str:
+    """A mean with its interval, in per cent."""
+    if value is None or value[0] is None:
+        return "–"
+    mean, low, high, _ = value
+    return f"{100 * mean:.0f}" + ("" if low is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+
+
+def ending(cell: Cell) -> str:
+    """How a cell ended, in a few words."""
+    if cell["failed"] >= cell["edits"] > 0:
+        return "refused"
+    if cell["broken"] is not None:
+        return f"broken at {cell['broken']:,}"
+    return "held to the end" if cell["ended"] else f"out of time at {cell['edits']:,}"
+
+
+def short(cells: list[Cell], model: str, batch: int) -> list[str]:
+    """A row a method: free answers of the facts edited, and of those never edited, after SHORT edits."""
+    head = ["method", *(f"said freely, {n:,}" for n in SHORT), *(f"untouched, {n:,}" for n in SHORT)]
+    head += ["end", "CPU s an edit", "kB an edit"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for cell in cells:
+        if (cell["model"], cell["batch"]) != (model, batch):
+            continue
+        row = [cell["method"]]
+        for column in ("said freely", "untouched"):
+            for edits in SHORT:
+                point = at(cell, edits)
+                refused = cell["failed"] >= cell["edits"] > 0
+                row.append(figure(point.get(column)) if point and not refused else _gone(cell, edits))
+        cost = "–" if cell["cpu"] is None else f"{cell['cpu']:.3f}"
+        size = "–" if cell["bytes"] is None else f"{cell['bytes'] / 1000:.1f}"
+        lines.append("| " + " | ".join([*row, ending(cell), cost, size]) + " |")
+    return lines
+
+
+def _gone(cell: Cell, edits: int) -> str:
+    """What stands where there is no point: the model was broken by then, or was not brought so far."""
+    return "broken" if cell["broken"] is not None and cell["broken"] < edits else "–"
+
+
+def whole(cells: list[Cell]) -> list[str]:
+    """Every point of every cell."""
+    head = ["model", "method", "facts a step", "edits", *COLUMNS, "perplexity ×", "‖ΔW‖/‖W‖", "‖ΔW‖/√n"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for cell in cells:
+        for point in cell["points"]:
+            row = [cell["model"], cell["method"], str(cell["batch"]), f"{point['edits']:,}"]
+            row += [figure(point.get(name)) for name in COLUMNS]
+            norms = ("perplexity", "growth", "per_fact")
+            row += ["–" if point[name] is None else f"{point[name]:.3g}" for name in norms]
+            lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
+    """What came of a claim on a model, and the figures behind it.
+
+    A method that broke before the other one did is the worse one. Else the last point that both have, up to the
+    claim's number of edits, decides: the intervals apart, or the means alone.
+    """
+    pair = [
+        next((c for c in cells if (c["model"], c["method"], c["batch"]) == (model, name, claim.batch)), None)
+        for name in (claim.better, claim.worse)
+    ]
+    better, worse = pair
+    if better is None or worse is None or any(cell["failed"] >= cell["edits"] > 0 for cell in (better, worse)):
+        return "not measured", ""
+    lives = [claim.edits if cell["broken"] is None else min(cell["broken"], claim.edits) for cell in (better, worse)]
+    reached = [min(claim.edits, cell["edits"]) for cell in (better, worse)]
+    for this, other, outcome in ((0, 1, "no"), (1, 0, "yes")):
+        if pair[this]["broken"] is not None and lives[this] < min(reached[other], lives[other]):  # type: ignore[index]
+            return outcome, f"{(claim.better, claim.worse)[this]} breaks at {lives[this]:,}, the other lives"
+    common = [n for n in MEASURED if n <= claim.edits and at(better, n) and at(worse, n)]
+    if not common:
+        return "not measured", ""
+    ours, theirs = (at(cell, common[-1])[claim.column] for cell in (better, worse))  # type: ignore[index]
+    figures = f"{figure(ours)} against {figure(theirs)} at {common[-1]:,}"
+    if ours[1] > theirs[2]:
+        return "yes", figures
+    if theirs[1] > ours[2]:
+        return "no", figures
+    return "not told apart", figures
+
+
+def orderings(cells: list[Cell], models: list[str]) -> list[str]:
+    """A row a claim."""
+    head = ["claim", "facts a step", "source", *(f"on {model}" for model in models)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for claim in CLAIMS:
+        what = f"{claim.better} above {claim.worse}" + ("" if claim.column == "said freely" else f" ({claim.column})")
+        row = [what, str(claim.batch), claim.source]
+        for model in models:
+            outcome, figures = judged(claim, cells, model)
+            row.append(f"**{outcome}**" + (f": {figures}" if figures else ""))
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def fill() -> None:
+    """Write TABLE.md, and README.md's tables between their marks."""
+    cells = json.loads((HERE / "lasting.json").read_text(encoding="utf-8"))
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    head = [
+        "# Every point of every cell",
+        "",
+        "Made by `lasted.py` from lasting.json. Shares in per cent, 95 % intervals.",
+    ]
+    write_text(HERE / "TABLE.md", "\n".join([*head, "", *whole(cells)]) + "\n")
+    parts: list[str] = []
+    for model in models:
+        for batch in dict.fromkeys(cell["batch"] for cell in cells if cell["model"] == model):
+            parts += [f"### {model}, {batch} a step", "", *short(cells, model, batch), ""]
+    path = HERE / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, lines in (("lasting", parts), ("orderings", orderings(cells, models))):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}" + "\n".join(lines).rstrip() + f"\n{end}{rest.partition(end)[2]}"
+    write_text(path, text)
+
+
+if __name__ == "__main__":
+    fill()
