@@ -25,12 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from editkit import methods, tasks
 from editkit.data import formats
 from editkit.errors import ConfigError, did_you_mean
-from editkit.settings import Config, DataSettings, EditSettings, ModelSettings, MomentSettings
+from editkit.settings import Config, DataSettings, EditSettings, ModelSettings, MomentSettings, Reproduction
 
 _HERE = Path(__file__).resolve().parent
 # conf/ is inside the installed package, and beside it in a checkout.
 CONF_DIR = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if (p / "config.yaml").is_file())
 GROUPS = ("task", "model", "edit", "data", "method", "moments")
+REPRODUCE = "reproduce"  # a group of whole runs: its options set those of the others
 _OPEN_GROUPS = {"model"}  # any other option is taken as the name: model=FOLDER_OR_NAME
 
 
@@ -67,6 +68,7 @@ def to_config(composed: DictConfig, *, with_method: bool = True) -> Config:
     formats.check_format(parts["data"].name)
     methods.check_method(name)
     top = dataclasses.asdict(_typed(_Top, values, ""))
+    top["reproduces"] = _reproduction(top["reproduces"], composed)
     settings = _typed(methods.get_method(name).settings, method, f"method={name}: method") if with_method else None
     return Config(method_name=name, method=settings, **parts, **top)
 
@@ -80,6 +82,36 @@ class _Top:
     matmul: str = "highest"
     resume: bool = False
     plan: bool = False
+    reproduces: str | None = None
+
+
+def _reproduction(name: str | None, composed: DictConfig) -> Reproduction | None:
+    """What the run is made after, and in what it differs from that. Raises ConfigError for an unknown name."""
+    if name is None:
+        return None
+    if name not in (known := options(REPRODUCE)):
+        raise ConfigError(f"No table '{name}' for reproduces: {did_you_mean(name, known)}")
+    preset = OmegaConf.load(CONF_DIR / REPRODUCE / f"{name}.yaml")
+    assert isinstance(preset, DictConfig)
+    wanted: dict[str, Any] = {}
+    for each in preset.defaults:
+        ((group, option),) = each.items()  # "override /task": benchmark
+        group = group.rpartition("/")[2]
+        values = OmegaConf.load(CONF_DIR / group / f"{option}.yaml")
+        assert isinstance(values, DictConfig)
+        same = OmegaConf.select(composed, f"{group}.name") == values.name
+        wanted |= {f"{group}.{key}": OmegaConf.select(values, key) for key in (_keys(values) if same else ("name",))}
+    wanted |= {key: OmegaConf.select(preset, key) for key in _keys(preset)}
+    differs = []
+    for key, value in wanted.items():
+        found = OmegaConf.select(composed, key)
+        if not (key.startswith(_NO_SETTING) or isinstance(value, DictConfig) or found == value):
+            differs.append(f"{key}: {found}, there {value}")
+    return Reproduction(name, tuple(differs))
+
+
+# Keys that say nothing about what is measured, but where things are and what is kept.
+_NO_SETTING = ("defaults", "reproduces", "data.path", "data.revision", "data.on_bad_record", "task.keep", "task.save")
 
 
 def _typed(schema: type, values: Any, where: str) -> Any:
@@ -124,13 +156,14 @@ def _first_line(error: Exception) -> str:
 def prepare(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
     """The overrides as Hydra shall see them, checked. `folders`: those of `--config-dir`, searched too.
 
-    - `model=NAME` for a NAME that is no option becomes `model.name=NAME`.
+    - `model=NAME` for a NAME that is no option becomes `model.name=NAME`; `+reproduce=NAME` becomes `reproduce=NAME`.
     - Another subject clears target_true, neighborhood and portability of the chosen edit, another prompt its
       paraphrases as well, unless they are given too: they belong to the fact that was replaced.
     - A trace with a data set named is an average over it.
 
     Raises ConfigError for whatever does not fit, before anything is loaded.
     """
+    overrides = [text.removeprefix("+") if text.startswith(f"+{REPRODUCE}=") else text for text in overrides]
     parsed = [_parse(text) for text in overrides]
     keys = {o.key_or_group for o in parsed}
     ready = [_renamed(o, folders) for o in parsed]
@@ -178,17 +211,17 @@ def _check(overrides: list[Override], folders: Sequence[Path]) -> None:
     # 1) Options: each is a YAML file, or offered to Hydra from code.
     own = [o for o in overrides if not o.key_or_group.startswith("hydra")]
     for override in own:
-        if override.key_or_group in GROUPS:
+        if override.key_or_group in (*GROUPS, REPRODUCE):
             for option in _values(override):
                 _offer(override.key_or_group, option, folders)
     # 2) Keys.
     first = {o.key_or_group: _values(o)[0] for o in own}
-    groups = {key: value for key, value in first.items() if key in GROUPS}
+    groups = {key: value for key, value in first.items() if key in (*GROUPS, REPRODUCE)}
     of_groups = _composed(groups, folders)
     paths = set(_keys(of_groups))
     for key in first:
-        if key not in GROUPS and key not in paths:
-            raise ConfigError(f"No key '{key}': {did_you_mean(key, [*GROUPS, *paths])}")
+        if key not in groups and key not in paths:
+            raise ConfigError(f"No key '{key}': {did_you_mean(key, [*GROUPS, REPRODUCE, *paths])}")
     # 3) Values. Those of a method that are our own defaults are right (a test sees to it).
     values = [first]
     values += [first | {override.key_or_group: value} for override in own for value in _values(override)[1:]]

@@ -92,6 +92,11 @@ def _run(composed: DictConfig, folder: Path) -> None:
     else:
         plan.require_fit(config)
         run(config, folder)
+        if config.reproduces is not None:
+            from editkit.report import published
+            from editkit.runs.read import Run
+
+            print("\n".join(["", *published.lines(Run.at(folder))]), flush=True)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -34,6 +34,7 @@ from editkit.settings.runs import (
     MeasureSettings,
     ModelSettings,
     PortabilitySettings,
+    Reproduction,
     TraceSettings,
     TraceTaskSettings,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "MomentSettings",
     "OnePassSettings",
     "PortabilitySettings",
+    "Reproduction",
     "SpreadSettings",
     "TraceSettings",
     "TraceTaskSettings",

@@ -233,6 +233,14 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class Reproduction:
+    """The published table that a run is made after (conf/reproduce/)."""
+
+    name: str
+    differs: tuple[str, ...] = ()  # settings that the run has otherwise, as "data.limit: 20, there 7500"
+
+
+@dataclass(frozen=True)
 class Config:
     """One run of `editkit.run`."""
 
@@ -248,6 +256,7 @@ class Config:
     matmul: str = "highest"  # float32 products on CUDA: highest, high (TF32) or medium (bfloat16); process-wide
     resume: bool = False  # go on with the run that hydra.run.dir holds
     plan: bool = False  # show what the run would take, and do not start it
+    reproduces: Reproduction | None = None
 
     def __post_init__(self) -> None:
         require_one_of(self.matmul, "matmul", MATMUL)

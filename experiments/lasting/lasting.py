@@ -47,8 +47,8 @@ REFUSED = "refused.txt"  # what a run said that could not begin
 AT = (100, 200, 500, 1000, 2000, 5000, 10_000)
 BATCHES = (100, 10, 1)
 # What is run, quick methods first: a method, after a comma the name of what is added, and its settings.
-# Values are optimised by `descent`, which needs a quarter of Adam's time on this model (experiments/solver); "Adam" rows
-# show what that changes. pmet has no descent.
+# Values are optimised by `descent`, which needs a quarter of Adam's time on this model (experiments/solver); the rows
+# with "Adam" show what that changes. pmet has no descent.
 DESCENT, ANCHOR = "method.solver=descent", "ANCHOR"  # `anchor` gives the number
 METHODS: dict[str, tuple[str, ...]] = {
     "ultraedit": (),
