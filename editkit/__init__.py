@@ -36,7 +36,7 @@ _PUBLIC = {
     "TraceSettings": "editkit.settings",
     "load": "editkit.models.load",
     "alphaedit": "editkit.methods.alphaedit",
-    "apply_files": "editkit.edits.edit",
+    "apply_files": "editkit.edits.stacked",
     "attention_to_subject": "editkit.lenses",
     "average_trace": "editkit.tracing",
     "emmet": "editkit.methods.emmet",
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from editkit.alarm import Alarm as Alarm
     from editkit.alarm import CollapseError as CollapseError
     from editkit.edits.edit import Edit as Edit
-    from editkit.edits.edit import apply_files as apply_files
     from editkit.edits.routing import routing_change as routing_change
+    from editkit.edits.stacked import apply_files as apply_files
     from editkit.errors import EditkitError as EditkitError
     from editkit.facts import Fact as Fact
     from editkit.lenses import attention_to_subject as attention_to_subject

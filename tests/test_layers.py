@@ -19,6 +19,7 @@ LAYERS = [
     {"corpora", "files", "registry", "settings"},
     {"tensorfiles"},
     {"models"},
+    {"commands"},
     {"edits", "facts", "moments"},
     {"activations", "data", "methods", "tracing"},
     {"folded", "lenses", "metrics"},

@@ -1,10 +1,11 @@
 """Edits: changes of weights as values, their algebra, and the forms they leave in."""
 
 from editkit.edits.delta import Delta, dense_delta, joined, low_rank_delta
-from editkit.edits.edit import Applied, Base, Edit, apply_files, base_of, compressed, relative_norm
+from editkit.edits.edit import Applied, Base, Edit, base_of, compressed, relative_norm
 from editkit.edits.requantized import Requantized, requantized
 from editkit.edits.routing import RoutingChange, routing_change, routing_report
 from editkit.edits.spectra import Spectrum, alignment, spectra
+from editkit.edits.stacked import apply_files, write_checkpoint
 
 __all__ = [
     "Applied",
@@ -26,4 +27,5 @@ __all__ = [
     "routing_change",
     "routing_report",
     "spectra",
+    "write_checkpoint",
 ]

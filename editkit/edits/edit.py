@@ -144,7 +144,7 @@ class Edit:
         The weights that the edit changes are always compared; `whole` compares the digest of the whole model.
         """
         for delta in self.deltas:
-            found = _weight_digest(lm, delta.parameter)
+            found = edited_digest(lm, delta.parameter)
             if found != delta.before:
                 raise EditkitError(
                     f"This edit was computed for '{self.base.name}' with {delta.parameter} = {delta.before[:12]}; "
@@ -201,7 +201,7 @@ class Edit:
                 f"'{lm.name}' and the base of this edit are both {self.base.dtype}: apply the edit as it is."
             )
         for name in self.parameters:
-            _weight_digest(lm, name)
+            edited_digest(lm, name)
         deltas = tuple(make_delta(lm, each.module, each.left, each.right) for each in self.deltas)
         for old, new in zip(self.deltas, deltas, strict=True):
             # A Conv1D that is quantised becomes a Linear: the same W, stored the other way.
@@ -234,13 +234,14 @@ class Edit:
 
     # --- saving ---------------------------------------------------------------------------------------------
 
-    def to_peft(self, folder: str | Path, rank: int | None = None) -> dict[str, float]:
-        """Write a LoRA adapter that peft loads onto the untouched base; see `peft.write_adapter`.
+    def to_peft(self, folder: str | Path, rank: int | None = None, *, served: bool = False) -> dict[str, float]:
+        """Write a LoRA adapter that peft loads onto the untouched base; `served`: vLLM and SGLang too. See
+        `peft.write_adapter`.
 
         Raises EditkitError for an edit that is more than a change of weights.
         """
         self.require_weights("A LoRA adapter")
-        return write_adapter(self.deltas, asdict(self.base), self.provenance, Path(folder), rank)
+        return write_adapter(self.deltas, asdict(self.base), self.provenance, Path(folder), rank, served=served)
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same edit always gives the same bytes."""
@@ -363,7 +364,7 @@ def _write(lm: LanguageModel, delta: Delta) -> None:
         write_values(lm.model, delta.parameter, changed)
 
 
-def _weight_digest(lm: LanguageModel, name: str) -> str:
+def edited_digest(lm: LanguageModel, name: str) -> str:
     _require(lm, name)
     return weight_digest(lm.model, name)
 
@@ -422,42 +423,3 @@ def compressed(edit: Edit, rank: int) -> Edit:
         errors[delta.parameter] = (s[rank:].norm() / s.norm().clamp_min(1e-300)).item()
     cut = {"rank": rank, "relative_error": errors}
     return replace(edit, deltas=tuple(deltas), provenance=edit.provenance | {"compressed": cut})
-
-
-@contextlib.contextmanager
-def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Applied]:
-    """The edits of several files on `lm` inside the `with`, in the stated order; restored and verified after it.
-
-    W = cast(W0 + Σ ΔW), cast once. Each edit must be of `lm` itself, or have been computed on top of exactly the
-    files before it (its `parents`). Raises EditkitError naming the first file for which neither holds, EditFileError
-    for one that cannot be read; nothing is applied then.
-    """
-    if not paths:
-        raise EditkitError("No edit file was given: name one or several.")
-    base = base_of(lm)
-    before: list[str] = []
-    deltas: list[Delta] = []
-    installed: list[Installed] = []
-    for path in paths:
-        edit = Edit.load(path)
-        if any(parent.startswith(FOLDED) for parent in edit.parents):
-            raise EditkitError(
-                f"'{path}' was computed in a session that had folded its older steps into one sum, so no files of "
-                "edits make the model that it belongs on. Use Session.load(folder, lm), or session.total()."
-            )
-        alone = edit.base.digest == base.digest and not edit.parents
-        if not alone and not (before and edit.parents == tuple(before)):
-            raise EditkitError(
-                f"'{path}' was computed for '{edit.base.name}' {edit.base.digest[:12]} on top of "
-                f"{[d[:12] for d in edit.parents] or 'nothing'}; here it comes on '{lm.name}' {base.digest[:12]}, "
-                f"on top of {[d[:12] for d in before] or 'nothing'}. Give all files in the order they were made, "
-                "on their own base."
-            )
-        before.append(edit.digest)
-        deltas += list(edit.deltas)
-        installed += list(edit.installed)
-    weights = {delta.parameter: _weight_digest(lm, delta.parameter) for delta in deltas}
-    now = tuple(replace(delta, before=weights[delta.parameter]) for delta in joined(deltas))
-    how = {"method": "files", "digests": before}
-    with Edit(now, base, how, installed=tuple(installed)).applied(lm) as applied:
-        yield applied

@@ -17,11 +17,14 @@ from typing import Any
 from einops import rearrange, repeat
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from torch.nn.functional import pad
 
 from editkit.edits.delta import Delta
 from editkit.errors import EditkitError
 from editkit.files import write_bytes, write_text
 
+# What vLLM takes for max_lora_rank (its documentation of LoRAConfig); an adapter is padded to the next one with zeros.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 NEGLIGIBLE = 1e-7  # of the largest singular value: less than float32 holds beside it
 
 
@@ -31,6 +34,8 @@ def write_adapter(
     provenance: Mapping[str, Any],
     folder: Path,
     rank: int | None = None,
+    *,
+    served: bool = False,
 ) -> dict[str, float]:
     """Write adapter_config.json, adapter_model.safetensors and README.md; the relative error of each weight's ΔW.
 
@@ -39,6 +44,8 @@ def write_adapter(
     - `folder`: where to write; it is made where it is missing.
     - `rank`: cut each ΔW to this many of its largest singular values. If None, a dense ΔW is cut to its numerical
       rank.
+    - `served`: as vLLM and SGLang take it. They read one rank and one alpha for the whole adapter, no patterns, and
+      have Linear weights alone; so all factors are padded with zeros to one of SERVED_RANKS.
 
     Returns ‖ΔW written − ΔW‖ / ‖ΔW‖ by parameter name. Raises EditkitError for an edit without deltas or of mixed
     orientations, OutputError when the folder cannot be written.
@@ -48,6 +55,12 @@ def write_adapter(
     if len({delta.orientation for delta in deltas if delta.experts is None}) > 1:
         raise EditkitError("This edit changes Conv1D and Linear weights; peft has one fan_in_fan_out for an adapter.")
     by_parameter = any(delta.experts is not None for delta in deltas)
+    if served and (by_parameter or deltas[0].orientation == "in_out"):
+        raise EditkitError(
+            "vLLM and SGLang take adapters of Linear weights alone, and this edit changes "
+            f"{'the joint weight of experts' if by_parameter else 'Conv1D weights'}. Merge it into a checkpoint: "
+            "python -m editkit.edits merge."
+        )
     tensors: dict[str, Tensor] = {}
     ranks, errors = {}, {}
     for delta in deltas:
@@ -65,9 +78,12 @@ def write_adapter(
         prefix = f"base_model.model.{delta.module}"
         tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
         tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
+    if served:
+        ranks = dict.fromkeys(ranks, _pad(tensors))
     name = Path(base["name"]).name if Path(base["name"]).is_absolute() else base["name"]
     largest = max(ranks.values())
-    alike = by_parameter and len({*ranks.values()}) == 1  # peft warns, for nothing, of a pattern for a parameter
+    # peft warns, for nothing, of a pattern for a parameter; servers do not read patterns.
+    alike = served or (by_parameter and len({*ranks.values()}) == 1)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -90,6 +106,22 @@ def write_adapter(
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / "README.md", _card(name, base, provenance, ranks, errors))
     return errors
+
+
+def _pad(tensors: dict[str, Tensor]) -> int:
+    """Bring all factors to one rank of SERVED_RANKS, which is returned. Raises EditkitError for a larger one."""
+    largest = max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
+    rank = next((each for each in SERVED_RANKS if each >= largest), None)
+    if rank is None:
+        raise EditkitError(
+            f"This edit has rank {largest}, and vLLM takes {SERVED_RANKS[-1]} at most. Cut it with rank=N, which "
+            "measures what that loses, or merge it into a checkpoint."
+        )
+    for name, tensor in tensors.items():
+        missing = rank - tensor.shape[0 if ".lora_A." in name else 1]
+        sides = (0, 0, 0, missing) if ".lora_A." in name else (0, missing)
+        tensors[name] = pad(tensor, sides).contiguous()
+    return rank
 
 
 def _card(

@@ -15,17 +15,12 @@ The cache is $EDITKIT_CACHE, else ~/.cache/editkit. Errors are one line and exit
 import argparse
 import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Callable
-from os import environ
 from pathlib import Path
 
-from editkit import start
+from editkit.commands import Commands, load_model, model_options
 from editkit.errors import ConfigError, EditkitError
 from editkit.models.architecture import experts_in
 from editkit.models.experts import down_of
-from editkit.models.load import DTYPES, LanguageModel, load
 from editkit.moments.amount import key_shape, resolved
 from editkit.moments.cache import IMPORTED, cache_folder, second_moments, stored_at
 from editkit.moments.collect import Share
@@ -40,20 +35,7 @@ from editkit.tensorfiles import read_header
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"editkit: warning: {message}", file=sys.stderr)
-        try:
-            return command(options)
-        except EditkitError as error:
-            if environ.get("EDITKIT_TRACEBACK"):
-                traceback.print_exception(error)
-            print(f"editkit: {error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            print("interrupted: what was collected is kept; the same command goes on from there", file=sys.stderr)
-            return 130
+    return _commands().run(arguments)
 
 
 def info(options: argparse.Namespace) -> int:
@@ -118,7 +100,7 @@ def verify(options: argparse.Namespace) -> int:
     moment = _sound(options.file)
     against = ""
     if options.model is not None:
-        lm = _load(options)
+        lm = load_model(options)
         collected, found = moment.provenance.get("model_digest", ""), lm.digest
         if collected != found:
             raise EditkitError(
@@ -147,7 +129,7 @@ def collect(options: argparse.Namespace) -> int:
             raise ConfigError("--shard is for processes that know nothing of each other: leave it out under torchrun.")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, when another process has ended
         options.device = _own_device(options.device)
-    lm = _load(options)
+    lm = load_model(options)
     settings = resolved(lm, settings)
     layers = range(lm.layers) if options.layers is None else options.layers
     if group is not None:
@@ -176,7 +158,7 @@ def export(options: argparse.Namespace) -> int:
 
 def import_(options: argparse.Namespace) -> int:
     """Put a second moment from an .npz of the ROME authors' code into the cache."""
-    lm = _load(options)
+    lm = load_model(options)
     module = down_of(lm, lm.check_layer(options.layer))
     source = IMPORTED + options.name
     made = {"model": lm.name, "model_digest": lm.digest, "settings": {"source": source}, "file": options.file.name}
@@ -195,11 +177,6 @@ def import_(options: argparse.Namespace) -> int:
     print(f"{moment.save(stored_at(moment, MomentSettings(source=source), 0, cache_folder()))}")
     print(f"use it with moments.source={source}")
     return 0
-
-
-def _load(options: argparse.Namespace) -> LanguageModel:
-    start.import_libraries()
-    return load(options.model, dtype=options.dtype, device=options.device)
 
 
 def _own_device(device: str) -> str:
@@ -240,33 +217,20 @@ def _name(text: str) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m editkit.moments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        does = (command.__doc__ or "").strip()
-        one = commands.add_parser(name, help=does, description=does)
-        one.set_defaults(command=command)
-        return one
-
-    def model(one: argparse.ArgumentParser, help: str, *, required: bool = True) -> None:
-        one.add_argument("--model", required=required, metavar="NAME", help=help)
-        one.add_argument("--dtype", choices=[*DTYPES, "auto"], default="float32", help="of the model; default: float32")
-        one.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: auto")
-
+def _commands() -> Commands:
+    interrupted = "interrupted: what was collected is kept; the same command goes on from there"
+    commands = Commands("python -m editkit.moments", __doc__, interrupted)
+    add = commands.add
     defaults = MomentSettings()
     one = add("info", info)
     one.add_argument("path", nargs="?", type=Path, help="a file or a folder; default: the cache")
 
     one = add("verify", verify)
     one.add_argument("file", type=Path, metavar="FILE.safetensors")
-    model(one, "also check that it was collected on this very model", required=False)
+    model_options(one, "also check that it was collected on this very model", required=False)
 
     one = add("collect", collect)
-    model(one, "atlas, a local folder, or a Hub name")
+    model_options(one, "atlas, a local folder, or a Hub name")
     one.add_argument("--layers", type=_layers, default=None, metavar="N,N|all", help="blocks from 0; default: all")
     one.add_argument(
         "--source",
@@ -303,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("import", import_)
     one.add_argument("file", type=Path, metavar="FILE.npz")
-    model(one, "the model it was collected on")
+    model_options(one, "the model it was collected on")
     one.add_argument("--layer", type=int, required=True, help="the block whose down-projection it belongs to")
     one.add_argument(
         "--name",
@@ -311,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         default="reference",
         help=f"moments.source={IMPORTED}NAME then stands for it, with any seed; default: reference",
     )
-    return parser
+    return commands
 
 
 if __name__ == "__main__":

@@ -195,11 +195,11 @@ def anchor(cell: Cell) -> float:
     """The anchor of a method's values on an organism, computed once: of PILOTS facts that the stream has not."""
     path = cell.folder / "anchor.json"
     if not path.exists():
-        lm, memit = editkit.load(cell.organism.name), get_method("memit")
+        lm = editkit.load(cell.organism.name)
         first = FACTS + LifelongSettings().untouched
         cases = load_cases(DataSettings(), seed=0, distinct=True).cases[first : first + PILOTS]
-        settings = memit.settings(solver="descent", **cell.organism.blocks("memit"))
-        edit = memit.function(lm, [case.fact for case in cases], settings)
+        settings = editkit.MemitSettings(solver="descent", **cell.organism.blocks("memit"))
+        edit = editkit.memit(lm, [case.fact for case in cases], settings)
         write_text(path, json.dumps({"anchor": pilot_anchor(edit), "facts": PILOTS}) + "\n")
     found: float = json.loads(path.read_text(encoding="utf-8"))["anchor"]
     return found
