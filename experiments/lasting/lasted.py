@@ -12,7 +12,7 @@ from editkit.files import write_text
 
 HERE = Path(__file__).parent
 Cell = dict[str, Any]
-SHORT = (100, 1000, 2000, 10_000)  # edits of README.md's columns
+SHORT = (100, 200, 500, 1000)  # edits of README.md's columns
 MEASURED = (100, 200, 500, 1000, 2000, 5000, 10_000)  # edits at which cells are measured
 COLUMNS = ("written", "said freely", "paraphrase", "same subject", "goes on", "untouched")
 

@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,19 @@ import lasted
 
 import editkit
 from editkit.data import load_cases
+from editkit.data.cases import Case
 from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE, REWRITE, SAME_SUBJECT
 from editkit.files import write_text
 from editkit.methods import get_method
 from editkit.methods.shared.anchor import pilot_anchor
-from editkit.metrics.counterfact import ES
+from editkit.metrics.counterfact import ES, S
+from editkit.metrics.measure import look, rows_of, scores_of_rows
 from editkit.metrics.metric import AFTER, RETENTION, UNTOUCHED, Metric
 from editkit.metrics.natural import GOES_ON, RIGHT
+from editkit.metrics.summary import summary
 from editkit.models.load import BUNDLED
 from editkit.runs import names
-from editkit.settings import DataSettings, LifelongSettings
+from editkit.settings import DataSettings, LifelongSettings, MeasureSettings
 from editkit.tasks.costs import read_costs
 
 HERE = Path(__file__).parent
@@ -79,7 +82,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "kn": (),
     "ike": (),
 }
-PILOTS = 100  # facts whose values give the anchor, none of the stream's
+PILOTS, PILOTS_ASKED = 100, 30  # facts that give an organism's anchor and learning rates, none of the stream's
+# Methods that train weights, and what of the bundled model's learning rate is tried on another organism.
+_SOME, _MANY = [4.0**k for k in range(-2, 3)], [4.0**k for k in range(-2, 7)]
+RATES = dict.fromkeys(("ft", "ft_l", "ft_bf", "crispedit"), _SOME) | dict.fromkeys(("ultraedit", "stableedit"), _MANY)
 
 
 class Organism:
@@ -192,17 +198,56 @@ class Cell:
 
 
 def anchor(cell: Cell) -> float:
-    """The anchor of a method's values on an organism, computed once: of PILOTS facts that the stream has not."""
-    path = cell.folder / "anchor.json"
-    if not path.exists():
+    """The anchor of a method's values on an organism, computed once: of pilot facts."""
+
+    def found() -> float:
         lm = editkit.load(cell.organism.name)
-        first = FACTS + LifelongSettings().untouched
-        cases = load_cases(DataSettings(), seed=0, distinct=True).cases[first : first + PILOTS]
         settings = editkit.MemitSettings(solver="descent", **cell.organism.blocks("memit"))
-        edit = editkit.memit(lm, [case.fact for case in cases], settings)
-        write_text(path, json.dumps({"anchor": pilot_anchor(edit), "facts": PILOTS}) + "\n")
-    found: float = json.loads(path.read_text(encoding="utf-8"))["anchor"]
-    return found
+        return pilot_anchor(editkit.memit(lm, [case.fact for case in pilots()], settings))
+
+    return _kept(cell.folder / "anchor.json", found)
+
+
+def rate(cell: Cell, method: str) -> float:
+    """The learning rate of a method that trains weights, on an organism for which the package has none.
+
+    That of RATES × the bundled model's with the largest S of the first PILOTS_ASKED pilot facts, after all of them have
+    been edited in one step.
+    """
+
+    def found() -> float:
+        lm, cases = editkit.load(cell.organism.name), pilots()
+        kind: Any = get_method(method).settings
+        start: float = kind.constants.of("atlas", lm.layers)["lr"]
+        asked = MeasureSettings(generate=0, natural=0, fluency=0, distracted=False)
+        before = [look(lm, case, asked) for case in cases[:PILOTS_ASKED]]
+        scores: dict[float, float] = {}
+        for factor in RATES[method]:
+            settings = kind(lr=factor * start, **cell.organism.blocks(method))
+            edit = get_method(method)(lm, [case.fact for case in cases], settings, progress=False)
+            with edit.applied(lm):
+                rows = [rows_of(case, old, look(lm, case, asked)) for case, old in zip(cases, before, strict=False)]
+            found = summary([scores_of_rows(each) for each in rows])
+            best = next(score.average for score in found if (score.metric, score.when) == (S, AFTER))
+            scores[factor * start] = best.mean if best else 0.0
+        print(scores, flush=True)
+        return max(scores, key=lambda lr: scores[lr])
+
+    return _kept(cell.folder / f"rate-{method}.json", found)
+
+
+def pilots() -> Sequence[Case]:
+    """Facts that no stream has, neither edited nor untouched."""
+    first = FACTS + LifelongSettings().untouched
+    return load_cases(DataSettings(), seed=0, distinct=True).cases[first : first + PILOTS]
+
+
+def _kept(path: Path, compute: Callable[[], float]) -> float:
+    """A number that is computed once and kept in a file."""
+    if not path.exists():
+        write_text(path, json.dumps({"value": compute(), "pilots": PILOTS}) + "\n")
+    value: float = json.loads(path.read_text(encoding="utf-8"))["value"]
+    return value
 
 
 def cells(folder: Path, organism: Organism, methods: list[str], batches: list[int]) -> Iterator[Cell]:
