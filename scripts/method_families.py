@@ -1,6 +1,6 @@
 """Every method on a tiny random model of every family: a table of what works and what is refused.
 
-    python scripts/method_families.py                       # needs the checkout, for tests/
+    python scripts/method_families.py
 
 A cell is ok when, for one fact (two for methods that take many): computing the edit leaves every bit of the model as
 it was, applying it raises the probability of each target_new, all logits of another prompt stay finite, and after it
@@ -30,8 +30,8 @@ from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digests, tensors_of
 from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from editkit.settings import ContextSettings, MomentSettings
+from editkit.testing.tiny import SITES, tiny_lm
 
-ROOT = Path(__file__).resolve().parent.parent
 # The subject stands last: attention with random weights carries next to nothing from it to a later token.
 FACTS = [Fact("The city of {}", "The Eiffel Tower", "Rome"), Fact("The capital of {}", "France", "Madrid")]
 # Random weights know nothing and have small values: little decay, and more weight on the new keys than on old ones.
@@ -116,15 +116,12 @@ def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of tests/families.py; default: all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of editkit/testing/tiny.py; default: all")
     parser.add_argument("--methods", nargs="+", choices=names(), default=names(), help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    tests: Any = importlib.import_module("tests.conftest")
-    sites = importlib.import_module("tests.families").SITES
-    if unknown := [name for name in options.families if name not in sites]:
-        parser.error(f"unknown family {', '.join(unknown)}: choose from {', '.join(sites)}")
+    if unknown := [name for name in options.families if name not in SITES]:
+        parser.error(f"unknown family {', '.join(unknown)}: choose from {', '.join(SITES)}")
 
     began = time.time()
     torch.set_num_threads(1)  # for tiny models threads wait for each other more than they work
@@ -132,9 +129,9 @@ def main() -> None:
     width = max(map(len, options.methods)) + 1
     print(f"{'family':12}" + "".join(f"{name:>{width}}" for name in options.methods), flush=True)
     found: dict[str, dict[str, Any]] = {}
-    for family in options.families or sites:
+    for family in options.families or SITES:
         try:
-            lm = tests.tiny_lm(family)
+            lm = tiny_lm(family)
             with tempfile.TemporaryDirectory() as folder:
                 found[family] = {name: check(lm, name, Path(folder)) for name in options.methods}
         except EditkitError as error:  # the whole family

@@ -1,6 +1,6 @@
 """The hook layer on a tiny random model of every family: a table of what works, at four kinds of module.
 
-    python scripts/nethook_families.py                       # needs the checkout, for tests/families.py
+    python scripts/nethook_families.py                       # needs the checkout, for editkit/testing/tiny.py
 
 For each of block, attention, MLP and down-projection (block 1 of the model):
 
@@ -35,12 +35,12 @@ IDS = torch.arange(2, 16).view(2, 7)
 
 
 def families() -> Any:
-    """tests/families.py, which is in the checkout alone."""
+    """editkit/testing/tiny.py, which is in the checkout alone."""
     sys.path.insert(0, str(ROOT))
     try:
-        return importlib.import_module("tests.families")
+        return importlib.import_module("editkit.testing.tiny")
     except ModuleNotFoundError as error:
-        if error.name not in ("tests", "tests.families"):
+        if error.name not in ("tests", "editkit.testing.tiny"):
             raise
         sys.exit(f"{ROOT / 'tests' / 'families.py'} is not there: run this script from a checkout of editkit.")
 
@@ -151,7 +151,7 @@ def line(family: str, row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of tests/families.py; default: all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="of editkit/testing/tiny.py; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
     models = families()

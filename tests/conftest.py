@@ -2,24 +2,20 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from editkit.corpora import atlas_prose, load_atlas
 from editkit.facts import Fact
-from editkit.models.architecture import architecture_of
-from editkit.models.load import BUNDLED, LanguageModel, load
+from editkit.models.load import LanguageModel, load
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import encode_with_targets, spaced, tokenise
-from tests.families import build
-from tests.hooking import count_hooks
+from editkit.testing.tiny import build
+from editkit.testing.untouched import count_hooks
 from tests.oracles import FactRows
 from tests.run_folders import TASKS, really_run
 
@@ -114,36 +110,6 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def atlas_lm() -> LanguageModel:
     return load("atlas", device="cpu")
-
-
-@cache
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's kind: pieces carry their leading space, nothing is added in front."""
-    return PreTrainedTokenizerFast.from_pretrained(BUNDLED["atlas"])
-
-
-@cache
-def llama_like_tokenizer() -> PreTrainedTokenizerFast:
-    """Llama-2's kind: a BOS in front, and a space mark put before the first word."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    bpe.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=list("▁"), show_progress=False
-    )
-    sentences = [
-        f"{p.format(f.subject)} {f.object}." for f in load_atlas().facts[:600] for p in load_atlas().trained_pairs(f)
-    ]
-    bpe.train_from_iterator(sentences + atlas_prose(), trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def tiny_lm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
-    """A tiny random model of a family, with the tokenizer of its kind."""
-    tokenizer = byte_level_tokenizer() if family.startswith("gpt") else llama_like_tokenizer()
-    model = build(family, vocab_size=len(tokenizer), dtype=dtype, seed=seed)
-    return LanguageModel(f"tiny-{family}", model, tokenizer, architecture_of(model.config.model_type))
 
 
 def inputs_of(lm: LanguageModel, fact: Fact, templates: Sequence[str]) -> FactRows:

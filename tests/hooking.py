@@ -9,18 +9,13 @@ from torch import nn
 
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
-from tests.families import SITES
+from editkit.testing.tiny import SITES
 
 IDS = torch.arange(2, 16).view(2, 7)
 MLP = "transformer.h.1.mlp"
 DOWN = "transformer.h.1.mlp.c_proj"
 BLOCKS = [f"transformer.h.{i}" for i in range(3)]
 TEXTS = ["The Eiffel Tower is in Paris", "Rain", "The capital of the country France is the city of", "A cloud is fog."]
-
-
-def count_hooks(model: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def logits(model: Callable[..., Any], ids: torch.Tensor = IDS) -> torch.Tensor:

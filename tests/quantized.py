@@ -16,7 +16,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.quantization import SCHEMES
 from editkit.models.quantized import WAYS, dequantized, is_quantized
 from editkit.models.snapshot import bits
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "opt")
 PROMPTS = ("The Eiffel Tower is located in the city of", "The capital of France is")

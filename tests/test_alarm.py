@@ -18,7 +18,7 @@ from editkit.methods.ft_bf import FtBfSettings
 from editkit.metrics.running_text import text_blocks
 from editkit.models.load import LanguageModel
 from editkit.settings import AlarmSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.test_folded import STREAM
 from tests.test_session import assert_bits, weights
 

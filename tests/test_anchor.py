@@ -15,7 +15,8 @@ from editkit.methods.shared.anchor import anchored, pilot_anchor
 from editkit.models.experts import site_of
 from editkit.models.load import LanguageModel
 from editkit.moments import second_moments
-from tests.conftest import Near, inputs_of, tiny_lm
+from editkit.testing.tiny import tiny_lm
+from tests.conftest import Near, inputs_of
 from tests.expert_oracle import memory_of
 from tests.oracles import rome_update, spread_updates
 from tests.test_experts import CONTEXTS, FACTS, MOMENTS, blocks_of

@@ -24,13 +24,13 @@ from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.settings import ContextSettings, MomentSettings
-from tests.conftest import Near, tiny_lm
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import tokens_of, untouched
+from tests.conftest import Near
 from tests.expert_oracle import memory_of
-from tests.families import SITES
 from tests.oracles import adam, logits_of
 from tests.present import present
 from tests.test_experts import blocks_of
-from tests.untouched import tokens_of, untouched
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the update of"),  # on tiny random models it is large

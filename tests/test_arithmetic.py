@@ -12,8 +12,8 @@ from editkit.errors import EditFileError, EditkitError
 from editkit.methods.shared.transforms import prune
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import same_bits
-from tests.conftest import tiny_lm
-from tests.test_snapshot import everything
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
 

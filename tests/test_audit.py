@@ -17,7 +17,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.settings import ContextSettings, MomentSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 OTHERS = [Fact("{} is located in the city of", name, "Paris") for name in ("The Louvre", "Big Ben")]

@@ -21,8 +21,8 @@ from editkit.nethook import get_module
 from editkit.runs import names
 from editkit.settings import MeasureSettings
 from editkit.tasks import common, get_task
-from tests.conftest import tiny_lm
-from tests.hooking import count_hooks
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import count_hooks
 from tests.test_tree import FAMILIES, TEXTS, asked, wide_lm
 
 

@@ -26,9 +26,9 @@ from editkit.models.load import LanguageModel
 from editkit.moments import Identity, second_moments
 from editkit.moments.experts import FactoredExperts
 from editkit.settings import MomentSettings
-from tests.conftest import Near, inputs_of, tiny_lm
+from editkit.testing.tiny import EXPERTS, SITES, tiny_lm
+from tests.conftest import Near, inputs_of
 from tests.expert_oracle import memory_of
-from tests.families import EXPERTS, SITES
 from tests.oracles import session_updates, spread_updates
 from tests.test_experts import CONTEXTS, FACTS, blocks_of
 from tests.test_methods import SETTINGS, random_moment

@@ -15,9 +15,9 @@ from editkit import Fact, MemitSettings, MomentSettings, RRomeSettings, load, me
 from editkit.metrics.scoring import score_targets
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
+from editkit.testing.untouched import everything
 from tests import llama2c
 from tests.conftest import SHARED_DATA
-from tests.test_snapshot import everything
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_llama2c.py"
 

@@ -17,13 +17,13 @@ from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.moments import packed_blocks
 from editkit.nethook import get_module
-from tests.conftest import Near, tiny_lm
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import tokens_of, untouched
+from tests.conftest import Near
 from tests.expert_oracle import memory_of
-from tests.families import SITES
 from tests.present import present
 from tests.test_ft_bf import FACTS
 from tests.test_ultraedit import TEXT, passed
-from tests.untouched import tokens_of, untouched
 
 PLAIN = CrispEditSettings(layers=(0, 1), steps=4, lr=2e-3, batch=2, stop_loss=0.0, tokens=60, energy=0.7)
 

@@ -17,7 +17,7 @@ from editkit.errors import EditFileError, EditkitError, OutputError
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
 from editkit.tensorfiles import to_bytes
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.test_snapshot import random_edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large

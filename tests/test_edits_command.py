@@ -16,7 +16,7 @@ from editkit.edits.peft import SERVED_RANKS
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.models.load import load
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.test_peft import edit_of, logits
 
 FACTS = [Fact("{} is in the city of", "The Eiffel Tower", "Rome"), Fact("{} is in the city of", "Big Ben", "Oslo")]

@@ -25,9 +25,8 @@ from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment
 from editkit.nethook import get_module
 from editkit.settings import MomentSettings
-from tests.conftest import tiny_lm
-from tests.families import SITES
-from tests.hooking import count_hooks
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import count_hooks
 
 FAMILIES = list(SITES)
 # Whatever the model's dtype, in attention or in the router.

@@ -25,14 +25,12 @@ from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.nethook import Trace
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import EXPERTS, tiny_lm
+from editkit.testing.untouched import everything, plain_nll, tokens_of, untouched
 from tests.expert_oracle import Experts, gates_of, memory_of
-from tests.families import EXPERTS
 from tests.run_folders import really_run
 from tests.test_experts import CONTEXTS, FACT, FACTS, MOMENTS, TEXT
 from tests.test_methods import SETTINGS
-from tests.test_snapshot import everything
-from tests.untouched import plain_nll, tokens_of, untouched
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the update of"),  # on tiny random models it is large

@@ -19,9 +19,9 @@ from editkit.moments import SecondMoment, packed_blocks, second_moments, to_npz
 from editkit.moments.collect import Sums
 from editkit.nethook import Trace
 from editkit.settings import MomentSettings
-from tests.conftest import inputs_of, tiny_lm
+from editkit.testing.tiny import EXPERTS, tiny_lm
+from tests.conftest import inputs_of
 from tests.expert_oracle import Experts, memory_of
-from tests.families import EXPERTS
 from tests.oracles import moment_of, rome_update, spread_updates
 from tests.test_methods import SETTINGS, SOLVERS
 

@@ -12,7 +12,8 @@ from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import Rows, encode_with_targets, spaced, tokenise
-from tests.conftest import SHARED_DATA, tiny_lm
+from editkit.testing.tiny import tiny_lm
+from tests.conftest import SHARED_DATA
 
 TEMPLATES = [
     "{} is located in",

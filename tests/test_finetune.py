@@ -15,9 +15,10 @@ from editkit.methods.ft import FtSettings, ft
 from editkit.methods.ft_l import FtLSettings, ft_l
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
-from tests.conftest import Near, tiny_lm
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import TARGETS, plain_nll, tokens_of, untouched
+from tests.conftest import Near
 from tests.oracles import dense
-from tests.untouched import TARGETS, plain_nll, tokens_of, untouched
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 FACTS = [

@@ -19,7 +19,7 @@ from editkit.methods.stableedit import StableEditSettings
 from editkit.methods.ultraedit import UltraEditSettings
 from editkit.models.load import LanguageModel
 from editkit.settings import MomentSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.test_carried import KEEPING, settings_for
 from tests.test_session import assert_bits, weights
 

@@ -20,7 +20,7 @@ from editkit.data import formats
 from editkit.errors import ConfigError
 from editkit.models import architecture
 from editkit.settings import MethodSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 
 NUDGE = '''
 """Nudge: a random change of one block along the subjects' keys."""

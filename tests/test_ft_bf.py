@@ -17,11 +17,11 @@ from editkit.models.architecture import experts_in, weight_name
 from editkit.models.experts import down_of, site_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
-from tests.conftest import Near, tiny_lm
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import TARGETS, tokens_of, untouched
+from tests.conftest import Near
 from tests.expert_oracle import memory_of
-from tests.families import SITES
 from tests.present import present
-from tests.untouched import TARGETS, tokens_of, untouched
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 FACTS = [

@@ -23,14 +23,13 @@ from editkit.models.installed import Installed, install, installed_on
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot, digests, tensors_of
 from editkit.models.tokens import tokenise
-from tests.conftest import Near, tiny_lm
-from tests.families import EXPERTS, SITES
-from tests.hooking import count_hooks
+from editkit.testing.tiny import EXPERTS, SITES, tiny_lm
+from editkit.testing.untouched import count_hooks, plain_nll, tokens_of, untouched
+from tests.conftest import Near
 from tests.oracles import logits_of
 from tests.test_session import FACTS
 from tests.test_wrapped import SAME, state
 from tests.test_wrapped_weights import DOWN, adapted
-from tests.untouched import plain_nll, tokens_of, untouched
 
 LONG = Fact("The city of {}", "The Eiffel Tower", "Berlin Madrid", "Paris")
 FEW = GraceSettings(layer=1, steps=4, lr=0.1, radius=0.1)

@@ -26,13 +26,11 @@ from editkit.models.load import LanguageModel, load
 from editkit.models.prefix import Prefix, prefix_of
 from editkit.models.tokens import encode_with_targets, tokenise
 from editkit.settings import MeasureSettings, MomentSettings, TraceSettings
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import everything, plain_nll, tokens_of
 from editkit.tracing import trace
-from tests.conftest import tiny_lm
-from tests.families import SITES
 from tests.run_folders import really_run, record_of
 from tests.test_session import FACTS
-from tests.test_snapshot import everything
-from tests.untouched import plain_nll, tokens_of
 
 FACT = Fact("The city of {}", "The Eiffel Tower", "Rome", "Paris")
 TYPED = "New Fact: The city of The Eiffel Tower Rome\nPrompt: "

@@ -19,11 +19,11 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.nethook import Trace
 from editkit.settings import ContextSettings
-from tests.conftest import Near, tiny_lm
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import untouched
+from tests.conftest import Near
 from tests.expert_oracle import memory_of
-from tests.families import SITES
 from tests.oracles import logits_of
-from tests.untouched import untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"plan", "runs", "session"},
     {"report"},
     {"plots"},
-    {"tasks"},
+    {"tasks", "testing"},
     {"config"},
     {"run"},
     {"__main__"},

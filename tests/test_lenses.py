@@ -21,10 +21,9 @@ from editkit.lenses import (
 from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
 from editkit.models.experts import down_of, keys_of
 from editkit.models.load import LanguageModel
-from tests.conftest import tiny_lm
-from tests.families import SITES
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import plain_nll, tokens_of, untouched
 from tests.hooking import by_hand
-from tests.untouched import plain_nll, tokens_of, untouched
 
 FAMILIES = list(SITES)
 FACT = Fact("Because of this the town of {} is in the state of", "Big Ben", "Oslo")

@@ -15,8 +15,7 @@ from editkit.models.architecture import architecture_of, families, orientation
 from editkit.models.experts import down_of
 from editkit.models.load import BUNDLED, LanguageModel, _NoFirstWeights
 from editkit.models.snapshot import digests, tensors_of
-from tests.conftest import tiny_lm
-from tests.families import EXPERTS, SITES, build
+from editkit.testing.tiny import EXPERTS, SITES, build, tiny_lm
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,12 @@ from editkit.methods.mend import Mend, MendSettings, mend, rank_one_gradients
 from editkit.metrics.scoring import score_probes
 from editkit.models.load import LanguageModel
 from editkit.nethook import requires_grad
-from tests.conftest import Near, tiny_lm
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import TARGETS, plain_nll, tokens_of, untouched
+from tests.conftest import Near
 from tests.oracles import dense
 from tests.scripts import script
 from tests.test_snapshot import random_edit
-from tests.untouched import TARGETS, plain_nll, tokens_of, untouched
 
 train_mend = script("train_mend")
 

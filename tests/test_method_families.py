@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from editkit.models.architecture import families
-from tests.conftest import tiny_lm
-from tests.families import SITES
+from editkit.testing.tiny import SITES, tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
 

@@ -19,9 +19,10 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.moments import Factored, SecondMoment, second_moments
 from editkit.settings import ContextSettings, MomentSettings
-from tests.conftest import Near, inputs_of, tiny_lm
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import everything
+from tests.conftest import Near, inputs_of
 from tests.oracles import spread_updates
-from tests.test_snapshot import everything
 
 FACTS = [
     Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),

@@ -39,8 +39,7 @@ from editkit.models.architecture import architecture_of
 from editkit.models.generate import generate, generate_batch
 from editkit.models.load import LanguageModel
 from editkit.settings import MeasureSettings
-from tests.conftest import tiny_lm
-from tests.families import SITES
+from editkit.testing.tiny import SITES, tiny_lm
 from tests.present import present
 
 WORDS = ["<end>", "Tower", "Louvre", "is", "in", "lies", "was", "Rome", "Paris", "New", "York", "speaks", "has", "."]

@@ -17,8 +17,7 @@ from editkit.models.architecture import Architecture
 from editkit.models.load import LanguageModel
 from editkit.moments import SecondMoment, factored, packed_blocks, second_moments
 from editkit.settings import MomentSettings
-from tests.conftest import byte_level_tokenizer, tiny_lm
-from tests.families import SITES, build
+from editkit.testing.tiny import SITES, build, byte_level_tokenizer, tiny_lm
 from tests.oracles import moment_of, second_moment
 
 SETTINGS = MomentSettings(tokens=600, block=32, ridge=0.0)

@@ -15,7 +15,7 @@ from editkit.moments import keys_wanted, resolved
 from editkit.moments.cache import Store
 from editkit.settings import MomentSettings
 from editkit.tasks.console import update
-from tests.conftest import byte_level_tokenizer, tiny_lm
+from editkit.testing.tiny import byte_level_tokenizer, tiny_lm
 
 
 def shape(config: Any) -> LanguageModel:

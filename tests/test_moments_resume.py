@@ -22,7 +22,7 @@ from editkit.moments.moment import PARTIAL_FILE
 from editkit.nethook import get_module
 from editkit.settings import MomentSettings
 from editkit.tensorfiles import read_header
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 
 Interrupt = tuple[int, Callable[[], None]]  # batches that are kept, and what takes the interrupt away
 

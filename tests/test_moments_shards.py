@@ -26,7 +26,7 @@ from editkit.moments.moment import SHARD_FILE
 from editkit.settings import MomentSettings
 from editkit.start import _LAUNCHED
 from editkit.tensorfiles import read_header
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore:The second moment at")  # few tokens are read
 

@@ -19,7 +19,7 @@ from editkit.models.generate import end_tokens, generate, room_behind
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import in_form
 from editkit.settings import MeasureSettings
-from tests.conftest import llama_like_tokenizer, tiny_lm
+from editkit.testing.tiny import llama_like_tokenizer, tiny_lm
 
 ONLY = MeasureSettings(generate=2, natural=12, fluency=0, distracted=False)
 

@@ -20,7 +20,7 @@ from editkit.nethook import (
     Stop,
     Trace,
 )
-from tests.families import SITES, build
+from editkit.testing.tiny import SITES, build
 from tests.hooking import IDS, gradients, logits, loss_of
 
 BLOCKS = [f"transformer.h.{i}" for i in range(3)]

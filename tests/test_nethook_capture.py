@@ -17,7 +17,7 @@ from editkit.nethook import (
     hidden,
     with_hidden,
 )
-from tests.families import build
+from editkit.testing.tiny import build
 from tests.hooking import BLOCKS, DOWN, IDS, MLP, logits, loss_of, uneven
 
 Pair = collections.namedtuple("Pair", "scores hidden")

@@ -9,8 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from editkit.nethook import Trace, TraceDict, get_module, get_parameter, hidden, with_hidden
-from tests.families import SITES, build
-from tests.hooking import count_hooks, logits, loss_of, uneven
+from editkit.testing.tiny import SITES, build
+from editkit.testing.untouched import count_hooks
+from tests.hooking import logits, loss_of, uneven
 
 
 def named_sites(kinds: Sequence[str] = ("block", "attention", "mlp", "down_projection")) -> list[Any]:

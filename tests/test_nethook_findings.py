@@ -16,8 +16,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot, bits, same_bits
 from editkit.models.tokens import tokenise
 from editkit.nethook import get_parameter
-from tests.conftest import byte_level_tokenizer, tiny_lm
-from tests.families import SITES, build
+from editkit.testing.tiny import SITES, build, byte_level_tokenizer, tiny_lm
 
 
 def drawn(*shape: int, seed: int) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from editkit.nethook import HookError, InstrumentedModel, NameNotFound, Trace
-from tests.families import SITES, build
-from tests.hooking import IDS, count_hooks, logits, loss_of
+from editkit.testing.tiny import SITES, build
+from editkit.testing.untouched import count_hooks
+from tests.hooking import IDS, logits, loss_of
 
 MLPS = [f"transformer.h.{i}.mlp" for i in range(3)]
 

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from editkit.nethook import HookError, NameNotFound, Trace, get_module, get_parameter
-from tests.families import build
-from tests.hooking import BLOCKS, DOWN, IDS, MLP, count_hooks, logits, loss_of, uneven
+from editkit.testing.tiny import build
+from editkit.testing.untouched import count_hooks
+from tests.hooking import BLOCKS, DOWN, IDS, MLP, logits, loss_of, uneven
 
 
 def test_v06_a_site_that_never_runs(gpt2: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from editkit.nethook import Trace, requires_grad
-from tests.families import SITES, build
+from editkit.testing.tiny import SITES, build
 
 BATCHES, FEWER, WARM = 200, 50, 20
 IDS = torch.arange(2, 26).view(3, 8)

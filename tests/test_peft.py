@@ -12,7 +12,7 @@ from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
 from editkit.errors import EditkitError
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 
 IDS = torch.arange(2, 22).view(2, 10)
 

@@ -32,8 +32,7 @@ from editkit.plan.speed import Speed
 from editkit.plan.step import Step, together
 from editkit.plan.work import Counter
 from editkit.settings import Config, MomentSettings
-from tests.conftest import tiny_lm
-from tests.families import FAMILIES
+from editkit.testing.tiny import FAMILIES, tiny_lm
 from tests.scripts import SCRIPTS
 
 CPU = torch.device("cpu")

@@ -28,12 +28,12 @@ from editkit.moments import second_moments
 from editkit.nethook import Trace, get_module, get_parameter
 from editkit.session import Session
 from editkit.settings import ContextSettings, MomentSettings, TraceSettings
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import everything, untouched
 from editkit.tracing import trace
-from tests.conftest import inputs_of, tiny_lm
-from tests.families import SITES
+from tests.conftest import inputs_of
 from tests.oracles import rome_update, second_moment
-from tests.test_snapshot import everything, random_edit
-from tests.untouched import untouched
+from tests.test_snapshot import random_edit
 
 FAMILIES = list(SITES)
 NO_MOMENTS = MomentSettings(enabled=False)

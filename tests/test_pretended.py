@@ -18,9 +18,8 @@ from editkit.methods.shared.engine import Replayed
 from editkit.methods.shared.value import READ_EVERY
 from editkit.models.load import LanguageModel
 from editkit.settings import MomentSettings
+from editkit.testing.tiny import EXPERTS, tiny_lm
 from tests import pretended
-from tests.conftest import tiny_lm
-from tests.families import EXPERTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
 

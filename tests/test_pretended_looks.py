@@ -26,9 +26,9 @@ from editkit.models.snapshot import Snapshot, digests, tensors_of
 from editkit.moments import second_moments
 from editkit.nethook import select
 from editkit.settings import TRACE_KINDS, ContextSettings, MeasureSettings, MomentSettings, TraceSettings
+from editkit.testing.tiny import tiny_lm
 from editkit.tracing import average_trace
 from tests import pretended
-from tests.conftest import tiny_lm
 from tests.run_folders import FAST, TRACED, really_run, record_of
 from tests.test_session import SETTINGS as SESSION_SETTINGS
 

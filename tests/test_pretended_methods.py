@@ -23,9 +23,9 @@ from editkit.methods.mend import Mend
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digests, tensors_of
 from editkit.settings import MomentSettings
+from editkit.testing.tiny import DENSE, EXPERTS, tiny_lm
 from tests import pretended
-from tests.conftest import CELL, tiny_lm
-from tests.families import DENSE, EXPERTS
+from tests.conftest import CELL
 from tests.scripts import script
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of", "ignore:C has")  # tiny models: large updates, few keys

@@ -25,8 +25,8 @@ from editkit.models.offload import values_of, write_values
 from editkit.models.snapshot import digests, same_bits, tensors_of
 from editkit.nethook import HookError, get_parameter, requires_grad
 from editkit.settings import MomentSettings
+from editkit.testing.tiny import tiny_lm
 from tests import pretended
-from tests.conftest import tiny_lm
 from tests.run_folders import FAST, really_run, record_of
 from tests.test_pretended_looks import LOOKS, plain
 from tests.test_pretended_methods import edited

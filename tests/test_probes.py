@@ -25,8 +25,9 @@ from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.nethook import HookError
 from editkit.plots import heat_map
-from tests.conftest import tiny_lm
-from tests.hooking import TEXTS, batch_of, by_hand, count_hooks, sites_of
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import count_hooks
+from tests.hooking import TEXTS, batch_of, by_hand, sites_of
 
 FAMILIES = ["gpt2", "llama"]
 

@@ -18,7 +18,7 @@ from editkit.models.load import BUNDLED, LanguageModel
 from editkit.models.quantized import dequantized, scheme_of
 from editkit.models.snapshot import Snapshot, digests, tensors_of
 from editkit.settings import ContextSettings, MomentSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.quantized import CELLS, FAMILIES, apart, every_bit, float_twin, logits, need, quantized_lm, same, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of", "ignore:C has")  # tiny models: large updates, few keys

@@ -15,7 +15,7 @@ from editkit.methods.shared.likelihood import descend
 from editkit.models.experts import down_of
 from editkit.models.quantized import Beside, dequantized, quantized_again
 from editkit.runs.names import EDITS
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.quantized import CELLS, apart, every_bit, float_twin, logits, need, parts, quantized_lm, same
 from tests.run_folders import FAST, really_run, record_of
 from tests.test_pretended_methods import edited, method_families

@@ -18,7 +18,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.quantized import Beside, dequantized, is_quantized, scheme_of
 from editkit.nethook import replace_module
 from editkit.settings import MomentSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.quantized import apart, every_bit, logits, same, saved
 from tests.test_quantized import FACT, SETTINGS, random_edit
 from tests.test_session import FACTS, MOMENTS

@@ -14,10 +14,8 @@ from editkit.models.passes import CannotReplay
 from editkit.models.replay import replay
 from editkit.models.tokens import Rows, tokenise
 from editkit.nethook import Trace, get_module, get_parameter, requires_grad
-from tests.conftest import tiny_lm
-from tests.families import SITES
-from tests.hooking import count_hooks
-from tests.test_snapshot import everything
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import count_hooks, everything
 
 FAMILIES = list(SITES)
 TEXTS = [

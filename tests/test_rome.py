@@ -16,9 +16,10 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.moments import second_moments
 from editkit.settings import ContextSettings, MomentSettings
-from tests.conftest import Near, inputs_of, tiny_lm
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import everything
+from tests.conftest import Near, inputs_of
 from tests.oracles import rome_update
-from tests.test_snapshot import everything
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 FEW = ContextSettings(lengths=(4, 9), counts=(2, 2))

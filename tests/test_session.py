@@ -17,8 +17,8 @@ from editkit.methods.ft import FtSettings
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import bits, same_bits
 from editkit.settings import ContextSettings, MomentSettings
-from tests.conftest import tiny_lm
-from tests.test_snapshot import everything
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import everything
 
 FACTS = [
     Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),

@@ -13,9 +13,9 @@ from editkit.activations.shaping import ActivationPenalty, clamp_norm, match_ref
 from editkit.errors import EditkitError, ModelError
 from editkit.models.load import LanguageModel
 from editkit.nethook import Trace, get_parameter
-from tests.conftest import tiny_lm
-from tests.families import SITES
-from tests.hooking import TEXTS, assert_same, batch_of, by_hand, count_hooks, gradients, sites_of
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import count_hooks
+from tests.hooking import TEXTS, assert_same, batch_of, by_hand, gradients, sites_of
 
 FAMILIES = ["gpt2", "llama"]
 

@@ -11,9 +11,8 @@ from editkit.methods.shared import sites
 from editkit.methods.shared.sites import Lookups, at_lookup
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_module, get_parameter
-from tests.conftest import tiny_lm
-from tests.families import DENSE
-from tests.hooking import count_hooks
+from editkit.testing.tiny import DENSE, tiny_lm
+from editkit.testing.untouched import count_hooks
 
 FAMILIES = DENSE  # test_expert_edits.py has the mixtures of experts
 CONTEXTS = ["{}", "The old town. {}", "Because I was there for a long time then. {}"]

@@ -10,14 +10,11 @@ from torch import nn
 from editkit.edits import Edit, base_of, low_rank_delta
 from editkit.errors import EditkitError, ReversalError
 from editkit.models.load import LanguageModel
-from editkit.models.snapshot import Snapshot, bits, digest, model_digest, same_bits, tensors_of, uninterrupted
-from tests.conftest import tiny_lm
+from editkit.models.snapshot import Snapshot, bits, digest, model_digest, same_bits, uninterrupted
+from editkit.testing.tiny import tiny_lm
+from editkit.testing.untouched import everything
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def everything(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: bits(t).clone() for name, t in tensors_of(model).items()}
 
 
 def random_edit(lm: LanguageModel, layer: int = 1, rank: int = 2) -> Edit:

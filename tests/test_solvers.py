@@ -18,7 +18,7 @@ from editkit.methods.shared.engine import Batch, FactRows, Replayed, rows_of
 from editkit.methods.shared.solvers import AIM, Descent
 from editkit.models.load import LanguageModel
 from editkit.settings import ValueSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.test_engines import CONTEXTS, FACTS, FAMILIES, IN_FLOAT32, NO_MOMENTS, by_both, losses, same
 
 OPTIONS: dict[str, Any] = {"moments": NO_MOMENTS, "contexts": CONTEXTS, "progress": False}

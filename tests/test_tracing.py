@@ -16,11 +16,10 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.nethook import Trace
 from editkit.settings import TRACE_KINDS, TraceSettings
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import count_hooks
 from editkit.tracing import PARTS, Traced, embedding_std, parts_of
 from editkit.tracing.corruption import noised
-from tests.conftest import tiny_lm
-from tests.families import SITES
-from tests.hooking import count_hooks
 
 Key = tuple[str, int]  # kind of activation, block
 Hooked = tuple[nn.Module, Callable[..., Any]]

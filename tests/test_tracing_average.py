@@ -11,8 +11,8 @@ from editkit import Fact, average_trace, propose_layers, trace
 from editkit.errors import EditkitError
 from editkit.models.load import LanguageModel
 from editkit.settings import TraceSettings
+from editkit.testing.tiny import tiny_lm
 from editkit.tracing import PARTS, AverageTrace, embedding_std
-from tests.conftest import tiny_lm
 
 FACTS = [
     Fact("{} is located in the city of", "The Eiffel Tower", "Rome"),

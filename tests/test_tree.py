@@ -16,9 +16,8 @@ from editkit.models.replay import replay
 from editkit.models.tokens import Rows, tokenise
 from editkit.models.tree import Tree, room
 from editkit.nethook import get_module
-from tests.conftest import tiny_lm
-from tests.families import SITES
-from tests.hooking import count_hooks
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import count_hooks
 
 FAMILIES = list(SITES)
 CLOSE = 5e-6  # of the largest logit; both are float32

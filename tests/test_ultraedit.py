@@ -26,13 +26,13 @@ from editkit.models.load import LanguageModel
 from editkit.moments import packed_blocks
 from editkit.nethook import NameNotFound
 from editkit.settings import MomentSettings
-from tests.conftest import Near, tiny_lm
+from editkit.testing.tiny import SITES, tiny_lm
+from editkit.testing.untouched import tokens_of, untouched
+from tests.conftest import Near
 from tests.expert_oracle import memory_of
-from tests.families import SITES
 from tests.oracles import Memory, logits_of
 from tests.present import present
 from tests.scripts import SCRIPTS
-from tests.untouched import tokens_of, untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
 

@@ -146,10 +146,8 @@ class Cell:
             "task=lifelong",
             f"method={name}",
             *given,
-            *(
-                f"method.{key}={list(v) if isinstance(v, tuple) else v}"
-                for key, v in self.organism.blocks(name).items()
-            ),
+            *(f"method.{key}={value}" for key, value in self.organism.blocks(name).items()),
+            *([f"method.lr={rate(self, name):.6g}"] if name in RATES and self.organism.name not in BUNDLED else []),
             f"model.name={self.organism.name}",
             f"data.stream={EDITS}",
             f"data.limit={FACTS}",

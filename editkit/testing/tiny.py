@@ -1,12 +1,20 @@
-"""Tiny random models of each family, built from transformers configurations: no download, CPU, eval mode."""
+"""Tiny random models of each family, built from transformers configurations: no download, CPU, eval mode.
+
+`tiny_lm("llama")` is one with a tokenizer; `build` the model alone. A family of your own is told to them by `add`.
+"""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from editkit.corpora import atlas_prose, load_atlas
+from editkit.models.architecture import architecture_of
+from editkit.models.load import BUNDLED, LanguageModel
 
 
 class Sites(NamedTuple):
@@ -185,3 +193,33 @@ def build(family: str, vocab_size: int = 96, dtype: torch.dtype = torch.float32,
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {family: partial(build, family) for family in SITES}
+
+
+@cache
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's kind: pieces carry their leading space, nothing is added in front."""
+    return PreTrainedTokenizerFast.from_pretrained(BUNDLED["atlas"])
+
+
+@cache
+def llama_like_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama-2's kind: a BOS in front, and a space mark put before the first word."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    bpe.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=list("▁"), show_progress=False
+    )
+    sentences = [
+        f"{p.format(f.subject)} {f.object}." for f in load_atlas().facts[:600] for p in load_atlas().trained_pairs(f)
+    ]
+    bpe.train_from_iterator(sentences + atlas_prose(), trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_lm(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
+    """A tiny random model of a family, with the tokenizer of its kind."""
+    tokenizer = byte_level_tokenizer() if family.startswith("gpt") else llama_like_tokenizer()
+    model = build(family, vocab_size=len(tokenizer), dtype=dtype, seed=seed)
+    return LanguageModel(f"tiny-{family}", model, tokenizer, architecture_of(model.config.model_type))

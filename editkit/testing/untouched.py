@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from editkit import LanguageModel
 from editkit.models.architecture import experts_in, weight_name
-from tests.hooking import count_hooks
-from tests.test_snapshot import everything
+from editkit.models.load import LanguageModel
+from editkit.models.snapshot import bits, tensors_of
 
 TARGETS = ("Rome", "Berlin Madrid", "Oslo")
 
@@ -28,6 +27,17 @@ def plain_nll(model: Callable[..., Any], rows: list[tuple[list[int], int]]) -> t
         p = model(input_ids=torch.tensor([ids])).logits[0].softmax(-1)
         losses.append(torch.stack([-p[i - 1, ids[i]].log() for i in range(len(ids) - count, len(ids))]).mean())
     return torch.stack(losses).mean()
+
+
+def count_hooks(model: torch.nn.Module) -> int:
+    """Forward and backward hooks of all modules, those before and those after."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the bits of every parameter and buffer, as integers."""
+    return {name: bits(tensor).clone() for name, tensor in tensors_of(model).items()}
 
 
 def _state(lm: LanguageModel) -> dict[str, Any]:
