@@ -20,7 +20,7 @@ LAYERS = [
     {"tensorfiles"},
     {"models"},
     {"commands"},
-    {"edits", "facts", "moments"},
+    {"edits", "facts", "moments", "new"},
     {"activations", "data", "methods", "tracing"},
     {"folded", "lenses", "metrics"},
     {"alarm", "composition", "sessionfiles"},

@@ -8,6 +8,8 @@
 Of a mixture of experts, whose blocks have no single down-projection, the second is left out.
 """
 
+from functools import partial
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,7 +44,7 @@ def check_family(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         if lm.architecture.experts is None:
             found.run("captured", family, lambda: _captured(lm))
         for start in range(lm.layers):
-            found.run("replayed", f"{family}, from block {start}", lambda start=start: _replayed(lm, start))
+            found.run("replayed", f"{family}, from block {start}", partial(_replayed, lm, start))
         check_cell(found, family, lm, get_method("r_rome"), SETTINGS, list(FACTS[:1]))
     return found
 

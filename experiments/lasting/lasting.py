@@ -85,7 +85,10 @@ METHODS: dict[str, tuple[str, ...]] = {
 PILOTS, PILOTS_ASKED = 100, 30  # facts that give an organism's anchor and learning rates, none of the stream's
 # Methods that train weights, and what of the bundled model's learning rate is tried on another organism.
 _SOME, _MANY = [4.0**k for k in range(-2, 3)], [4.0**k for k in range(-2, 7)]
-RATES = dict.fromkeys(("ft", "ft_l", "ft_bf", "crispedit"), _SOME) | dict.fromkeys(("ultraedit", "stableedit"), _MANY)
+RATES: dict[str, list[float]] = {
+    **dict.fromkeys(("ft", "ft_l", "ft_bf", "crispedit"), _SOME),
+    **dict.fromkeys(("ultraedit", "stableedit"), _MANY),
+}
 
 
 class Organism:
