@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from editkit.errors import FactError
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
+from editkit.shown import Rows, Shown
 
 
 @dataclass(frozen=True)
-class Fact:
+class Fact(Shown):
     """A fact to write: `prompt` with one `{}` for the `subject`, the `target_new`, and the `target_true`.
 
     >>> Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris").text
@@ -21,6 +22,11 @@ class Fact:
     subject: str
     target_new: str
     target_true: str = ""  # may be unknown; needed to compare with what was true before
+
+    def shown(self) -> tuple[str, Rows]:
+        """The text, and what it goes from and to."""
+        true = [("not", self.target_true)] if self.target_true else []
+        return "Fact", [("", self.text), ("→", self.target_new), *true]
 
     def __post_init__(self) -> None:
         if self.prompt.count("{}") != 1:

@@ -32,6 +32,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal, Snapshot
 from editkit.sessionfiles import Folder, Header, read_session
 from editkit.settings import MethodSettings
+from editkit.shown import Rows, Shown, counted
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Undone:
     edit: Edit
     later: tuple[int, ...]  # steps, as numbered now, that were computed while it was in force
     distance: float | None = None  # ‖Σ Δ − Σ Δ re-run without it‖ / ‖Σ Δ re-run‖, where a re-run was asked for
+
+
+STEPS_SHOWN = 5  # of a session in a notebook
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class State:
         return self.folded.steps + len(self.steps)
 
 
-class Session:
+class Session(Shown):
     """Edits over time. `with Session(lm, "alphaedit") as session: session.edit(facts)`; restored and verified on exit.
 
     - `method`, `settings`: a registered name, and its settings (defaults where None).
@@ -115,6 +119,17 @@ class Session:
         reversal = self.reset()
         if kind is None:
             reversal.require()
+
+    def shown(self) -> tuple[str, Rows]:
+        """Its method, model, and the steps in force: the latest few."""
+        folded = [("folded", counted(self.folded.steps, "step"))] if self.folded.steps else []
+        rows = [("model", self.lm.name), ("in force", counted(self.count, "step")), *folded]
+        first = max(0, len(self.steps) - STEPS_SHOWN)
+        for number, step in enumerate(self.steps[first:], first):
+            facts = step.provenance.get("facts", [])
+            said = f"{facts[0]['subject']} → {facts[0]['target_new']}" if facts else "no fact named"
+            rows.append((f"step {number}", said + (f", and {len(facts) - 1:,} more" if len(facts) > 1 else "")))
+        return f"Session of {self.method}", rows
 
     @property
     def count(self) -> int:

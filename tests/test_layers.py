@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "editkit"
 
 # Bottom first; rooms on one line do not know each other.
 LAYERS = [
-    {"editkit", "errors", "nethook", "numbers", "start"},
+    {"editkit", "errors", "nethook", "numbers", "shown", "start"},
     {"corpora", "files", "registry", "settings"},
     {"tensorfiles"},
     {"models"},

@@ -23,9 +23,9 @@ from editkit.edits.stacked import apply_files, write_checkpoint
 from editkit.errors import EditkitError
 from editkit.models.generate import generate
 from editkit.models.load import load
+from editkit.shown import Rows
 
 TOKENS = 12  # said after a prompt
-SHOWN = 20  # facts listed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,26 +116,11 @@ def export(options: argparse.Namespace) -> int:
 _PER_STEP = ("reports", "versions", "seconds")  # of an edit's provenance: not what was asked for
 
 
-def _described(path: Path, edit: Edit) -> list[tuple[str, str]]:
+def _described(path: Path, edit: Edit) -> Rows:
     how = edit.provenance
-    facts = [f"{f['prompt'].replace('{}', f['subject'])} → {f['target_new']}" for f in how.get("facts", [])]
-    more = [f"and {len(facts) - SHOWN} more"] if len(facts) > SHOWN else []
-    rows = [
-        ("file", f"{path}, {path.stat().st_size:,} bytes"),
-        ("digest", edit.digest),
-        ("base", f"{edit.base.name}, {edit.base.dtype}, digest {edit.base.digest[:16]}"),
-        ("method", f"{how.get('method', 'unknown')}, seed {how.get('seed', '?')}"),
-    ]
-    rows += [("fact" if not i else "", text) for i, text in enumerate([*facts[:SHOWN], *more])]
-    rows += [("on top of", parent[:16]) for parent in edit.parents]
-    rows += [
-        (
-            "weight",
-            f"{delta.parameter}, {'dense' if delta.right is None else f'rank {delta.rank}'}, ‖ΔW‖ {delta.norm():.4g}",
-        )
-        for delta in edit.deltas
-    ]
-    return rows + [("installs", str(each)) for each in edit.installed]
+    title, rows = edit.shown()
+    made = [("made", f"{title[0].lower()}{title[1:]}, seed {how.get('seed', '?')}")]
+    return [("file", f"{path}, {path.stat().st_size:,} bytes"), ("digest", edit.digest), *made, *rows]
 
 
 def _asked(edit: Edit) -> str:

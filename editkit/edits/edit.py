@@ -36,8 +36,10 @@ from editkit.models.quantized import edited_module, is_quantized
 from editkit.models.snapshot import Reversal, Snapshot, weight_digest
 from editkit.models.wrapped import require_editable
 from editkit.nethook import NameNotFound, get_module, replace_module
+from editkit.shown import SHORT, Rows, Shown
 from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, starting_with, to_bytes
 
+FACTS_SHOWN = 5  # of an edit in a notebook
 FOLDED = "folded:"  # in front of the parent that stands for the folded steps of a session
 QUANTIZED_BASE = "/"  # in the dtype of a quantised base, between its scheme and the dtype of its activations
 
@@ -61,8 +63,8 @@ class Base:
     dtype: str
 
 
-@dataclass(frozen=True, eq=False)
-class Edit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit(Shown):
     """A frozen edit. `with edit.applied(lm): ...` applies it, and restores and verifies on exit.
 
     `provenance` is JSON: method, settings, facts, seed, loss of each step, versions. `parents` are digests
@@ -81,6 +83,21 @@ class Edit:
 
     def __post_init__(self) -> None:  # as a file gives them back, see Delta
         object.__setattr__(self, "memory", {name: tensor.contiguous() for name, tensor in self.memory.items()})
+
+    def shown(self) -> tuple[str, Rows]:
+        """Its method, facts, changes and base; of many facts the first few."""
+        how = self.provenance
+        stated = how.get("facts", [])
+        facts = [f"{fact['prompt'].replace('{}', fact['subject'])} → {fact['target_new']}" for fact in stated]
+        more = [f"and {len(facts) - FACTS_SHOWN:,} more"] if len(facts) > FACTS_SHOWN else []
+        rows = [("fact" if not i else "", text) for i, text in enumerate([*facts[:FACTS_SHOWN], *more])]
+        for delta in self.deltas:
+            rank = "dense" if delta.right is None else f"rank {delta.rank}"
+            rows.append(("weight", f"{delta.parameter}, {rank}, ‖ΔW‖ {delta.norm():.4g}"))
+        rows += [("installs", str(each)) for each in self.installed]
+        rows += [("on top of", parent[:SHORT]) for parent in self.parents]
+        rows.append(("base", f"{self.base.name}, {self.base.dtype}, digest {self.base.digest[:SHORT]}"))
+        return f"Edit by {how.get('method', 'an unknown method')}", rows
 
     @property
     def parameters(self) -> list[str]:
@@ -314,12 +331,16 @@ def _content_of(row: Any, tensors: dict[str, Tensor]) -> Installed:
     return kind.from_file({name: value for name, value in row.items() if name != "kind"}, tensors)
 
 
-@dataclass
-class Applied:
+@dataclass(repr=False)
+class Applied(Shown):
     """What `Edit.applied` yields: the snapshot, and after the `with` the verified `reversal`."""
 
     snapshot: Snapshot
     reversal: Reversal | None = None
+
+    def shown(self) -> tuple[str, Rows]:
+        """Whether it is on the model, or what was verified after it."""
+        return "Applied", [("state", "on the model" if self.reversal is None else f"restored, {self.reversal}")]
 
 
 def _write(lm: LanguageModel, delta: Delta) -> None:

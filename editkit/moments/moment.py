@@ -14,6 +14,7 @@ from editkit.errors import EditkitError
 from editkit.models.snapshot import digest
 from editkit.moments.experts import FactoredExperts
 from editkit.moments.factored import Factored, cholesky
+from editkit.shown import SHORT, Rows, Shown
 from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
 
 _ORIGIN = "Files of the reference (.npz) come in through `python -m editkit.moments import`."
@@ -61,8 +62,8 @@ KEPT = 2**30  # bytes of a factor up to which it is kept
 TOLERANCE = 1e-6  # of C's largest entry or eigenvalue: what sums in float32 leave, as the reference's files have
 
 
-@dataclass(frozen=True, eq=False)
-class SecondMoment:
+@dataclass(frozen=True, eq=False, repr=False)
+class SecondMoment(Shown):
     """C = E[k kᵀ] [d_ff, d_ff] in float64, uncentred, over `count` keys at `module`.
 
     Of a mixture of experts only the diagonal blocks [E, d_ff, d_ff], and `routed` counts the keys of each (experts.py).
@@ -76,6 +77,16 @@ class SecondMoment:
     effective_count: float | None = None  # (Σ‖k‖²)² / Σ‖k‖⁴ (Kish 1965): keys that carry C; None where it is unknown
     provenance: dict[str, Any] = field(default_factory=dict)
     routed: tuple[int, ...] = ()  # how many of the tokens each expert had; empty for a single down-projection
+
+    def shown(self) -> tuple[str, Rows]:
+        """Where it was collected, from how many keys, of which text and model."""
+        experts = (
+            [("experts", f"{len(self.routed)}, with {min(self.routed):,} keys or more each")] if self.routed else []
+        )
+        keys = f"{self.count:,}, {self.vectors_per_dimension:.3g} a dimension of {self.d_ff:,}"
+        model = f"{self.provenance.get('model', '?')}, digest {self.provenance.get('model_digest', '?')[:SHORT]}"
+        rows = [("module", self.module), ("keys", keys), *experts, ("source", self.source), ("model", model)]
+        return "SecondMoment", rows
 
     @property
     def d_ff(self) -> int:

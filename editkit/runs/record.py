@@ -15,6 +15,7 @@ from editkit import __version__
 from editkit.errors import RecordError
 from editkit.files import write_bytes, write_text
 from editkit.runs.names import FORMAT, RECORD
+from editkit.shown import Rows, Shown
 
 if TYPE_CHECKING:  # a report reads folders without torch and pandas, whose import takes seconds
     from editkit.models.load import LanguageModel
@@ -25,8 +26,8 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, repr=False)
+class Record(Shown):
     """What one run came to. Everything is JSON."""
 
     task: str
@@ -44,6 +45,14 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)  # what the scores' metrics mean, as declared
     format: int = FORMAT
+
+    def shown(self) -> tuple[str, Rows]:
+        """The task, model and method, how many figures, and whether the weights came back."""
+        method = (self.config.get("method") or {}).get("name", "?")
+        back = {True: "bit for bit", False: "NOT EQUAL", None: "not compared"}[self.reversal.get("exact")]
+        rows = [("model", str(self.model.get("name"))), ("method", str(method)), ("scores", f"{len(self.scores):,}")]
+        rows += [("points", f"{len(self.series):,}")] if self.series else []
+        return f"Record of task={self.task}", [*rows, ("restored", back)]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
