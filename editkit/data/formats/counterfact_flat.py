@@ -31,4 +31,8 @@ def counterfact_flat(raw: Raw) -> Case:
     return Case((fact,), probes, raw.id("case_id"), generation=(raw.text("rephrase_prompt"),), notes=(TRAP,))
 
 
-register("counterfact_flat", counterfact_flat, marks=(("prompt", "subject", "rephrase_prompt", "locality_prompt"),))
+register(
+    "counterfact_flat",
+    counterfact_flat,
+    marks=(("prompt", "subject", "ground_truth", "rephrase_prompt", "locality_prompt"),),
+)
