@@ -19,7 +19,7 @@ from editkit.facts import Fact
 from editkit.metrics.longform import FIGURES, NEAR, Overlap, common_subsequence, rouge_l, token_f1
 from editkit.metrics.measure import look, rows_of, scores_of_rows, values_of_rows
 from editkit.models.generate import generate
-from editkit.models.tokens import spaced, token_counts
+from editkit.models.tokens import in_form, spaced, token_counts
 from editkit.settings import MeasureSettings
 from tests.conftest import tiny_lm
 from tests.records import EDITEVERY, UNKE
@@ -109,14 +109,18 @@ def long_case() -> Case:
     return Case((fact,), probes, "1")
 
 
-def test_each_long_answer_is_said_as_long_as_itself() -> None:
+@pytest.mark.parametrize("form", ["bare", "qa"])
+@pytest.mark.parametrize("most", [0, 5])
+def test_each_long_answer_is_said_as_long_as_itself(form: str, most: int) -> None:
     lm, case = tiny_lm("gpt2"), long_case()
-    seen = look(lm, case, ONLY)
+    seen = look(lm, case, replace(ONLY, form=form, natural=most))
     rows = rows_of(case, seen, seen)
     for row, probe in zip(rows[:3], case.probes, strict=False):
         (count,) = token_counts(lm, [spaced(probe.target_new)])
-        assert row["long_answer_before"] == generate(lm, [probe.prompt], count + ONLY.generate)[0]
+        (said,) = generate(lm, [in_form(lm, probe.prompt, form)], count + ONLY.generate)
+        assert row["long_answer_before"] == said
     assert len(rows[2]["said_before"]) > len(rows[2]["long_answer_before"])  # the case's longest answer is longer
+    assert (rows[0]["answer_before"] is None) == (most == 0)
     assert "long_answer_before" not in rows[3]
     silent = look(lm, case, replace(ONLY, generate=0))
     assert rows_of(case, silent, silent)[0]["long_answer_after"] is None

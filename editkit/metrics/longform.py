@@ -1,12 +1,12 @@
 """Long answers: how near the model's own text comes to the text that was written (UnKE, AKEW, EditEverything).
 
-The continuation is greedy and as long as the answer, plus `measure.generate` tokens. No text of a hundred words is said
-again word for word, so it is compared by words:
+The continuation is greedy, of the prompt in the form of `measure.form`, and as long as the answer, plus
+`measure.generate` tokens. No text of a hundred words is said again word for word, so words are compared:
 
     rouge_L         F-measure of the longest common subsequence of words: of L words, P = L / words said,
                     R = L / words of the answer, F = 2 P R / (P + R)
     rouge_L_recall  R alone, which UnKE's and AnyEdit's tables call ROUGE-L (of another package's words)
-    f1              the same of the words in common, in any order, normalised as SQuAD does (`natural.normalised`)
+    f1              F-measure of the words in common, in any order, normalised as SQuAD does (`natural.normalised`)
 
 Words of ROUGE are those of Google's rouge-score 0.1.2 without stemming: runs of a to z and digits, in lower case. So
 rouge_L is its `rougeL`, to the last digit; the package is not needed for it (it would bring nltk along). A text in

@@ -83,12 +83,17 @@ def _said(
     asked = [in_form(lm, prompt, settings.form) for prompt in prompts]
     room = room_behind(lm, asked)
     most = settings.natural if room is None else max(0, min(settings.natural, room))
+    own = [
+        count + settings.generate if probe.long else 0
+        for count, probe in zip(token_counts(lm, [spaced(probe.wanted) for probe in probes]), probes, strict=True)
+    ]
     if asked == prompts:
         longest = max(least, most)
         rows = free = generate_tokens(lm, prompts, longest, stops=natural.STOPS if most else (), least=least)
     else:
+        longest = max(own, default=0)
         rows = generate_tokens(lm, prompts, least)
-        free = generate_tokens(lm, asked, most, stops=natural.STOPS)
+        free = generate_tokens(lm, asked, max(longest, most), stops=natural.STOPS, least=longest)
     said = [text_of(lm, row[:least]) for row in rows]
     ends = end_tokens(lm)
     answers = [
@@ -96,13 +101,7 @@ def _said(
         for row in free
         if settings.natural
     ]
-    if not any(probe.long for probe in probes):
-        return said, answers, []
-    own = token_counts(lm, [spaced(probe.wanted) for probe in probes])
-    long = [
-        text_of(lm, row[: length + settings.generate]) if probe.long else None
-        for row, length, probe in zip(rows, own, probes, strict=True)
-    ]
+    long = [text_of(lm, row[:count]) if count else None for row, count in zip(free, own, strict=True) if any(own)]
     return said, answers, long
 
 
