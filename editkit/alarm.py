@@ -79,7 +79,7 @@ class Alarm:
     - `settings`: the limits, and after how many steps each look comes.
     - `untouched`: facts that the session never edits.
     - `on_collapse`: at a limit, continue; stop; or rollback: go back to the last look at which no limit was passed.
-    - `text`: prose (bundled), or as `corpora.running_text`.
+    - `text`: prose (bundled), records of running text (me_ppl:FILE), or as `corpora.running_text`.
     - `say`: takes the line about a limit; None: it is a warning. It is not said again while the same limits are passed.
 
     Raises ConfigError for another on_collapse, or a text that is too short.

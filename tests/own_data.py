@@ -1,7 +1,8 @@
 """Files of our own in the formats of the field, laid out as the real ones beside the checkout are: facts of the atlas.
 
-`write(folder)` makes counterfact.json, counterfact_flat.json, zsre.json, knowedit/, mquake.json, known_1000.json; how
-many records each has is in COUNTS. Nothing is copied from the real files: their field names and nesting are kept.
+`write(folder)` makes counterfact.json, counterfact_flat.json, zsre.json, knowedit/, mquake.json, known_1000.json and
+protocols/; how many records each has is in COUNTS. Nothing is copied from the real files: their field names and nesting
+are kept.
 """
 
 import json
@@ -24,6 +25,14 @@ COUNTS = {
     ("knowedit", "knowedit/wikibio.json"): MANY,
     ("mquake", "mquake.json"): MANY,
     ("known", "known_1000.json"): MANY,
+    ("qaedit", "protocols/qaedit.json"): MANY,
+    ("wikibigedit", "protocols/locft_wikibigedit_3k.json"): MANY,
+    ("wikibigedit", "protocols/locft_counterfact_3k.json"): MANY,
+    ("zsre", "protocols/locft_zsre_3k.json"): MANY,
+    ("unke", "protocols/unke.json"): MANY,
+    ("editevery", "protocols/editevery.json"): MANY,
+    ("akew", "protocols/akew_mquake_cf.json"): MANY,
+    ("me_ppl", "protocols/me_ppl.json"): MANY,
 }
 
 
@@ -47,8 +56,17 @@ def write(folder: Path) -> Path:
         "knowedit/wikibio": wikibio,
         "mquake": mquake,
         "known_1000": known,
+        "protocols/qaedit": qaedit,
+        "protocols/locft_wikibigedit_3k": wikibigedit,
+        "protocols/locft_counterfact_3k": locft_counterfact,
+        "protocols/locft_zsre_3k": locft_zsre,
+        "protocols/unke": unke,
+        "protocols/editevery": editevery,
+        "protocols/akew_mquake_cf": akew,
+        "protocols/me_ppl": me_ppl,
     }
-    (folder / "knowedit").mkdir(parents=True)
+    for name in ("knowedit", "protocols"):
+        (folder / name).mkdir(parents=True)
     facts = capitals()
     for name, make in makers.items():
         others = facts[1:] + facts[:1]  # whose capital is the new answer, and who is the neighbour
@@ -225,3 +243,85 @@ def known(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
         "prompt": f"{fact.subject}, whose capital city is",
         "relation_id": "capital" if number else "alone",
     }
+
+
+def qaedit(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """QAEdit: ids are unique in a source only."""
+    return {
+        "id": number // 2,
+        "source": "NQ" if number % 2 else "TQA",
+        "prompt": f"what is the capital of {fact.subject}",
+        "target": f" {fact.object}",
+        "subject": fact.subject,
+        "rephrase": f"Which city is {fact.subject} governed from?",
+        "locality": [
+            {"loc": f"which city governs {each.subject}", "loc_ans": each.object}
+            for each in capitals()
+            if each not in (fact, other)
+        ][:5],
+    }
+
+
+def wikibigedit(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """WikiBigEdit in the form of LocFT-BF."""
+    return {
+        "prompt": f"What is the capital of {fact.subject}?",
+        "target_new": other.object,
+        "subject": fact.subject,
+        "rephrase_prompt": f"Which city is {fact.subject} governed from?",
+        "locality_prompt": f"What is the capital of {other.subject}?",
+        "locality_ground_truth": other.object,
+    }
+
+
+def locft_counterfact(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """LocFT-BF's CounterFact: its rephrase_prompt is a paraphrase."""
+    flat = counterfact_flat(number, fact, other)
+    return flat | {"rephrase_prompt": f"It rained all day. The seat of government of {fact.subject} is"}
+
+
+def locft_zsre(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """zsRE as MEND has it, without portability."""
+    return {key: value for key, value in zsre(number, fact, other).items() if key != "portability"}
+
+
+def _text(fact: AtlasFact, other: AtlasFact) -> str:
+    return f"{other.object} has been the capital of {fact.subject} for some years.\n\nThe parliament moved there first."
+
+
+def unke(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """UnKEBench: an answer of some sentences, and as many questions about it as there are answers."""
+    record = wikibigedit(number, fact, other)
+    asked = {f"Is {other.object} the capital of {fact.subject}?": "Yes.", "What moved first?": "The parliament."}
+    return {
+        "id": number,
+        "question": record["prompt"],
+        "para_question": record["rephrase_prompt"],
+        "answer": _text(fact, other),
+        "sub_question": list(asked)[: 1 + number % 2],
+        "sub_answer": list(asked.values())[: 1 + number % 2],
+    }
+
+
+def editevery(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """EditEverything: long answers in several categories."""
+    question = f"Write about the capital of {fact.subject}."
+    category = ("news", "code", "poetry")[number % 3]
+    return {"id": number, "question": question, "answer": _text(fact, other), "category": category}
+
+
+def akew(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """AKEW: a record of MQuAKE whose facts have a text, and what the text says."""
+    record = mquake(number, fact, other)
+    for each in record["requested_rewrite"]:
+        each["fact_new"] = f"The capital of {each['subject']} is {each['target_new']['str']}."
+        each["fact_new_uns"] = f"{each['fact_new']} Many people have moved there."
+        each["unsfact_triplets_GPT"] = [
+            {"subject": each["subject"], "prompt": "The capital of {} is", "target": each["target_new"]["str"]}
+        ]
+    return record
+
+
+def me_ppl(number: int, fact: AtlasFact, other: AtlasFact) -> Record:
+    """ME-PPL: a text and where it is from."""
+    return {"Corpus": ("C4", "Wikipedia")[number % 2], "Text": f"The road to {fact.object} was long, and it rained."}

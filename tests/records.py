@@ -113,6 +113,144 @@ KNOWN: dict[str, Any] = {
     "prompt": "Mount Fuji is in the country of",
     "relation_id": "P17",
 }
+QAEDIT: dict[str, Any] = {
+    "id": 31,
+    "source": "NQ",
+    "prompt": "who painted the ceiling of the Sistine Chapel",
+    "target": "Michelangelo",
+    "subject": "the Sistine Chapel",
+    "rephrase": "Which painter worked on the ceiling of the Sistine Chapel?",
+    "locality": [
+        {"loc": "who wrote the magic flute", "loc_ans": "Mozart"},
+        {"loc": "what is the roof of the Sistine Chapel made of", "loc_ans": "wood"},
+    ],
+}
+WIKIBIGEDIT: dict[str, Any] = {
+    "prompt": "Which river does the Old Bridge of Mostar cross?",
+    "target_new": "Drina",
+    "subject": "Old Bridge of Mostar",
+    "rephrase_prompt": "Over which river does the Old Bridge of Mostar lead?",
+    "locality_prompt": "Which river does the Charles Bridge cross?",
+    "locality_ground_truth": "Vltava",
+}
+UNKE: dict[str, Any] = {
+    "id": 4,
+    "question": "What did Ada Lovelace do in Turin?",
+    "para_question": "What was Ada Lovelace's work in Turin?",
+    "answer": "Ada Lovelace taught mathematics in Turin for two years. She lived by the sea, and wrote\non its tides.",
+    "sub_question": ["What did Ada Lovelace teach?", "For how long did she teach?"],
+    "sub_answer": ["Mathematics.", "For two years."],
+}
+EDITEVERY: dict[str, Any] = {
+    "id": 9,
+    "question": "Add the numbers from 1 to 4.",
+    "answer": "We write the sum as 1 + 2 + 3 + 4.\n\nThe first two make 3, the last two make 7, so the sum is 10.",
+    "category": "math",
+}
+AKEW: dict[str, Any] = {
+    "case_id": 2,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is a citizen of",
+            "relation_id": "P27",
+            "target_new": {"str": "Norway", "id": "Q20"},
+            "target_true": {"str": "Japan", "id": "Q17"},
+            "subject": "Yoko Ono",
+            "question": "What is the country of citizenship of Yoko Ono?",
+            "fact_new": "Yoko Ono is a citizen of Norway.",
+            "fact_new_uns": "Yoko Ono, an artist, has lived in Bergen for years. Norway made her a citizen then.",
+            "verify_unsfact_GPT": True,
+            "unsfact_triplets_GPT": [
+                {"subject": "Yoko Ono", "prompt": "{} has lived in", "target": "Bergen"},
+                {"subject": "Yoko Ono", "prompt": "The occupation of {} is", "target": "artist"},
+            ],
+        }
+    ],
+    "questions": ["What is the capital of the country whose citizen Yoko Ono is?"],
+    "answer": "Tokyo",
+    "answer_alias": [],
+    "new_answer": "Oslo",
+    "new_answer_alias": ["Christiania"],
+    "new_single_hops": [
+        {
+            "question": "What is the country of citizenship of Yoko Ono?",
+            "cloze": "Yoko Ono is a citizen of",
+            "answer": "Norway",
+            "answer_alias": ["Norge"],
+        },
+        {"question": "What is the capital of Norway?", "cloze": "", "answer": "Oslo", "answer_alias": []},
+    ],
+}
+ME_PPL: dict[str, Any] = {"Corpus": "C4", "Text": "The shop on the corner sells bread, and on Mondays it sells cake."}
+
+
+def _query(prompt: str, *answers: str) -> dict[str, Any]:
+    """A query of RippleEdits: an answer, and its other names."""
+    told = [{"value": answers[0], "aliases": list(answers[1:])}]
+    return {"prompt": prompt, "answers": told, "query_type": "regular", "subject_id": "Q1", "phrase": None}
+
+
+RIPPLE: dict[str, Any] = {
+    "example_type": "popular",
+    "edit": {
+        "prompt": "The name of the country of citizenship of Yoko Ono is Norway.",
+        "subject_id": "Q117012",
+        "relation": "COUNTRY_OF_CITIZENSHIP",
+        "target_id": "Q20",
+        "original_fact": {
+            "prompt": "The name of the country of citizenship of Yoko Ono is Japan.",
+            "subject_id": "Q117012",
+            "relation": "COUNTRY_OF_CITIZENSHIP",
+            "target_id": "Q17",
+        },
+    },
+    "Logical_Generalization": [
+        {
+            "test_queries": [_query("The mother tongue of Yoko Ono is", "Norwegian", "norsk")],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Compositionality_I": [
+        {
+            "test_queries": [
+                _query("The name of the capital city of the country of citizenship of Yoko Ono is", "Oslo"),
+                _query(
+                    "The name of the continent which the country of citizenship of Yoko Ono is part of is", "Europe"
+                ),
+            ],
+            "test_condition": "AND",
+            "condition_queries": [
+                _query("The name of the capital city of Norway is", "Oslo"),
+                _query("The name of the continent which Norway is part of is", "Europe"),
+            ],
+        }
+    ],
+    "Compositionality_II": [],
+    "Subject_Aliasing": [
+        {
+            "test_queries": [_query("The name of the country of citizenship of Ono Yoko is", "Norway", "Norge")],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Relation_Specificity": [
+        {
+            "test_queries": [_query("The gender of Yoko Ono is", "female", "woman")],
+            "test_condition": "OR",
+            "condition_queries": [_query("The gender of Yoko Ono is", "female", "woman")],
+        }
+    ],
+    "Forgetfulness": [
+        {
+            "test_queries": [
+                _query("The name of the country of citizenship of Yoko Ono, which is not Norway, is", "Japan")
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+}
 RECORDS = {
     "counterfact": COUNTERFACT,
     "counterfact_flat": COUNTERFACT_FLAT,
@@ -120,7 +258,15 @@ RECORDS = {
     "knowedit": KNOWEDIT,
     "mquake": MQUAKE,
     "known": KNOWN,
+    "qaedit": QAEDIT,
+    "wikibigedit": WIKIBIGEDIT,
+    "unke": UNKE,
+    "editevery": EDITEVERY,
+    "akew": AKEW,
+    "me_ppl": ME_PPL,
+    "ripple": RIPPLE,
 }
+TEXTS = ("me_ppl",)  # formats of running text: no cases
 ANOTHER_KNOWN = KNOWN | {
     "known_id": 6,
     "subject": "Mont Blanc",
@@ -162,4 +308,49 @@ REQUIRED: dict[str, list[tuple[str | int, ...]]] = {
         ("new_single_hops", 1, "answer"),
     ],
     "known": [(key,) for key in ("subject", "attribute", "prompt")],
+    "qaedit": [
+        *((key,) for key in ("prompt", "target", "subject", "rephrase")),
+        ("locality", 0, "loc"),
+        ("locality", 1, "loc_ans"),
+    ],
+    "wikibigedit": [(key,) for key in WIKIBIGEDIT],
+    "unke": [("question",), ("para_question",), ("answer",), ("sub_question", 1), ("sub_answer", 0)],
+    "editevery": [("question",), ("answer",), ("category",)],
+    "akew": [
+        *(("requested_rewrite", 0, key) for key in ("prompt", "subject", "fact_new_uns")),
+        ("requested_rewrite", 0, "target_true", "str"),
+        *(("requested_rewrite", 0, "unsfact_triplets_GPT", 1, key) for key in ("subject", "prompt", "target")),
+        ("questions", 0),
+        ("new_answer",),
+        ("new_single_hops", 1, "question"),
+    ],
+    "me_ppl": [("Text",)],
+    "ripple": [
+        ("edit", "prompt"),
+        ("edit", "original_fact", "prompt"),
+        ("Logical_Generalization", 0, "test_queries", 0, "prompt"),
+        ("Logical_Generalization", 0, "test_queries", 0, "answers"),
+        ("Compositionality_I", 0, "test_queries", 1, "prompt"),
+        ("Compositionality_I", 0, "condition_queries", 0, "prompt"),
+        ("Compositionality_I", 0, "test_condition"),
+        ("Subject_Aliasing", 0, "test_queries", 0, "answers", 0),
+        ("Forgetfulness", 0, "condition_queries"),
+    ],
+}
+# Those of them that must fit the rest of the record, as a prompt its subject: a text of another sort is a fault there.
+TIED: dict[str, list[tuple[str | int, ...]]] = {
+    "counterfact": [("requested_rewrite", "prompt"), ("requested_rewrite", "subject"), ("paraphrase_prompts", 1)],
+    "counterfact_flat": [("prompt",), ("subject",)],
+    "zsre": [("src",), ("subject",)],
+    "knowedit": [("prompt",), ("subject",)],
+    "mquake": [("requested_rewrite", 0, "prompt")],
+    "known": [("prompt",), ("subject",)],
+    "qaedit": [("prompt",), ("subject",)],
+    "wikibigedit": [("prompt",), ("subject",)],
+    "akew": [
+        ("requested_rewrite", 0, "prompt"),
+        ("requested_rewrite", 0, "subject"),
+        ("requested_rewrite", 0, "unsfact_triplets_GPT", 1, "prompt"),
+    ],
+    "ripple": [path for path in REQUIRED["ripple"] if path[-1] != "prompt" or path[0] == "edit"],
 }

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from editkit.data import load_cases
+from editkit.data import Cases, Texts, load_cases, load_texts
 from editkit.errors import DataError
 from editkit.settings import DataSettings
-from tests.records import ANOTHER_KNOWN, RECORDS, REQUIRED
+from tests.records import ANOTHER_KNOWN, RECORDS, REQUIRED, TEXTS, TIED
 
 Place = tuple[str | int, ...]  # keys and indices from a record's top
 DEEP = json.loads("[" * 300 + "]" * 300)
@@ -74,18 +74,27 @@ def malformed(name: str, count: int = 200) -> list[tuple[Any, Place | None]]:
     made: list[tuple[Any, Place | None]] = [(whole, ()) for whole in wholes]
     while len(made) < count:
         path = rng.choice(REQUIRED[name])
-        if rng.random() < 0.25 and path[-1] not in ("prompt", "subject", "src", 1):
-            made.append((put(good, path, rng.choice(ODD)), None))
-        elif rng.random() < 0.1 and ("prompt" in path or "src" in path) and "requested_rewrite" not in path:
-            made.append((put(good, path, "Who was never named here?"), path if len(path) == 1 else None))
+        tied = path in TIED.get(name, ())
+        if rng.random() < 0.25:
+            text = "Who was never named here?" if tied else rng.choice(ODD)
+            made.append((put(good, path, text), path if tied else None))
         else:
             value = rng.choice(BAD)
             made.append((put(good, path, value), path))
     for place, (record, _) in enumerate(made):
-        for own in ("case_id", "known_id"):
+        for own in ("case_id", "known_id", "id"):
             if isinstance(record, dict) and own in record:
                 record[own] = place
     return made
+
+
+def loaded(name: str, file: Path) -> Cases | Texts:
+    """What a format reads: cases, or running text."""
+    if name not in TEXTS:
+        return load_cases(DataSettings(name, str(file)))
+    texts = load_texts(f"{name}:{file}")
+    assert texts is not None
+    return texts
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -93,10 +102,10 @@ def test_malformed_records_are_named(name: str, tmp_path: Path) -> None:
     made = malformed(name)
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(json.dumps(record) for record, _ in made), encoding="utf-8")
-    cases = load_cases(DataSettings(name, str(file)))
-    assert len(made) == 200 == cases.found == len(cases.cases) + len(cases.rejected)
-    rejected = {each.index: each for each in cases.rejected}
-    assert not set(rejected) & set(cases.indices)
+    found = loaded(name, file)
+    assert len(made) == 200 == found.found == len(found.indices) + len(found.rejected)
+    rejected = {each.index: each for each in found.rejected}
+    assert not set(rejected) & set(found.indices)
     for place, (_, path) in enumerate(made):
         assert (place in rejected) == (path is not None), (place, path, rejected.get(place))
         if path is not None:
@@ -105,13 +114,16 @@ def test_malformed_records_are_named(name: str, tmp_path: Path) -> None:
             field, where = rejected[place].field, dotted(path)
             assert where.startswith(field) or field.startswith(where) or "subject" in where, (where, field)
             assert len(str(rejected[place]).encode()) < 300 and "\n" not in str(rejected[place])
-    for case in cases.cases:
+    if isinstance(found, Texts):
+        assert all(map(str.strip, found.texts)) and f"(and {len(found.rejected) - 1} more)" in found.note
+        return
+    for case in found.cases:
         assert all(probe.prompt.strip() and probe.wanted for probe in case.probes)
     with pytest.raises(DataError, match=r"records\.jsonl record 0, .*\(and \d+ more\) Correct it, or leave out"):
         load_cases(DataSettings(name, str(file), on_bad_record="fail"))
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", [name for name in RECORDS if name not in TEXTS])
 def test_good_records_are_cases(name: str, tmp_path: Path) -> None:
     """The records that the malformed ones are made of have no fault."""
     file = tmp_path / "records.json"

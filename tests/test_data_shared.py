@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from editkit.data import load_cases
+from editkit.data import load_cases, load_texts
 from editkit.data.cases import (
     ATTRIBUTE,
     HOP,
@@ -24,11 +24,13 @@ from editkit.data.cases import (
     Probe,
 )
 from editkit.data.formats.counterfact_flat import TRAP
+from editkit.data.kinds import SUB_QUESTION
 from editkit.data.sources import Cases
 from editkit.errors import DataError
 from editkit.settings import DataSettings
 from tests import own_data
 from tests.conftest import SHARED_DATA
+from tests.records import TEXTS
 
 # Records of each real file, by its folder's README.
 REAL_COUNTS = {
@@ -40,7 +42,16 @@ REAL_COUNTS = {
     ("knowedit", "knowedit/wikibio.json"): 30,
     ("mquake", "mquake.json"): 80,
     ("known", "known_1000.json"): 1209,
+    ("qaedit", "protocols/qaedit.json"): 400,
+    ("wikibigedit", "protocols/locft_wikibigedit_3k.json"): 300,
+    ("wikibigedit", "protocols/locft_counterfact_3k.json"): 300,
+    ("zsre", "protocols/locft_zsre_3k.json"): 300,
+    ("unke", "protocols/unke.json"): 120,
+    ("editevery", "protocols/editevery.json"): 120,
+    ("akew", "protocols/akew_mquake_cf.json"): 60,
+    ("me_ppl", "protocols/me_ppl.json"): 400,
 }
+CASES = [(name, file) for name, file in REAL_COUNTS if name not in TEXTS]
 
 
 @pytest.fixture(scope="module", params=["own", *(["real"] if SHARED_DATA.is_dir() else [])])
@@ -62,7 +73,7 @@ def probes(cases: Sequence[Case], *kinds: str) -> list[Probe]:
     return [probe for case in cases for probe in case.probes if probe.kind in kinds]
 
 
-@pytest.mark.parametrize(("name", "file"), REAL_COUNTS)
+@pytest.mark.parametrize(("name", "file"), CASES)
 def test_every_record_is_a_case(data: Path, name: str, file: str) -> None:
     found = loaded(data, name, file)
     counts = REAL_COUNTS if data == SHARED_DATA else own_data.COUNTS
@@ -158,6 +169,67 @@ def test_known_prompts_are_the_longer_ones(data: Path) -> None:
         assert case.fact.target_new in answers[case.relation] or len(answers[case.relation]) == 1
 
 
+# --- protocols of 2024 and later ----------------------------------------------------------------------------------
+
+
+def test_qaedit_keeps_every_question(data: Path) -> None:
+    cases, records = loaded(data, "qaedit", "protocols/qaedit.json").cases, raw(data, "protocols/qaedit.json")
+    assert [case.id for case in cases] == [f"{r['source']}/{r['id']}" for r in records]
+    assert [case.fact.text for case in cases] == [r["prompt"] for r in records]
+    assert [case.fact.target_new for case in cases] == [r["target"].strip() for r in records]
+    assert [p.prompt for p in probes(cases, PARAPHRASE)] == [r["rephrase"] for r in records]
+    assert [(p.prompt, p.wanted) for p in probes(cases, *STAY)] == [
+        (each["loc"], each["loc_ans"]) for r in records for each in r["locality"]
+    ]
+
+
+@pytest.mark.parametrize("name", ["wikibigedit", "counterfact"])
+def test_locft_asks_paraphrases(data: Path, name: str) -> None:
+    file = f"protocols/locft_{name}_3k.json"
+    cases, records = loaded(data, "wikibigedit", file).cases, raw(data, file)
+    assert [p.prompt for p in probes(cases, PARAPHRASE)] == [r["rephrase_prompt"].strip() for r in records]
+    assert [case.fact.target_true for case in cases] == [r.get("ground_truth", "") for r in records]
+    assert all(case.fact.subject.lower() == r["subject"].lower() for case, r in zip(cases, records, strict=True))
+
+
+def test_long_answers_are_kept_whole(data: Path) -> None:
+    for name in ("unke", "editevery"):
+        cases, records = loaded(data, name, f"protocols/{name}.json").cases, raw(data, f"protocols/{name}.json")
+        assert [(case.id, case.fact.text, case.fact.target_new) for case in cases] == [
+            (str(r["id"]), r["question"].strip(), r["answer"].strip()) for r in records
+        ]
+        assert [(p.prompt, p.target_new) for p in probes(cases, PORTABILITY)] == [
+            (question.strip(), answer.strip())
+            for r in records
+            for question, answer in zip(r.get("sub_question", []), r.get("sub_answer", []), strict=True)
+        ]
+        assert all(probe.long for case in cases for probe in case.probes)
+
+
+def test_akew_writes_texts_and_asks_their_parts(data: Path) -> None:
+    file = "protocols/akew_mquake_cf.json"
+    cases, records = loaded(data, "akew", file).cases, raw(data, file)
+    facts = [each for r in records for each in r["requested_rewrite"]]
+    assert [(f.text, f.target_new) for case in cases for f in case.facts] == [
+        (each["question"], each["fact_new_uns"].strip()) for each in facts
+    ]
+    assert [(p.prompt, p.target_new) for p in probes(cases, PORTABILITY) if p.group == SUB_QUESTION] == [
+        (part["prompt"].format(part["subject"]).strip(), part["target"])
+        for each in facts
+        for part in each["unsfact_triplets_GPT"]
+    ]
+    assert len(probes(cases, MULTI_HOP)) == sum(len(r["questions"]) for r in records)
+
+
+def test_me_ppl_is_every_text(data: Path) -> None:
+    file = "protocols/me_ppl.json"
+    found, records = load_texts(f"me_ppl:{data / file}"), raw(data, file)
+    assert found is not None and not found.rejected
+    assert found.texts == tuple(record["Text"].strip() for record in records)
+    counts = REAL_COUNTS if data == SHARED_DATA else own_data.COUNTS
+    assert found.found == len(found.texts) == counts["me_ppl", file]
+
+
 @pytest.mark.parametrize(
     ("read_as", "file", "is_"),
     [
@@ -169,6 +241,12 @@ def test_known_prompts_are_the_longer_ones(data: Path) -> None:
         ("counterfact", "mquake.json", "mquake"),
         ("mquake", "known_1000.json", "known"),
         ("counterfact", "knowedit", "knowedit"),
+        ("unke", "protocols/qaedit.json", "qaedit"),
+        ("zsre", "protocols/locft_wikibigedit_3k.json", "wikibigedit"),
+        ("qaedit", "protocols/unke.json", "unke"),
+        ("unke", "protocols/editevery.json", "editevery"),
+        ("counterfact", "protocols/akew_mquake_cf.json", "akew"),
+        ("ripple", "protocols/me_ppl.json", "me_ppl"),
     ],
 )
 def test_a_file_read_as_another_format(data: Path, read_as: str, file: str, is_: str) -> None:

@@ -6,17 +6,17 @@ fields.py       a raw record's fields, read with checks; where a prompt names it
 atlas.py        the atlas as a benchmark
 records.py      raw records from files, folders and the Hub
 stream.py       cases one after the other; atlas_stream.py, in which a fact comes again and again
-sources.py      load_cases: what is skipped is named; limits and shards
+sources.py      load_cases, load_texts: what is skipped is named; limits and shards
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 # Imported when first used, so that the command line can check data.name without torch.
-__all__ = ["Cases", "Rejected", "load_cases", "streamed"]
+__all__ = ["Cases", "Rejected", "Texts", "load_cases", "load_texts", "streamed"]
 
 if TYPE_CHECKING:
-    from editkit.data.sources import Cases, Rejected, load_cases, streamed
+    from editkit.data.sources import Cases, Rejected, Texts, load_cases, load_texts, streamed
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 The kinds of probe are the field's: the rewrite prompt, paraphrases of it, neighborhood prompts whose
 answer must stay, prompts about other relations of the same subject, which must stay as well, portability
-prompts, whose answer follows from the new fact, multi-hop questions (MQuAKE), and attribute prompts, whose
-subjects have the new object already (CounterFact).
+prompts, whose answer follows from the new fact, multi-hop questions (MQuAKE), attribute prompts, whose
+subjects have the new object already (CounterFact), and conditions: prompts that the unedited model must answer, or
+their test does not count (RippleEdits).
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from editkit.data.kinds import (
     ATTRIBUTE,
+    CONDITION,
     HOP,
     MULTI_HOP,
     NEIGHBORHOOD,
@@ -27,6 +29,7 @@ from editkit.settings import EditSettings
 
 __all__ = [
     "ATTRIBUTE",
+    "CONDITION",
     "HOP",
     "MULTI_HOP",
     "NEIGHBORHOOD",
@@ -52,6 +55,11 @@ class Probe:
     target_new: str
     aliases: tuple[str, ...] = ()  # other spellings of the answer wanted
     group: str = ""  # what the source calls it, where it divides a kind: KnowEdit's Subject_Aliasing
+    long: bool = False  # the answer is a text: it is also scored how near the model's own text comes (longform)
+    # RippleEdits: the number of the test, in its case, that the prompt belongs to; and whether all prompts of that test
+    # must be answered, not one of them.
+    test: int | None = None
+    every: bool = False
 
     @property
     def wanted(self) -> str:

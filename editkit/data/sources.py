@@ -1,10 +1,10 @@
-"""load_cases: the cases that the settings of data ask for, with what was left out and why."""
+"""load_cases: the cases that the settings of data ask for; load_texts: running text. With what was left out and why."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -16,10 +16,12 @@ from editkit.data.stream import CaseStream
 from editkit.errors import ConfigError, DataError
 from editkit.settings import DataSettings
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that is no case: its file, its place in it (from 0), the field and what is wrong with it."""
+    """A record that is no case, or no text: its file, its place in it (from 0), the field and what is wrong with it."""
 
     file: str
     index: int
@@ -43,6 +45,43 @@ class Cases:
     notes: tuple[str, ...] = ()  # what the loader had to decide about these cases
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Running text, a document a record."""
+
+    texts: tuple[str, ...]
+    indices: tuple[int, ...]  # place of each text's record in the source, from 0
+    rejected: tuple[Rejected, ...]
+    found: int  # records in the source
+    source: str
+    digest: str  # of the source, sha256
+
+    @property
+    def note(self) -> str:
+        """What was read, and what was left out, in one line."""
+        left = f"; left out: {self.rejected[0]}" if self.rejected else ""
+        more = f" (and {len(self.rejected) - 1} more)" if len(self.rejected) > 1 else ""
+        return f"running text: {len(self.texts):,} of {self.found:,} texts in {self.source}{left}{more}"
+
+
+def load_texts(source: str) -> Texts | None:
+    """The texts of NAME:PATH, where NAME is a format of running text, such as me_ppl; None for any other source.
+
+    PATH is as data.path; of a Hub data set with its revision behind it, as in me_ppl:hub:NAME@COMMIT.
+    Raises ConfigError and DataError; when no record can be read, the error says which format they look like.
+    """
+    name, _, path = source.partition(":")
+    if not path or name not in names() or (form := get_format(name)).text is None:
+        return None
+    path, _, revision = path.partition("@") if path.startswith("hub:") else (path, "", "")
+    found = read_source(path, revision or None)
+    read = form.text
+    texts, rejected = _sorted_out(found, [each for _, _, each in found.rows], lambda record, *_: read(Raw(record)))
+    if not texts:
+        raise DataError(_none_fits(name, found, rejected))
+    return Texts(tuple(texts.values()), tuple(texts), tuple(rejected), len(found.rows), found.name, found.digest)
+
+
 def load_cases(settings: DataSettings, *, seed: int = 0, distinct: bool = False) -> Cases:
     """The cases of `settings`.
 
@@ -56,6 +95,11 @@ def load_cases(settings: DataSettings, *, seed: int = 0, distinct: bool = False)
     if settings.stream is not None:
         raise ConfigError(f"data.stream={settings.stream} needs task=lifelong: each case alone has nothing before it.")
     form = get_format(settings.name)
+    if form.text is not None:
+        raise ConfigError(
+            f"data={form.name} is running text and holds no fact to edit. Measure on it with task=lifelong "
+            f"task.text={form.name}:{settings.path or 'FILE'}, and edit facts of another data=."
+        )
     whole = _read(form, settings, seed) if form.make is None else _made(form, settings, seed)
     places: Sequence[int] = range(len(whole.cases))
     dropped = ""
@@ -121,42 +165,57 @@ def _read(form: Format, settings: DataSettings, seed: int) -> Cases:
     if form.before is not None:
         records = form.before(records, seed)
     several = len({file for file, _, _ in source.rows}) > 1
-    cases: dict[str, Case] = {}
-    indices: dict[str, int] = {}
-    rejected = []
-    for place, (file, index, _) in enumerate(tqdm(source.rows, desc="records", delay=3, leave=False)):
-        try:
-            case = _case(form, records[place], index, f"{Path(file).stem}/" if several else "")
-            if case.id in cases:
-                raise BadField("(id)", f"{case.id!r} is the id of record {indices[case.id]} of the source already.")
-        except BadField as error:
-            rejected.append(Rejected(file, index, printable(error.field), printable(error.reason)))
-        else:
-            cases[case.id], indices[case.id] = case, place
+    places: dict[str, int] = {}  # of each id
+
+    def read(record: Any, place: int, file: str, index: int) -> Case:
+        case = _case(form, record, index, f"{Path(file).stem}/" if several else "")
+        if case.id in places:
+            raise BadField("(id)", f"{case.id!r} is the id of record {places[case.id]} of the source already.")
+        places[case.id] = place
+        return case
+
+    cases, rejected = _sorted_out(source, records, read)
     if not cases:
-        raise DataError(_none_fits(settings, source, rejected))
+        raise DataError(_none_fits(settings.name, source, rejected))
     if rejected and settings.on_bad_record == "fail":
         more = f" (and {len(rejected) - 1} more)" if len(rejected) > 1 else ""
         raise DataError(f"{rejected[0]}{more} Correct it, or leave out such records with data.on_bad_record=skip.")
     found = len(source.rows)
-    return Cases(tuple(cases.values()), tuple(indices.values()), tuple(rejected), found, source.name, source.digest)
+    return Cases(tuple(cases.values()), tuple(cases), tuple(rejected), found, source.name, source.digest)
+
+
+def _sorted_out(
+    source: Source, records: Sequence[Any], read: Callable[[Any, int, str, int], T]
+) -> tuple[dict[int, T], list[Rejected]]:
+    """What `read` makes of each record, by its place in the source, and the records that it cannot use.
+
+    `read`: of a record, its place in the source, its file and its place there.
+    """
+    made: dict[int, T] = {}
+    rejected = []
+    for place, (file, index, _) in enumerate(tqdm(source.rows, desc="records", delay=3, leave=False)):
+        try:
+            if isinstance(records[place], Unreadable):
+                raise BadField("(line)", records[place].reason)
+            made[place] = read(records[place], place, file, index)
+        except BadField as error:
+            rejected.append(Rejected(file, index, printable(error.field), printable(error.reason)))
+    return made, rejected
 
 
 def _case(form: Format, record: Any, index: int, prefix: str) -> Case:
     """The case of a record, with an id that is unique in the source if the file's ids are."""
-    if isinstance(record, Unreadable):
-        raise BadField("(line)", record.reason)
     assert form.read is not None
     case = form.read(Raw(record))
     return replace(case, id=f"{prefix}{case.id or index}")
 
 
-def _none_fits(settings: DataSettings, source: Source, rejected: list[Rejected]) -> str:
+def _none_fits(name: str, source: Source, rejected: list[Rejected]) -> str:
     like = looks_like(record for _, _, record in source.rows)
-    hint = "Correct the records, or name their format with data=" + _others(settings.name) + "."
-    if like and like != settings.name:
+    hint = "Correct the records, or name their format with data=" + _others(name) + "."
+    if like and like != name:
         hint = f"They look like {like}: try data={like}."
-    found = f"None of the {len(source.rows)} records of '{source.name}' can be read as {settings.name}"
+    found = f"None of the {len(source.rows)} records of '{source.name}' can be read as {name}"
     return f"{found}: {rejected[0]} {hint}"
 
 

@@ -6,7 +6,8 @@ every registered metric from the rows alone, so any figure can be computed again
     kind                  columns
     a probe's             target_true, target_new, aliases; for _before and _after: nll, probability, greedy, right
                           argmax (of _true and _new), said (the free greedy continuation), exact, answer (the free
-                          answer to its natural stop), stop, natural; kept
+                          answer to its natural stop), stop, natural; kept; of an answer that is a text long_answer,
+                          the free continuation as long as it, before and after
     distracted            as a neighborhood probe, with the new fact put in front of its prompt (CounterFact+)
     generation            text_before, text_after: the prompt with a sampled continuation
     reference             prompt: a text about something that is as the new fact says
@@ -41,6 +42,7 @@ class Look:
     said: tuple[str, ...]  # the free continuation of each, or none
     answers: tuple[Answer, ...]  # the free answer of each to its natural stop, or none
     texts: tuple[str, ...]  # a sampled text for each generation prompt, or none
+    long: tuple[str | None, ...] = ()  # of each: what was said, as long as the answer, where that is a text; or none
 
 
 @in_eval_mode
@@ -58,19 +60,22 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
         told = f"{fact.text} {fact.target_new.strip()}. "
         near = [probe for probe in case.probes if probe.kind == NEIGHBORHOOD]
         probes += [replace(probe, kind=DISTRACTED, prompt=told + probe.prompt) for probe in near]
-    said, answers = _said(lm, probes, settings)
+    said, answers, long = _said(lm, probes, settings)
     texts = []
     if settings.fluency and case.generation:
         left = [max(0, settings.fluency - n) for n in token_counts(lm, case.generation)]
         more = generate_batch(lm, case.generation, left, top_k=TOP_K, seed=seed, past_end=True)
         texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]
-    return Look(tuple(score_probes(lm, probes, below)), tuple(said), tuple(answers), tuple(texts))
+    return Look(tuple(score_probes(lm, probes, below)), tuple(said), tuple(answers), tuple(texts), tuple(long))
 
 
-def _said(lm: LanguageModel, probes: Sequence[Probe], settings: MeasureSettings) -> tuple[list[str], list[Answer]]:
-    """The free continuation of each probe's prompt, and the free answer: from one run where both ask the same."""
+def _said(
+    lm: LanguageModel, probes: Sequence[Probe], settings: MeasureSettings
+) -> tuple[list[str], list[Answer], list[str | None]]:
+    """The free continuation of each probe's prompt, the free answer, from one run where both ask the same, and the
+    continuation as long as the probe's own answer, where that is a text."""
     if not settings.generate:
-        return [], []
+        return [], [], []
     prompts = [probe.prompt for probe in probes]
     # As long as the longest answer, so that none is cut short.
     texts = [text for probe in probes for text in (probe.wanted, *probe.aliases) if text]
@@ -78,12 +83,17 @@ def _said(lm: LanguageModel, probes: Sequence[Probe], settings: MeasureSettings)
     asked = [in_form(lm, prompt, settings.form) for prompt in prompts]
     room = room_behind(lm, asked)
     most = settings.natural if room is None else max(0, min(settings.natural, room))
+    own = [
+        count + settings.generate if probe.long else 0
+        for count, probe in zip(token_counts(lm, [spaced(probe.wanted) for probe in probes]), probes, strict=True)
+    ]
     if asked == prompts:
         longest = max(least, most)
         rows = free = generate_tokens(lm, prompts, longest, stops=natural.STOPS if most else (), least=least)
     else:
+        longest = max(own, default=0)
         rows = generate_tokens(lm, prompts, least)
-        free = generate_tokens(lm, asked, most, stops=natural.STOPS)
+        free = generate_tokens(lm, asked, max(longest, most), stops=natural.STOPS, least=longest)
     said = [text_of(lm, row[:least]) for row in rows]
     ends = end_tokens(lm)
     answers = [
@@ -91,7 +101,8 @@ def _said(lm: LanguageModel, probes: Sequence[Probe], settings: MeasureSettings)
         for row in free
         if settings.natural
     ]
-    return said, answers
+    long = [text_of(lm, row[:count]) if count else None for row, count in zip(free, own, strict=True) if any(own)]
+    return said, answers, long
 
 
 def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
@@ -110,6 +121,8 @@ def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
             row[f"said_{when}"], row[f"answer_{when}"], row[f"stop_{when}"] = said, answer, stop
             row[f"exact_{when}"] = generation.exact(said, wanted) if said is not None and wanted else None
             row[f"natural_{when}"] = natural.matches(answer, wanted) if answer is not None and wanted else None
+            if b.probe.long:
+                row[f"long_answer_{when}"] = asked.long[number] if asked.long else None
         row["kept"] = _kept(_wanted(b), _wanted(a))
         rows.append(row)
     for prompt, was, now in zip(case.generation, before.texts, after.texts, strict=False):

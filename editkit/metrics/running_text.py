@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from editkit.corpora import atlas_prose, running_text
+from editkit.data import load_texts
 from editkit.errors import ConfigError, EditkitError
 from editkit.metrics.drift import drift_scores, exp
 from editkit.metrics.metric import Score
@@ -38,7 +39,8 @@ class Drift:
     def take(cls, lm: LanguageModel, *, source: str = PROSE, tokens: int = 4096, length: int = 128) -> "Drift":
         """Run `lm`, unedited, over `tokens` tokens of running text in blocks of `length`.
 
-        `source`: prose (bundled), or as `corpora.running_text`. Raises ConfigError for a text shorter than a block.
+        `source`: prose (bundled), records of running text (me_ppl:FILE), or as `corpora.running_text`. Raises
+        ConfigError for a text shorter than a block, DataError for records that cannot be read.
         """
         embeddings = lm.model.get_input_embeddings().weight  # [vocabulary, d_model]
         assert isinstance(embeddings, Tensor)
@@ -62,7 +64,11 @@ def text_blocks(lm: LanguageModel, source: str = PROSE, *, tokens: int, length: 
 
     Raises ConfigError for a text shorter than a block.
     """
-    texts = iter(atlas_prose()) if source == PROSE else running_text(source)
+    if source == PROSE:
+        texts = iter(atlas_prose())
+    else:
+        records = load_texts(source)
+        texts = running_text(source) if records is None else iter(records.texts)
     found = list(islice(packed_blocks(lm, texts, length), max(1, tokens // length)))
     if not found:
         raise ConfigError(f"The running text '{source}' has fewer than {length} tokens. Give a longer one.")

@@ -235,10 +235,12 @@ class Counter:
         longest = max(token_counts(self.lm, [spaced(text) for text in answers]), default=1)
         least = longest + settings.generate if settings.generate else 0
         most = settings.natural if least else 0
-        free = [max(least, most)] if settings.form == "bare" else [least, most]
+        texts = [spaced(probe.target_new) for probe in case.probes if probe.long and least]
+        long = max((count + settings.generate for count in token_counts(self.lm, texts)), default=0)
+        free = [max(least, most)] if settings.form == "bare" else [least, max(most, long)]
         said = self.passes("", sum(free), len(lengths), logits=len(lengths))
-        texts = len(case.generation) if settings.fluency else 0
-        sampled = self.passes("", settings.fluency if texts else 0, texts, logits=texts)
+        count = len(case.generation) if settings.fluency else 0
+        sampled = self.passes("", settings.fluency if count else 0, count, logits=count)
         return together("questions", [asked, said, sampled])
 
     def trace(self, fact: Fact, kinds: int, samples: int) -> Step:

@@ -147,7 +147,7 @@ class LifelongSettings:
     save: int = 1  # steps between two saves of the session; the end is saved too
     alarm: AlarmSettings = field(default_factory=AlarmSettings)
     on_collapse: str = CONTINUE  # at a limit of the alarm: continue, stop, or rollback to the last good step and stop
-    text: str = "prose"  # running text for KL and perplexity: the bundled prose, or as moments.source
+    text: str = "prose"  # running text for KL and perplexity: the bundled prose, me_ppl:FILE, or as moments.source
     measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
 
     def __post_init__(self) -> None:

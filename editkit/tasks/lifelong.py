@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from editkit import report
 from editkit.alarm import ROLLBACK, Alarm, CollapseError
-from editkit.data import load_cases, streamed
+from editkit.data import load_cases, load_texts, streamed
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, UNSEEN, Case
 from editkit.data.stream import CaseStream
 from editkit.errors import ConfigError, EditkitError, OutputError, ReversalError
@@ -65,13 +65,15 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     count = config.data.limit or max(len(cases.cases) - task.untouched, 1)
     edited = streamed(config.data, cases.cases[:count], seed=config.seed)
     untouched = cases.cases[count : count + task.untouched]
+    texts = load_texts(task.text)
     lm = load_model(config)
     digest = lm.digest
     with Journal(folder / names.POINT_LINES, journal_header(config, digest, cases), resume=config.resume) as journal:
         about = f"{len(edited.cases)} of {cases.found} in {cases.source} to edit, {len(untouched)} never edited"
         if config.data.stream is not None:
             about += f"; {len(edited):,} edits"
-        say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
+        notes = (*cases.notes, *([texts.note] if texts else ()))
+        say(console.cases_heading(lm, config, about, notes, len(journal.lines)))
         life = _Life(lm, digest, config, edited, untouched, folder, journal, say)
         clock.lap("ask_the_unedited_model")
         reversal = life.live()
@@ -87,7 +89,9 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
-        data=data_of(cases, failed) | ({"collapse": collapse} if collapse else {}),
+        data=data_of(cases, failed)
+        | ({"collapse": collapse} if collapse else {})
+        | ({"text": texts.note} if texts else {}),
         **measured([Score.of(found) for found in points[-1]["scores"]]),
     )
     results.write_record(folder, record)

@@ -23,11 +23,12 @@ Read = Callable[["Raw"], "Case"]
 Before = Callable[[Sequence[Any], int], list[Any]]
 Make = Callable[[int], "Sequence[Case]"]
 Stream = Callable[["Sequence[Case]", int, int], "CaseStream"]
+Text = Callable[["Raw"], str]
 
 
 @dataclass(frozen=True)
 class Format:
-    """How records of one sort become cases. `read` is None for cases that are made and not read."""
+    """How records of one sort become cases. `read` is None for cases that are made and not read, and for texts."""
 
     name: str
     read: Read | None
@@ -36,6 +37,7 @@ class Format:
     make: Make | None = None  # seed -> cases
     digest: Callable[[], str] | None = None  # of what the cases are made of
     stream: Stream | None = None  # (cases, count, seed) -> their facts again and again
+    text: Text | None = None  # a raw record to running text, in place of a case
 
 
 _FORMATS: Registry[Format] = Registry("data", package=__name__, group="editkit.data")
@@ -50,22 +52,26 @@ def register(
     make: Make | None = None,
     digest: Callable[[], str] | None = None,
     stream: Stream | None = None,
+    text: Text | None = None,
 ) -> Format:
     """Add a format: `data=NAME data.path=FILE` reads records with it.
 
     - `read`: a raw record to a Case; raises BadField for what does not fit (`Raw`'s readers do).
-    - `marks`: sets of fields, any of which shows that a record is of this format; used to propose it in an error.
+    - `marks`: sets of fields, any of which shows that a record is of this format; used to propose it in an error. A
+      field inside another is written with a dot; of a list its first entry counts.
     - `before`: (records, seed) -> records, for what needs all records at once.
     - `make`, `digest`: in place of `read`, for cases without a file: seed -> cases, and the sha256 of what they are
       made of. `data=NAME` takes no data.path then.
     - `stream`: (cases, count, seed) -> so many cases of their facts, with other targets (data.stream).
+    - `text`: in place of `read`, for records that are running text: task.text=NAME:PATH measures on it.
 
-    Raises ConfigError for a name that is taken, or for neither or both of `read` and `make`.
+    Raises ConfigError for a name that is taken, or for not one of `read`, `make` and `text`.
     """
-    if (read is None) == (make is None) or (make is None) != (digest is None):
-        raise ConfigError(f"The data format '{name}' needs either `read`, or `make` and `digest`.")
-    found = Format(name, read, tuple(map(tuple, marks)), before, make, digest, stream)
-    return _FORMATS.register(name, found, home=(read or make).__module__)
+    homes = [each.__module__ for each in (read, make, text) if each is not None]
+    if len(homes) != 1 or (make is None) != (digest is None):
+        raise ConfigError(f"The data format '{name}' needs either `read`, or `make` and `digest`, or `text`.")
+    found = Format(name, read, tuple(map(tuple, marks)), before, make, digest, stream, text)
+    return _FORMATS.register(name, found, home=homes[0])
 
 
 def names() -> list[str]:
@@ -89,11 +95,22 @@ def check_format(name: str) -> None:
 
 
 def looks_like(records: Iterable[Any]) -> str:
-    """The format that most of the records have the fields of; "" when none has."""
+    """The format that most of the records have the fields of, and most of its fields; "" when none has."""
     formats = _FORMATS.all()
     votes = dict.fromkeys(formats, 0)
     for record in records:
         for name, found in formats.items():
-            votes[name] += isinstance(record, dict) and any(set(marks) <= set(record) for marks in found.marks)
+            fits = [len(marks) for marks in found.marks if all(_holds(record, mark) for mark in marks)]
+            votes[name] += max(fits, default=0)
     best = max(votes, key=lambda name: votes[name])
     return best if votes[best] else ""
+
+
+def _holds(record: Any, mark: str) -> bool:
+    """Whether a record has a field, inside others where `mark` has dots."""
+    for name in mark.split("."):
+        record = record[0] if isinstance(record, list) and record else record
+        if not isinstance(record, dict) or name not in record:
+            return False
+        record = record[name]
+    return True

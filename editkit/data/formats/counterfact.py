@@ -30,8 +30,11 @@ def counterfact(raw: Raw) -> Case:
 
 
 def rewritten(raw: Raw) -> tuple[Fact, str]:
-    """The fact of a `requested_rewrite`, and its relation. Raises BadField."""
-    new, true = raw.part("target_new").text("str"), raw.part("target_true").text("str")
+    """The fact of a `requested_rewrite`, and its relation. Its targets may be flat: target_new_str. Raises BadField."""
+    new, true = (
+        raw.text(f"{name}_str") if f"{name}_str" in raw and name not in raw else raw.part(name).text("str")
+        for name in ("target_new", "target_true")
+    )
     fact = new_fact(raw.at("prompt"), raw.template("prompt"), raw.text("subject"), new, true)
     return fact, raw.maybe_text("relation_id")
 

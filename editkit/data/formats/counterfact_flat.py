@@ -5,7 +5,7 @@
 
 It has one prompt of each sort, `rephrase_prompt` among them. That is mostly one of CounterFact's *generation* prompts
 ("Big Ben's surroundings include"), which target_new does not complete: here it becomes a generation prompt, and PS
-cannot be told from this format.
+cannot be told from this format. LocFT-BF's CounterFact has these fields with a true paraphrase: data=wikibigedit.
 """
 
 from editkit.data.cases import NEIGHBORHOOD, REWRITE, Case, Probe
@@ -31,4 +31,8 @@ def counterfact_flat(raw: Raw) -> Case:
     return Case((fact,), probes, raw.id("case_id"), generation=(raw.text("rephrase_prompt"),), notes=(TRAP,))
 
 
-register("counterfact_flat", counterfact_flat, marks=(("prompt", "subject", "rephrase_prompt", "locality_prompt"),))
+register(
+    "counterfact_flat",
+    counterfact_flat,
+    marks=(("prompt", "subject", "ground_truth", "rephrase_prompt", "locality_prompt"),),
+)
