@@ -21,7 +21,7 @@ from editkit.metrics.measure import look, rows_of, scores_of_rows, values_of_row
 from editkit.models.generate import generate
 from editkit.models.tokens import in_form, spaced, token_counts
 from editkit.settings import MeasureSettings
-from tests.conftest import tiny_lm
+from editkit.testing.tiny import tiny_lm
 from tests.records import EDITEVERY, UNKE
 from tests.run_folders import really_run, record_of, score_of
 from tests.test_natural import squad
