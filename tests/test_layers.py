@@ -27,7 +27,7 @@ LAYERS = [
     {"plan", "runs", "session"},
     {"report"},
     {"plots"},
-    {"tasks", "testing"},
+    {"doctor", "tasks", "testing"},
     {"config"},
     {"run"},
     {"__main__"},
@@ -37,6 +37,8 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 def room_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
+    if relative.stem == "__main__":  # a command, of the package or of a room: above all rooms
+        return "__main__"
     if len(relative.parts) > 1:
         return relative.parts[0]
     return "editkit" if relative.stem == "__init__" else relative.stem

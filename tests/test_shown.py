@@ -8,8 +8,7 @@ from editkit import Edit, Fact, Session
 from editkit.edits import base_of, low_rank_delta
 from editkit.methods.ft import FtSettings
 from editkit.moments.cache import second_moments
-from editkit.runs.record import read_record
-from editkit.runs.record import Record
+from editkit.runs.record import Record, read_record
 from editkit.settings import MomentSettings
 from editkit.shown import Rows, Shown
 from editkit.testing.tiny import tiny_lm

@@ -5,6 +5,7 @@
     python -m editkit.edits apply FILE… --model atlas --prompt TEXT  # what the model says without and with them
     python -m editkit.edits merge FILE… --model atlas --into FOLDER  # a checkpoint that transformers loads
     python -m editkit.edits diff FILE FILE                           # in what two edits differ
+    python -m editkit.edits doctor FILE --model atlas                # is it fit to be used; one page of it
     python -m editkit.edits export FILE --into FOLDER --to peft|vllm # an adapter
 
 Several files are taken in the order given: each is of the base alone, or was made on top of those before it. Errors are
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.commands import Commands, load_model, model_options
+from editkit.doctor import examine
 from editkit.edits.delta import Delta
 from editkit.edits.edit import Edit
 from editkit.edits.stacked import apply_files, write_checkpoint
@@ -86,6 +88,15 @@ def merge(options: argparse.Namespace) -> int:
         f"{options.into}: {len(options.files)} edits in '{lm.name}', digest {digest[:16]}, the same when loaded again"
     )
     return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Examine an edit on its base: size, rounding, facts, neighbors, prose; exit code 1 where something is bad."""
+    edit = Edit.load(options.file)
+    found = examine(load_model(options), edit, options.prompt or ())
+    print(found)
+    print(found.write(options.page or options.file.with_suffix(".html")))
+    return 0 if found.fit else 1
 
 
 def diff(options: argparse.Namespace) -> int:
@@ -167,6 +178,11 @@ def _commands() -> Commands:
     files(one)
     model_options(one, "the base of the edits")
     one.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="of the checkpoint, a new one")
+    one = commands.add("doctor", doctor)
+    one.add_argument("file", type=Path, metavar="FILE")
+    model_options(one, "the base of the edit")
+    one.add_argument("--prompt", action="append", metavar="TEXT", help="asked too; may be repeated")
+    one.add_argument("--page", type=Path, metavar="FILE.html", help="where the page goes; default: beside the edit")
     files(commands.add("diff", diff), 2)
     one = commands.add("export", export)
     one.add_argument("file", type=Path, metavar="FILE")
