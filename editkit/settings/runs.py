@@ -69,11 +69,15 @@ class MeasureSettings:
     )
     fluency: int = 100  # tokens of the text sampled from each generation prompt, prompt included, top-k 5; 0: none
     distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
+    # Probes by template, asked too: alias, distracting_context, fact_check, negation, repeat_old, reversed,
+    # second_language; see `editkit.data.templates`.
+    probes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.generate >= 0, "measure.generate", self.generate, "0 or more")
         require(self.natural >= 0, "measure.natural", self.natural, "0 or more")
         require_one_of(self.form, "measure.form", FORMS)
+        object.__setattr__(self, "probes", tuple(dict.fromkeys(self.probes)))
         require(self.fluency >= 0, "measure.fluency", self.fluency, "0 or more")
 
 

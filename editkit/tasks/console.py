@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE
+from editkit.data.kinds import NEIGHBORHOOD, OWN_ANSWERS, PARAPHRASE, PORTABILITY, REWRITE
 from editkit.edits.edit import Edit
 from editkit.edits.requantized import Requantized
 from editkit.facts import Fact
@@ -13,6 +13,7 @@ from editkit.metrics.audit import Audit
 from editkit.metrics.counterfact import ES, NS, PORTABLE, PS
 from editkit.metrics.drift import KL, PERPLEXITY
 from editkit.metrics.metric import AFTER, RETENTION, UNTOUCHED, Average, Metric, Score
+from editkit.metrics.probes import OF_TEMPLATES
 from editkit.metrics.verdict import Verdict
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal
@@ -30,6 +31,7 @@ NAMES = {
     PARAPHRASE: ("paraphrases", PS),
     NEIGHBORHOOD: ("neighborhood", NS),
     PORTABILITY: ("what follows", PORTABLE),
+    **{kind: ("by template", metric) for kind, metric in OF_TEMPLATES.items()},
 }
 
 
@@ -111,7 +113,7 @@ def probes(fact: Fact, rows: Sequence[Mapping[str, Any]], scores: Sequence[Score
             found = sides.get(metric, Sides(metric))
             lines.append(f"{name}   {metric.short} {_two(found.before)} → {_two(found.after)}")
         prompt = row["prompt"]
-        if kind == PORTABILITY:  # its answers are not the fact's
+        if kind in OWN_ANSWERS:
             prompt += f" {row['target_true']} → {row['target_new']}"
         lines.append(f"  {_clip(prompt, 41):42}{_pair(row, 'true'):>18}{_pair(row, 'new'):>18}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from editkit.data.kinds import PORTABILITY, heading
+from editkit.data.kinds import OWN_ANSWERS, heading
 from editkit.numbers import finite
 from editkit.report import charts
 from editkit.report.html import Body, Charts, Fold, Pairs, Section, Table, Text, cell
@@ -63,7 +63,7 @@ def _probes(run: Run) -> list[Any]:
             if sides == [None, None]:
                 continue
             kind = str(row.get("kind") or "?")
-            answer = f" … {row.get(f'target_{which}')}" if kind == PORTABILITY else ""
+            answer = f" … {row.get(f'target_{which}')}" if kind in OWN_ANSWERS else ""
             above = heading(kind) if kind != last else ""
             pairs.append(charts.Pair(f"{row.get('prompt')}{answer}", sides[0], sides[1], series, above))
             last = kind
