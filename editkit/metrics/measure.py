@@ -6,7 +6,7 @@ every registered metric from the rows alone, so any figure can be computed again
     kind                  columns
     a probe's             target_true, target_new, aliases; for _before and _after: nll, probability, greedy, right
                           argmax (of _true and _new), said (the free greedy continuation), exact, answer (the free
-                          answer to its natural stop), stop, natural; kept
+                          answer to its natural stop), stop, natural, judged (only with a judge); kept
     distracted            as a neighborhood probe, with the new fact put in front of its prompt (CounterFact+)
     generation            text_before, text_after: the prompt with a sampled continuation
     reference             prompt: a text about something that is as the new fact says

@@ -195,7 +195,7 @@ class Registered:
 
 _REGISTERED: dict[str, Registered] = {}
 # Our own files, in the order of their protocols in tables.
-OWN = ("counterfact", "zsre", "easyedit", "generation", "natural", "probes", "mquake", "fluency", "drift")
+OWN = ("counterfact", "zsre", "easyedit", "generation", "natural", "judged", "probes", "mquake", "fluency", "drift")
 
 
 def register(metric: Metric, formula: Formula | None = None, *, parts_of: Sequence[str] = ()) -> Metric:

@@ -22,7 +22,7 @@ as CounterFact's are, by their NLL per token. Nine methods collapse under the fi
     distracting_context   a true sentence about a neighbor, with the old object, in front of the rewrite prompt: the new
                           object is likelier. 0 before; what is lost against ES is the context's doing
 
-What is said freely to fact_check and the last four has figures in `generation` and `natural`.
+What is said freely to fact_check and to the last four has figures in `generation`, `natural` and `judged`.
 """
 
 from collections.abc import Sequence

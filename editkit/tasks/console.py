@@ -185,6 +185,16 @@ def verdict(found: Verdict) -> str:
     return "\n".join(["", *(line for text in found.lines() for line in textwrap.wrap(text, WIDTH))])
 
 
+def judge(found: Mapping[str, Any]) -> str:
+    """Who judged the free answers, how many, and what it cost."""
+    judged = found["asked"] - found["unjudged"]
+    parts = [f"{judged:,} of {found['asked']:,} answers judged by {found['name']}"]
+    parts += [f"{found['kept']:,} of them asked before"] if found["kept"] else []
+    parts += [f"{found['unclear']:,} unclear"] if found["unclear"] else []
+    parts += [f"{found['tokens']:,} tokens"] if found["tokens"] else []
+    return "\n".join(["", *_wrapped("judge   ", ", ".join([*parts, f"{found['seconds']:.1f} s"]))])
+
+
 def trace_heading(lm: LanguageModel, what: str) -> str:
     """What is about to be traced."""
     return "\n".join([*_wrapped("trace   ", what), *_wrapped("model   ", _about(lm))])

@@ -6,7 +6,7 @@ from editkit.data.kinds import OWN_ANSWERS, heading
 from editkit.numbers import finite
 from editkit.report import charts
 from editkit.report.html import Body, Charts, Fold, Pairs, Section, Table, Text, cell
-from editkit.report.parts import plain_title, probe_table, score_tiles, scores, spectra
+from editkit.report.parts import judge, plain_title, probe_table, score_tiles, scores, spectra
 from editkit.runs.read import Run
 from editkit.settings import KEYS_PER_DIMENSION
 
@@ -69,7 +69,7 @@ def _probes(run: Run) -> list[Any]:
             last = kind
         if pairs:
             drawn.append(charts.dumbbells(title, pairs))
-    measured = scores(run, drawn=False)
+    measured = [*scores(run, drawn=False), *judge(run)]
     table = [Fold("Every metric", measured)] if measured else []
     probes = [Fold("Every prompt as a table", [probe_table(run.cases)])] if run.cases else []
     return [*([Charts(drawn)] if drawn else []), *table, *probes]
