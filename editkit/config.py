@@ -22,8 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from editkit import methods, tasks
-from editkit.data import formats
+from editkit import judges, methods, tasks
+from editkit.data import formats, templates
 from editkit.errors import ConfigError, did_you_mean
 from editkit.settings import Config, DataSettings, EditSettings, ModelSettings, MomentSettings, Reproduction
 
@@ -66,6 +66,8 @@ def to_config(composed: DictConfig, *, with_method: bool = True) -> Config:
         "moments": _typed(MomentSettings, values.pop("moments"), "moments"),
     }
     formats.check_format(parts["data"].name)
+    judges.check_judge(getattr(parts["task"], "judge", None))
+    templates.check_templates(getattr(getattr(parts["task"], "measure", None), "probes", ()))
     methods.check_method(name)
     top = dataclasses.asdict(_typed(_Top, values, ""))
     top["reproduces"] = _reproduction(top["reproduces"], composed)

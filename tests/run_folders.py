@@ -17,7 +17,15 @@ TRACED = ("task.trace.samples=1", "task.trace.kinds=[state,mlp]")
 TASKS: dict[str, tuple[str, ...]] = {
     "edit": ("edit=gpt2_fact", *FAST),
     "benchmark": ("task=benchmark", "data.limit=3", "task.measure.fluency=20", *FAST),
-    "lifelong": ("task=lifelong", "data.limit=6", "task.every=2", "task.retention=3", "task.untouched=2", *FAST),
+    "lifelong": (
+        "task=lifelong",
+        "data.limit=6",
+        "task.every=2",
+        "task.retention=3",
+        "task.untouched=2",
+        "task.judge=exact",
+        *FAST,
+    ),
     "trace": ("task=trace", "edit=gpt2_fact", *TRACED),
     "average": ("task=trace", "data=atlas", "data.limit=3", *TRACED),
 }

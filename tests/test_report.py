@@ -1,5 +1,6 @@
 """The page: what the record holds stands in it, it is safe and alone, and it says what is wrong with a folder."""
 
+import json
 import re
 import subprocess
 import sys
@@ -184,6 +185,23 @@ def test_one_edit_is_a_benchmark_of_one_case(real_runs: dict[str, Path]) -> None
     assert set(first.sides()) - set(second.sides()) <= {entry.metric for entry in registered()}
 
 
+def test_the_exact_judge_is_the_rule_of_natural_stop(real_runs: dict[str, Path], tmp_path: Path) -> None:
+    """Under task.judge=exact both protocols are one, and each answer has its line; other runs know no judge."""
+    record = copied(real_runs["lifelong"], tmp_path / "run")
+    means = {(s["metric"], s["when"], s["asked"]): s.get("mean") for s in record["scores"] if "asked" in s}
+    named = [(name, *rest) for name, *rest in means if name.startswith("judged.")]
+    assert {"judged.rewrite", "judged.neighborhood", "judged.paraphrase"} <= {name for name, *_ in named}
+    assert all(means[name, when, asked] == means[name.replace("judged", "natural"), when, asked]
+               for name, when, asked in named)  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "judged.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == record["judge"]["asked"] and {line["edits"] for line in lines} == {0, 2, 4, 6}
+    assert record["judge"]["tokens"] == 0 and not any("judged" in point for point in record["series"])
+    assert "free answers were judged by exact (prompt version 1)" in page(tmp_path / "run").text
+    for task in ("edit", "benchmark"):
+        assert record_of(real_runs[task])["judge"] is None and not (real_runs[task] / "judged.jsonl").exists()
+        assert not [name for name in pandas.read_parquet(real_runs[task] / "cases.parquet") if "judged" in name]
+
+
 def test_a_run_that_was_not_restored_says_so(real_runs: dict[str, Path], tmp_path: Path) -> None:
     copied(real_runs["edit"], tmp_path / "run", setting("reversal", {"exact": False, "unequal": ["h.4.weight"]}))
     assert "NOT EQUAL to what it was before." in page(tmp_path / "run").text
@@ -260,6 +278,7 @@ PARTS = [
     "scores",
     "metrics",
     "verdict",
+    "judge",
     "edit",
     "timings",
     "texts",

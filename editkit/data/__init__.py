@@ -2,6 +2,7 @@
 
 cases.py        Case and Probe: what every format becomes
 formats/        one file a format: a raw record to a Case; the registry of formats
+templates/      one file a template: probes made from a case's facts; wording.py: the words of their relations
 fields.py       a raw record's fields, read with checks; where a prompt names its subject
 atlas.py        the atlas as a benchmark
 records.py      raw records from files, folders and the Hub

@@ -21,6 +21,7 @@ from editkit.data.kinds import (
     REWRITE,
     SAME_SUBJECT,
     STAY,
+    TRUE_WANTED,
     UNSEEN,
 )
 from editkit.errors import FactError
@@ -63,8 +64,8 @@ class Probe:
 
     @property
     def wanted(self) -> str:
-        """The answer a good edit leaves: the true one where it must stay, else the new one."""
-        return self.target_true if self.kind in STAY else self.target_new
+        """The right answer after the edit: the true one of the kinds in TRUE_WANTED, else the new one."""
+        return self.target_true if self.kind in TRUE_WANTED else self.target_new
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,12 @@ The answer must end where a word does, except in scripts that part no words (Chi
     portability                                            what follows is said; asked only where the unedited model
                                                            says the old answer, or the old answer is not known
     multi_hop                                              share of the wordings answered (MQuAKE's own rule: `mquake`)
+
+and of probes by template (`probes` says what a right answer to each is):
+
+    fact_check, distracting_context                        yes or no; the new answer
+    alias, second_language                                 the new answer is said; asked as portability is
+    repeat_old                                             the old answer is said
 """
 
 import re
@@ -17,14 +23,19 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from editkit.data.kinds import (
+    ALIAS,
     ATTRIBUTE,
     DISTRACTED,
+    DISTRACTING_CONTEXT,
+    FACT_CHECK,
     MULTI_HOP,
     NEIGHBORHOOD,
     PARAPHRASE,
     PORTABILITY,
+    REPEAT_OLD,
     REWRITE,
     SAME_SUBJECT,
+    SECOND_LANGUAGE,
     UNSEEN,
 )
 from editkit.metrics.metric import Formula, Metric, Protocol, register
@@ -32,6 +43,9 @@ from editkit.metrics.row_stats import Row, mean, of_kind
 
 FREE = Protocol("generation", "Free generation: the greedy continuation begins with the wanted answer")
 UNPARTED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")  # write words without blanks
+
+
+KNOWN_BEFORE = (PORTABILITY, ALIAS, SECOND_LANGUAGE)  # asked only where the unedited model gives the old answer
 
 
 def exact(said: str, answers: Sequence[str]) -> bool:
@@ -61,7 +75,7 @@ def answered(kind: str, right: Callable[[Row, str], bool | None]) -> Formula:
 
     def formula(rows: Sequence[Row], when: str) -> float | None:
         asked = of_kind(rows, kind)
-        if kind == PORTABILITY:
+        if kind in KNOWN_BEFORE:
             asked = [row for row in asked if row["greedy_true_before"] in (None, True)]
         return mean(asked, lambda row: right(row, when))
 
@@ -79,6 +93,11 @@ ASKED_FREELY = (
     (PORTABILITY, "prompts one hop on", "answer that follows"),
     (MULTI_HOP, "multi-hop questions", "new answer"),
     (ATTRIBUTE, "prompts whose subjects have the new object already", "new object"),
+    (FACT_CHECK, "questions whether the new or the old fact is true", "right one of yes and no"),
+    (ALIAS, "rewrite prompts with another name of the subject", "new object"),
+    (SECOND_LANGUAGE, "rewrite prompts in another language", "new object"),
+    (REPEAT_OLD, "instructions to repeat the old answer", "old object"),
+    (DISTRACTING_CONTEXT, "rewrite prompts behind a sentence that has the old object", "new object"),
 )
 # By the kind of prompt: which answer the continuation has to begin with.
 ANSWERED = {

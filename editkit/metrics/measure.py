@@ -6,8 +6,8 @@ every registered metric from the rows alone, so any figure can be computed again
     kind                  columns
     a probe's             target_true, target_new, aliases; for _before and _after: nll, probability, greedy, right
                           argmax (of _true and _new), said (the free greedy continuation), exact, answer (the free
-                          answer to its natural stop), stop, natural; kept; of an answer that is a text long_answer,
-                          the free continuation as long as it, before and after
+                          answer to its natural stop), stop, natural, judged (only with a judge); kept; of an answer
+                          that is a text long_answer, the free continuation as long as it, before and after
     distracted            as a neighborhood probe, with the new fact put in front of its prompt (CounterFact+)
     generation            text_before, text_after: the prompt with a sampled continuation
     reference             prompt: a text about something that is as the new fact says
@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from editkit.data.cases import Case, Probe
-from editkit.data.kinds import DISTRACTED, GENERATION, NEIGHBORHOOD, REFERENCE, STAY
+from editkit.data.kinds import DISTRACTED, GENERATION, NEIGHBORHOOD, REFERENCE, TRUE_WANTED
+from editkit.data.templates import templated
 from editkit.metrics import generation, natural
 from editkit.metrics.metric import AFTER, WHEN, Score, registered
 from editkit.metrics.natural import Answer
@@ -38,7 +39,7 @@ Row = dict[str, Any]
 class Look:
     """What the model, as it was then, said on one case."""
 
-    scores: tuple[ProbeScore, ...]  # of the case's probes, then of the distracted ones
+    scores: tuple[ProbeScore, ...]  # of each of `probes_asked`
     said: tuple[str, ...]  # the free continuation of each, or none
     answers: tuple[Answer, ...]  # the free answer of each to its natural stop, or none
     texts: tuple[str, ...]  # a sampled text for each generation prompt, or none
@@ -54,12 +55,7 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
 
     Raises FactError for a prompt that the model cannot take.
     """
-    probes = list(case.probes)
-    if settings.distracted:
-        fact = case.fact
-        told = f"{fact.text} {fact.target_new.strip()}. "
-        near = [probe for probe in case.probes if probe.kind == NEIGHBORHOOD]
-        probes += [replace(probe, kind=DISTRACTED, prompt=told + probe.prompt) for probe in near]
+    probes = probes_asked(case, settings)
     said, answers, long = _said(lm, probes, settings)
     texts = []
     if settings.fluency and case.generation:
@@ -67,6 +63,17 @@ def look(lm: LanguageModel, case: Case, settings: MeasureSettings, seed: int = 0
         more = generate_batch(lm, case.generation, left, top_k=TOP_K, seed=seed, past_end=True)
         texts = [prompt + text for prompt, text in zip(case.generation, more, strict=True)]
     return Look(tuple(score_probes(lm, probes, below)), tuple(said), tuple(answers), tuple(texts), tuple(long))
+
+
+def probes_asked(case: Case, settings: MeasureSettings) -> list[Probe]:
+    """The case's probes, the distracted ones, and those by template."""
+    probes = list(case.probes)
+    if settings.distracted:
+        fact = case.fact
+        told = f"{fact.text} {fact.target_new.strip()}. "
+        near = [probe for probe in case.probes if probe.kind == NEIGHBORHOOD]
+        probes += [replace(probe, kind=DISTRACTED, prompt=told + probe.prompt) for probe in near]
+    return probes + templated(case, settings.probes)
 
 
 def _said(
@@ -115,7 +122,7 @@ def rows_of(case: Case, before: Look, after: Look) -> list[Row]:
                 for key in ("nll", "probability", "greedy", "right"):
                     row[f"{key}_{which}_{when}"] = None if target is None else getattr(target, key)
                 row[f"argmax_{which}_{when}"] = None if target is None else list(target.said)
-            wanted = _answers(row)
+            wanted = [text for text in (b.probe.wanted, *b.probe.aliases) if text.strip()]
             said = asked.said[number] if asked.said else None
             answer, stop = asked.answers[number] if asked.answers else (None, None)
             row[f"said_{when}"], row[f"answer_{when}"], row[f"stop_{when}"] = said, answer, stop
@@ -159,16 +166,9 @@ def by_column(scores: Sequence[Score]) -> dict[str, float | None]:
     return {s.metric.column(s.when): s.average.mean if s.average else s.value for s in scores}  # type: ignore[misc]
 
 
-def _answers(row: Row) -> list[str]:
-    """What a right answer may begin with."""
-    wanted = row["target_true"] if row["kind"] in (*STAY, DISTRACTED) else row["target_new"]
-    return [text for text in (wanted, *row["aliases"]) if text.strip()]
-
-
 def _wanted(score: ProbeScore) -> TargetScore:
     """The score of the answer whose tokens are compared before and after."""
-    stays = score.probe.kind in (*STAY, DISTRACTED)
-    return score.true if stays and score.true is not None else score.new
+    return score.true if score.probe.kind in TRUE_WANTED and score.true is not None else score.new
 
 
 def _kept(before: TargetScore, after: TargetScore) -> float:

@@ -201,6 +201,8 @@ OWN = (
     "easyedit",
     "generation",
     "natural",
+    "judged",
+    "probes",
     "longform",
     "mquake",
     "ripple",

@@ -13,6 +13,7 @@ from editkit.data.cases import Case
 from editkit.facts import Fact
 from editkit.methods.shared.engine import FactRows, bytes_of, rows_of
 from editkit.methods.shared.value import CPU_BYTES
+from editkit.metrics.measure import probes_asked
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
 from editkit.moments.amount import keys_wanted
@@ -227,11 +228,12 @@ class Counter:
 
     def look(self, case: Case, settings: MeasureSettings) -> Step:
         """Everything that is asked about a case, once."""
-        prompts = [probe.prompt for probe in case.probes]
+        probes = probes_asked(case, settings)
+        prompts = [probe.prompt for probe in probes]
         lengths = token_counts(self.lm, prompts) or [1]
-        rows = 2 * len(lengths) * (1 + settings.distracted / 2)
+        rows = 2 * len(lengths)
         asked = self.passes("", 1, rows * (sum(lengths) / len(lengths) + 2), logits=2 * rows)
-        answers = [text for probe in case.probes for text in (probe.target_new, probe.target_true) if text]
+        answers = [text for probe in probes for text in (probe.target_new, probe.target_true) if text]
         longest = max(token_counts(self.lm, [spaced(text) for text in answers]), default=1)
         least = longest + settings.generate if settings.generate else 0
         most = settings.natural if least else 0

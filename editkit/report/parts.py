@@ -5,7 +5,7 @@ from typing import Any
 
 from editkit.data.kinds import heading
 from editkit.metrics.metric import ASKED, SHARE, Metric
-from editkit.numbers import finite, mean
+from editkit.numbers import finite, mean, number
 from editkit.report import aggregate, charts
 from editkit.report.html import Body, Charts, Section, Table, Text
 from editkit.runs.read import Run, Sides
@@ -49,6 +49,19 @@ def scores(run: Run, asked: str = "", *, drawn: bool = True) -> list[Any]:
         tables.append(metric_table(members, f"{title} · {ASKED.get(asked, asked)}" if asked else title))
     note = "Means over cases; in brackets the 95 % bootstrap interval over cases; n cases have the value."
     return [Text(note, "note"), *([Charts(pictures)] if pictures else []), *tables] if tables else []
+
+
+def judge(run: Run) -> list[Any]:
+    """Who judged the free answers, and how many have no verdict; [] where nobody did."""
+    found = run.record["judge"]
+    if not found:
+        return []
+    counts = {name: finite(found.get(name)) or 0 for name in ("asked", "unclear", "unjudged")}
+    told = f"{number(counts['asked'])} free answers were judged by {found.get('name')}"
+    told += f" (prompt version {found.get('version')}); judged.jsonl holds each question, verdict and cost."
+    for name, what in (("unclear", "replies were neither yes nor no"), ("unjudged", "answers found the judge away")):
+        told += f" {number(counts[name])} {what}, and are in no figure." if counts[name] else ""
+    return [Text(told, "note")]
 
 
 def metric_table(members: Sequence[Sides], caption: str = "") -> Table:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import OutputError
+from editkit.judges import totals
 from editkit.metrics.metric import Score
 from editkit.runs.names import CASE_LINES, RECORD
 from editkit.runs.read import Run, flat, in_order
@@ -60,7 +61,7 @@ def merge(folder: Path) -> list[Path]:
 
     Its tables are those of one run over all of the data, byte for byte. A set that lacks a shard is left as it is.
     """
-    from editkit.runs.tables import Tables
+    from editkit.runs.tables import Tables, judged
 
     sets: dict[str, dict[str, Path]] = {}
     for path, record in _records(folder).items():
@@ -88,6 +89,7 @@ def merge(folder: Path) -> list[Path]:
             "scores": [score.to_json() for score in tables.summary],
             "reversal": first["reversal"] | {"exact": all(record["reversal"]["exact"] for record in records)},
             "timings": {"total": sum(record["timings"]["total"] for record in records)},
+            "judge": asked | totals(judged(tables.measured)) if (asked := first.get("judge")) else None,
             "data": first["data"] | left_out | {"shard": "0/1", "shards": len(shards), "failed": tables.failed},
         }
         write_record(target, Record(**values))

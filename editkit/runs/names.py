@@ -12,6 +12,7 @@ CASES = "cases.parquet"  # a row a prompt
 EDITS = "edits.parquet"  # a row a case: its edit and the value of every metric
 SUMMARY = "summary.csv"  # a row a metric
 AUDIT = "audit.parquet"
+JUDGED = "judged.jsonl"  # a line an answer: the question, the verdict, its cost
 TABLE = "table.csv"  # of a sweep: a row a run
 
 # Journals: results line by line, from which a run that was killed goes on.

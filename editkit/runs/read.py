@@ -19,9 +19,8 @@ from editkit.runs.record import read_record
 
 # The parts of a record that a page reads, and the type of each; a part that is missing is an empty one.
 _PARTS: dict[str, type] = {
-    **dict.fromkeys(
-        ("config", "model", "edit", "reversal", "timings", "texts", "environment", "data", "trace", "verdict"), dict
-    ),
+    **dict.fromkeys(("config", "model", "edit", "reversal", "timings", "texts", "environment", "data"), dict),
+    **dict.fromkeys(("trace", "verdict", "judge"), dict),
     **dict.fromkeys(("scores", "metrics", "series"), list),
 }
 

@@ -41,6 +41,7 @@ class Record(Shown):
     series: list[dict[str, Any]] = field(default_factory=list)  # the points of a lifelong run, each with its scores
     verdict: dict[str, Any] | None = None  # of one edit: landed, summary, reasons, try_ (metrics.verdict)
     trace: dict[str, Any] | None = None  # of a trace: kind (one, average), the proposal
+    judge: dict[str, Any] | None = None  # of free answers: who, how it was asked, how many verdicts, their cost
     data: dict[str, Any] = field(default_factory=dict)  # source, digest, and what was left out
     environment: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)  # what the scores' metrics mean, as declared

@@ -3,12 +3,14 @@
     cases.parquet    one row a probe
     edits.parquet    one row a case: its edit and the value of every metric, in the columns that `Metric.column` names
     summary.csv      one row a metric and time: mean over cases, n, 95 % interval
+    judged.jsonl     with a judge: one line an answer, its question as it was put, the verdict and its cost
 
 The tables are a function of the lines, whatever their order: a run that was killed and gone on with, and shards of it
 put together, give the bytes of a run that was not.
 """
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 import pandas
 
 from editkit.files import write_bytes, write_text
+from editkit.judges import prompt_of
 from editkit.metrics.metric import Score
 from editkit.metrics.summary import summary
-from editkit.runs.names import CASES, EDITS, SUMMARY
+from editkit.runs.names import CASES, EDITS, JUDGED, SUMMARY
 
 Line = dict[str, Any]
 
@@ -46,7 +49,7 @@ class Tables:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the three tables. Raises OutputError."""
+        """Write the tables. Raises OutputError."""
         edits = [
             _whose(line) | _scalars(line["edit"]) | {score.metric.column(score.when): score.value for score in scores}
             for line, scores in zip(self.measured, self.scores, strict=True)
@@ -56,9 +59,10 @@ class Tables:
         write_text(folder / SUMMARY, self.csv())
 
     def write_cases(self, folder: Path) -> None:
-        """Write cases.parquet alone. Raises OutputError."""
+        """Write cases.parquet alone, and judged.jsonl. Raises OutputError."""
         rows = [_whose(line) | row for line in self.measured for row in line["rows"]]
         write_bytes(folder / CASES, pandas.DataFrame(rows).to_parquet(index=False))
+        write_judged(folder, self.measured)
 
     def csv(self) -> str:
         """The summary as text; the same lines give the same bytes."""
@@ -66,6 +70,19 @@ class Tables:
         rows = [score.to_json() for score in self.summary]
         pandas.DataFrame(rows, columns=["metric", "part", "when", "mean", "n", "low", "high"]).to_csv(text, index=False)
         return text.getvalue()
+
+
+def judged(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """What a judge said, an entry an answer; of a lifelong run with the number of edits."""
+    edits = [{"edits": line["edits"]} if "edits" in line else {} for line in lines]
+    return [about | entry for about, line in zip(edits, lines, strict=True) for entry in line.get("judged", [])]
+
+
+def write_judged(folder: Path, lines: Sequence[Line]) -> None:
+    """Write judged.jsonl, where a judge was asked. Raises OutputError."""
+    if found := judged(lines):
+        written = (json.dumps(entry | {"prompt": prompt_of(entry)}, ensure_ascii=False) for entry in found)
+        write_text(folder / JUDGED, "\n".join(written) + "\n")
 
 
 def _whose(line: Line) -> dict[str, Any]:

@@ -69,12 +69,22 @@ class MeasureSettings:
     )
     fluency: int = 100  # tokens of the text sampled from each generation prompt, prompt included, top-k 5; 0: none
     distracted: bool = True  # ask neighborhood prompts again with the new fact in front (CounterFact+)
+    # Probes by template, asked too: alias, distracting_context, fact_check, negation, repeat_old, reversed,
+    # second_language; see `editkit.data.templates`.
+    probes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.generate >= 0, "measure.generate", self.generate, "0 or more")
         require(self.natural >= 0, "measure.natural", self.natural, "0 or more")
         require_one_of(self.form, "measure.form", FORMS)
+        object.__setattr__(self, "probes", tuple(dict.fromkeys(self.probes)))
         require(self.fluency >= 0, "measure.fluency", self.fluency, "0 or more")
+
+
+def require_answers(judge: str | None, measure: MeasureSettings) -> None:
+    """Raise ConfigError for a judge without free answers to judge."""
+    asked = measure.generate > 0 and measure.natural > 0
+    require(judge is None or asked, "task.judge", judge, "null where measure.generate or measure.natural is 0")
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,11 @@ class EditTaskSettings:
     continuation: int = 20  # tokens of the continuation shown before and after
     top: int = 5  # most likely next tokens shown
     audit: bool = False  # ask every fact of the atlas before and after; for models that know it
+    judge: str | None = None  # of free answers: exact, model:NAME_OR_FOLDER, http:URL@MODEL; see `editkit.judges`
     measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
+
+    def __post_init__(self) -> None:
+        require_answers(self.judge, self.measure)
 
 
 @dataclass(frozen=True)
@@ -97,8 +111,10 @@ class BenchmarkSettings:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     keep_edits: bool = False  # write each edit into RUN/edits; those of several cases are always kept
     audit: bool = False  # ask every fact of the atlas after each edit; for models that know it
+    judge: str | None = None  # of free answers: exact, model:NAME_OR_FOLDER, http:URL@MODEL; see `editkit.judges`
 
     def __post_init__(self) -> None:
+        require_answers(self.judge, self.measure)
         require(self.size is None or self.size > 0, "task.size", self.size, "positive")
 
 
@@ -148,6 +164,7 @@ class LifelongSettings:
     alarm: AlarmSettings = field(default_factory=AlarmSettings)
     on_collapse: str = CONTINUE  # at a limit of the alarm: continue, stop, or rollback to the last good step and stop
     text: str = "prose"  # running text for KL and perplexity: the bundled prose, me_ppl:FILE, or as moments.source
+    judge: str | None = None  # of free answers: exact, model:NAME_OR_FOLDER, http:URL@MODEL; see `editkit.judges`
     measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
 
     def __post_init__(self) -> None:
@@ -161,6 +178,7 @@ class LifelongSettings:
         require(self.keep is None or self.keep > 0, "task.keep", self.keep, "positive")
         require(self.save > 0, "task.save", self.save, "positive")
         require_one_of(self.on_collapse, "task.on_collapse", ON_COLLAPSE)
+        require_answers(self.judge, self.measure)
 
     def points(self, edits: int) -> set[int]:
         """The numbers of edits after which a run of so many `edits` is measured, the begin and the end among them."""

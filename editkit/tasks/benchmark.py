@@ -20,6 +20,7 @@ from editkit.edits.requantized import requantized
 from editkit.edits.spectra import spectra
 from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
+from editkit.judging import Judging
 from editkit.metrics.audit import answers, audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.metric import Score
@@ -29,7 +30,7 @@ from editkit.models.snapshot import Snapshot
 from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.journal import Journal
-from editkit.runs.tables import Tables
+from editkit.runs.tables import Tables, judged
 from editkit.settings import BenchmarkSettings, Config
 from editkit.tasks import console
 from editkit.tasks.common import (
@@ -54,6 +55,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     """
     clock, task = Clock(), config.task
     cases = load_cases(config.data, seed=config.seed, distinct=task.size != 1)
+    judging = Judging(task.judge, config.device, say)
     lm = load_model(config)
     digest = lm.digest
     with Journal(folder / names.CASE_LINES, journal_header(config, digest, cases), resume=config.resume) as journal:
@@ -61,7 +63,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         clock.lap("load")
         whole = Snapshot.take(lm.model, [], everything=True)
-        bench = _Bench(lm, digest, config, folder, journal)
+        bench = _Bench(lm, digest, config, folder, journal, judging)
         numbered = list(zip(cases.indices, cases.cases, strict=True))
         with tqdm(desc=task.name, total=len(numbered), initial=len(bench.done), unit="case", delay=1) as bar:
             for number, members in enumerate(_groups(numbered, task.size)):
@@ -75,6 +77,9 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         say(f"left out: {text}")
     if not tables.measured:
         raise EditkitError(f"None of the {len(cases.cases)} cases could be measured; the first: {tables.failed[0]}")
+    judge = judging.record(judged(tables.measured))
+    if judge:
+        say(console.judge(judge))
     say(console.reversal(reversal))
     record = results.Record(
         task=task.name,
@@ -83,6 +88,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         edit=tables.edit(),
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
+        judge=judge,
         environment=results.environment(lm),
         data=data_of(cases, tables.failed) | {"shard": config.data.shard},
         **measured(tables.summary),
@@ -105,7 +111,10 @@ def _groups(cases: Sequence[Numbered], size: int | None) -> Iterator[list[Number
 class _Bench:
     """Groups of cases, each edited together and measured one by one, and what they share."""
 
-    def __init__(self, lm: LanguageModel, digest: str, config: Config, folder: Path, journal: Journal) -> None:
+    def __init__(
+        self, lm: LanguageModel, digest: str, config: Config, folder: Path, journal: Journal, judging: Judging
+    ) -> None:
+        self.judging = judging
         self.lm, self.digest, self.config, self.folder, self.journal = lm, digest, config, folder, journal
         self.task: BenchmarkSettings = config.task
         self.done = {line["index"] for line in journal.lines}
@@ -135,8 +144,10 @@ class _Bench:
                 if index in befores:
                     after = look(self.lm, case, self.task.measure, self.config.seed, below)
                     rows = rows_of(case, befores[index], after)
+                    verdicts = self.judging.rows(case.id, rows)
                     scores = [score.to_json() for score in scores_of_rows(rows) + audited]
-                    self._add(number, index, case, edit=about, rows=rows, scores=scores)
+                    said = {"judged": verdicts} if verdicts else {}
+                    self._add(number, index, case, edit=about, rows=rows, scores=scores, **said)
                     advance()
 
     def _before(

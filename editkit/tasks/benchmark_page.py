@@ -7,7 +7,7 @@ from editkit.metrics.metric import Metric
 from editkit.numbers import finite, mean, number
 from editkit.report import aggregate, charts
 from editkit.report.html import Body, Charts, Fold, Section, Table, Text
-from editkit.report.parts import plain_title, probe_table, score_tiles, scores, shares, spectra
+from editkit.report.parts import judge, plain_title, probe_table, score_tiles, scores, shares, spectra
 from editkit.runs.read import Run
 
 WORST = 10
@@ -18,7 +18,7 @@ RELATIONS_A_CHART, RELATION_CHARTS = 10, 3
 def body(run: Run) -> Body:
     """What a page shows of a run over many cases. Raises RecordError for a table that cannot be read."""
     sections = [
-        Section("scores", "Scores", scores(run)),
+        Section("scores", "Scores", [*scores(run), *judge(run)]),
         Section("probabilities", "Before and after", _probabilities(run)),
         Section("relations", "By relation", _relations(run)),
         Section("update", "Size of the updates", _sizes(run)),

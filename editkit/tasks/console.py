@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE, PORTABILITY, REWRITE
+from editkit.data.kinds import NEIGHBORHOOD, OWN_ANSWERS, PARAPHRASE, PORTABILITY, REWRITE
 from editkit.edits.edit import Edit
 from editkit.edits.requantized import Requantized
 from editkit.facts import Fact
@@ -13,6 +13,7 @@ from editkit.metrics.audit import Audit
 from editkit.metrics.counterfact import ES, NS, PORTABLE, PS
 from editkit.metrics.drift import KL, PERPLEXITY
 from editkit.metrics.metric import AFTER, RETENTION, UNTOUCHED, Average, Metric, Score
+from editkit.metrics.probes import OF_TEMPLATES
 from editkit.metrics.verdict import Verdict
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Reversal
@@ -30,6 +31,7 @@ NAMES = {
     PARAPHRASE: ("paraphrases", PS),
     NEIGHBORHOOD: ("neighborhood", NS),
     PORTABILITY: ("what follows", PORTABLE),
+    **{kind: ("by template", metric) for kind, metric in OF_TEMPLATES.items()},
 }
 
 
@@ -111,7 +113,7 @@ def probes(fact: Fact, rows: Sequence[Mapping[str, Any]], scores: Sequence[Score
             found = sides.get(metric, Sides(metric))
             lines.append(f"{name}   {metric.short} {_two(found.before)} → {_two(found.after)}")
         prompt = row["prompt"]
-        if kind == PORTABILITY:  # its answers are not the fact's
+        if kind in OWN_ANSWERS:
             prompt += f" {row['target_true']} → {row['target_new']}"
         lines.append(f"  {_clip(prompt, 41):42}{_pair(row, 'true'):>18}{_pair(row, 'new'):>18}")
     return "\n".join(lines)
@@ -181,6 +183,16 @@ def routing(found: dict[str, dict[str, Any]]) -> str:
 def verdict(found: Verdict) -> str:
     """Whether the edit landed; if not, why and what to try."""
     return "\n".join(["", *(line for text in found.lines() for line in textwrap.wrap(text, WIDTH))])
+
+
+def judge(found: Mapping[str, Any]) -> str:
+    """Who judged the free answers, how many, and what it cost."""
+    judged = found["asked"] - found["unjudged"]
+    parts = [f"{judged:,} of {found['asked']:,} answers judged by {found['name']}"]
+    parts += [f"{found['kept']:,} of them asked before"] if found["kept"] else []
+    parts += [f"{found['unclear']:,} unclear"] if found["unclear"] else []
+    parts += [f"{found['tokens']:,} tokens"] if found["tokens"] else []
+    return "\n".join(["", *_wrapped("judge   ", ", ".join([*parts, f"{found['seconds']:.1f} s"]))])
 
 
 def trace_heading(lm: LanguageModel, what: str) -> str:

@@ -15,6 +15,7 @@ from editkit.edits.edit import Edit, relative_norm
 from editkit.edits.requantized import requantized
 from editkit.edits.routing import routing_change
 from editkit.edits.spectra import spectra
+from editkit.judging import Judging
 from editkit.metrics.audit import audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.scoring import continuation, top_next
@@ -24,7 +25,7 @@ from editkit.models.columns import Below
 from editkit.models.load import LanguageModel
 from editkit.runs import names
 from editkit.runs import record as results
-from editkit.runs.tables import Tables
+from editkit.runs.tables import Tables, judged
 from editkit.settings import Config
 from editkit.tasks import console
 from editkit.tasks.common import Clock, below_of, bind_method, described, load_model, measured, plain, spectrum_beside
@@ -37,6 +38,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     """
     clock = Clock()
     case = case_of(config.edit)
+    judging = Judging(config.task.judge, config.device, say)
     lm = load_model(config)
     clock.lap("load")
     case.fact.check_targets(lm)
@@ -60,6 +62,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("restore")
 
     rows = rows_of(case, before.look, after.look)
+    verdicts = judging.rows(case.id or "0", rows)
     of_case = scores_of_rows(rows) + ([audited.score] if audited else [])
     scores = summary([of_case])
     say(console.probes(case.fact, rows, scores))
@@ -67,8 +70,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     say(console.update(edit, relative, largest, left))
     if routing:
         say(console.routing(routing))
-    judged = verdict(rows, edit.provenance)
-    say(console.verdict(judged))
+    landed = verdict(rows, edit.provenance)
+    say(console.verdict(landed))
     if audited is not None:
         say(console.audit(audited))
         results.write_table(folder / names.AUDIT, audited.rows())
@@ -76,7 +79,11 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
 
     edit.save(folder / names.EDIT)
     whose = {"index": 0, "case": case.id or "0", "group": 0, "subject": case.fact.subject, "relation": case.relation}
-    Tables([whose | {"edit": {}, "rows": rows, "scores": [score.to_json() for score in of_case]}]).write_cases(folder)
+    line = whose | {"edit": {}, "rows": rows, "scores": [score.to_json() for score in of_case], "judged": verdicts}
+    Tables([line]).write_cases(folder)
+    judge = judging.record(judged([line]))
+    if judge:
+        say(console.judge(judge))
     record = results.Record(
         task="edit",
         config=plain(config),
@@ -96,7 +103,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         },
         reversal=asdict(applied.reversal) | {"exact": applied.reversal.exact},
         timings=clock.all(),
-        verdict=asdict(judged),
+        verdict=asdict(landed),
+        judge=judge,
         texts={"before": before.texts, "after": after.texts},
         environment=results.environment(lm),
         **measured(scores),

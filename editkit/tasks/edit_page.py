@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from editkit.data.kinds import PORTABILITY, heading
+from editkit.data.kinds import OWN_ANSWERS, heading
 from editkit.numbers import finite
 from editkit.report import charts
 from editkit.report.html import Body, Charts, Fold, Pairs, Section, Table, Text, cell
-from editkit.report.parts import plain_title, probe_table, score_tiles, scores, spectra
+from editkit.report.parts import judge, plain_title, probe_table, score_tiles, scores, spectra
 from editkit.runs.read import Run
 from editkit.settings import KEYS_PER_DIMENSION
 
@@ -63,13 +63,13 @@ def _probes(run: Run) -> list[Any]:
             if sides == [None, None]:
                 continue
             kind = str(row.get("kind") or "?")
-            answer = f" … {row.get(f'target_{which}')}" if kind == PORTABILITY else ""
+            answer = f" … {row.get(f'target_{which}')}" if kind in OWN_ANSWERS else ""
             above = heading(kind) if kind != last else ""
             pairs.append(charts.Pair(f"{row.get('prompt')}{answer}", sides[0], sides[1], series, above))
             last = kind
         if pairs:
             drawn.append(charts.dumbbells(title, pairs))
-    measured = scores(run, drawn=False)
+    measured = [*scores(run, drawn=False), *judge(run)]
     table = [Fold("Every metric", measured)] if measured else []
     probes = [Fold("Every prompt as a table", [probe_table(run.cases)])] if run.cases else []
     return [*([Charts(drawn)] if drawn else []), *table, *probes]

@@ -24,6 +24,7 @@ from editkit.data import load_cases, load_texts, streamed
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, UNSEEN, Case
 from editkit.data.stream import CaseStream
 from editkit.errors import ConfigError, EditkitError, OutputError, ReversalError
+from editkit.judging import Judging
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.metric import RECENT, RETENTION, UNTOUCHED, Score
 from editkit.metrics.running_text import Drift
@@ -33,6 +34,7 @@ from editkit.models.snapshot import Reversal
 from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.journal import Journal
+from editkit.runs.tables import judged, write_judged
 from editkit.session import Session
 from editkit.sessionfiles import FILE
 from editkit.settings import Config, LifelongSettings
@@ -66,6 +68,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     edited = streamed(config.data, cases.cases[:count], seed=config.seed)
     untouched = cases.cases[count : count + task.untouched]
     texts = load_texts(task.text)
+    judging = Judging(task.judge, config.device, say)
     lm = load_model(config)
     digest = lm.digest
     with Journal(folder / names.POINT_LINES, journal_header(config, digest, cases), resume=config.resume) as journal:
@@ -74,18 +77,23 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             about += f"; {len(edited):,} edits"
         notes = (*cases.notes, *([texts.note] if texts else ()))
         say(console.cases_heading(lm, config, about, notes, len(journal.lines)))
-        life = _Life(lm, digest, config, edited, untouched, folder, journal, say)
+        life = _Life(lm, digest, config, edited, untouched, folder, journal, judging, say)
         clock.lap("ask_the_unedited_model")
         reversal = life.live()
         clock.lap("edit_and_measure")
         points, failed, collapse = life.points, life.failed, life.collapse
+    write_judged(folder, points)
+    judge = judging.record(judged(points))
+    if judge:
+        say(console.judge(judge))
     say(console.reversal(reversal))
     record = results.Record(
         task=task.name,
         config=plain(config),
         model=described(lm, digest),
         edit={"count": points[-1]["edits"], "rank": life.rank, "relative_norm": points[-1]["relative_norm"]},
-        series=points,
+        series=[{name: value for name, value in point.items() if name != "judged"} for point in points],
+        judge=judge,
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
@@ -123,9 +131,11 @@ class _Life:
         untouched: Sequence[Case],
         folder: Path,
         journal: Journal,
+        judging: Judging,
         say: Callable[[str], None],
     ) -> None:
         self.lm, self.config, self.edited, self.journal, self.say = lm, config, edited, journal, say
+        self.judging = judging
         self.task: LifelongSettings = config.task
         self.path, self.costs = folder / names.SESSION, Costs(folder / names.COSTS)
         size = self.task.step
@@ -261,11 +271,12 @@ class _Life:
         cases = [*(self.edited[number] for number in numbers), *self.untouched]
         # 2) What they say, before and after.
         of_cases: dict[str, list[list[Score]]] = {RETENTION: [], RECENT: [], UNTOUCHED: []}
+        verdicts: list[dict[str, Any]] = []
         for place, (case, before) in enumerate(zip(cases, self._before(session, cases), strict=True)):
             below = self.below if case.id in self.before else None
-            of_case = scores_of_rows(
-                rows_of(case, before, look(self.lm, case, self.task.measure, self.config.seed, below))
-            )
+            rows = rows_of(case, before, look(self.lm, case, self.task.measure, self.config.seed, below))
+            verdicts += self.judging.rows(case.id, rows)
+            of_case = scores_of_rows(rows)
             of_cases[RETENTION if place < len(numbers) else UNTOUCHED].append(of_case)
             if place < len(numbers) and numbers[place] >= since:
                 of_cases[RECENT].append(of_case)
@@ -278,6 +289,7 @@ class _Life:
             "relative_norm": session.relative_norm(),
             "alarm": seen.to_json(),
             "collapsed": bool(seen.passed),
+            **({"judged": verdicts} if verdicts else {}),
         }
         self.journal.append(point)
         self.say(console.point(edits, scores, point["relative_norm"], collapsed=point["collapsed"]))

@@ -7,7 +7,7 @@ from editkit.metrics.metric import ASKED, RECENT, RETENTION, UNTOUCHED, WHEN, Me
 from editkit.numbers import mean, number
 from editkit.report import series
 from editkit.report.html import Body, Charts, Fold, Section, Table, Text
-from editkit.report.parts import plain_title, scores
+from editkit.report.parts import judge, plain_title, scores
 from editkit.report.series import LIFELONG
 from editkit.runs.read import Run
 
@@ -84,7 +84,7 @@ def _along(run: Run, asked: str) -> Table | None:
 
 
 def _end(run: Run) -> list[Any]:
-    blocks = []
+    blocks = judge(run)
     for asked in (RETENTION, RECENT, UNTOUCHED):
         if found := scores(run, asked, drawn=False):
             blocks.append(Fold(f"Of {ASKED[asked]}", found))
