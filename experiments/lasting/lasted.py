@@ -43,7 +43,7 @@ CLAIMS = (
     Claim("encore", "alphaedit", 100, 10_000, "arXiv 2502.01636"),
     Claim("betaedit", "alphaedit", 100, 10_000, "BetaEdit, IJCAI 2026"),
     Claim("alphaedit, SPHERE", "alphaedit", 100, 2000, "SPHERE, ICLR 2026"),
-    Claim("memit, SimIE", "memit", 1, 1000, "SimIE"),
+    Claim("memit_seq, SimIE", "memit_seq", 100, 1000, "SimIE"),
     Claim("ft_bf", "alphaedit", 100, 10_000, "arXiv 2509.22072"),
     Claim("ft_bf", "ultraedit", 100, 10_000, "arXiv 2509.22072"),
     Claim("ft_bf", "ft_l", 100, 2000, "arXiv 2509.22072"),

@@ -69,7 +69,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "alphaedit, NAS": (DESCENT, ANCHOR),
     "alphaedit, SPHERE": (DESCENT, "method.transform=sphere"),
     "memit, NAS": (DESCENT, ANCHOR),
-    "memit, SimIE": (DESCENT, "method.simie=1e4"),
+    "memit_seq, SimIE": (DESCENT, "method.simie=1e4"),  # memit itself remembers no keys
     "ft": (),
     "grace": (),
     "pmet": (),
@@ -82,6 +82,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "kn": (),
     "ike": (),
 }
+INSTALLED = ("grace", "ike")  # what they put on the model cannot be folded into a sum of weights
 PILOTS, PILOTS_ASKED = 100, 30  # facts that give an organism's anchor and learning rates, none of the stream's
 # Methods that train weights, and what of the bundled model's learning rate is tried on another organism.
 _SOME, _MANY = [4.0**k for k in range(-2, 3)], [4.0**k for k in range(-2, 7)]
@@ -157,7 +158,7 @@ class Cell:
             f"task.step={self.batch}",
             "task.every=null",
             f"task.at=[{','.join(map(str, AT))}]",
-            "task.keep=1",
+            f"task.keep={'null' if name in INSTALLED else 1}",
             f"task.save={hundred}",
             f"task.alarm.every={hundred}",
             "task.alarm.growth=null",
@@ -300,7 +301,7 @@ def found_in(cell: Cell) -> dict[str, Any] | None:
         "method": cell.method,
         "batch": cell.batch,
         "points": [_point(line) for line in lines if "edits" in line],
-        "edits": min(EDITS, len(costs) * cell.batch),
+        "edits": max(min(EDITS, len(costs) * cell.batch), *(line.get("edits", 0) for line in lines)),
         "broken": collapse and collapse["edits_kept"],
         "why": collapse and collapse["collapse"].split(": ", 1)[-1],
         "failed": sum(len(line["cases"]) for line in failed),
