@@ -196,7 +196,7 @@ def _degenerate(
     found: Examination, times: float, asked: Sequence[str], before: Sequence[str], after: Sequence[str]
 ) -> None:
     kind = BAD if not math.isfinite(times) or times > BROKEN else NOTE if times > HURT else GOOD
-    found.add("prose", kind, f"perplexity is {times:.3g} × the unedited model's")
+    found.add("prose", kind, f"perplexity is {times:.2f} × the unedited model's")
     fresh = [text for was, text in zip(before, after, strict=True) if repeated(text) > max(REPEATS, repeated(was))]
     if fresh:
         found.add("repeats", BAD, f"{len(fresh)} of {len(after)} free texts repeat themselves, as {fresh[0][:60]!r}")

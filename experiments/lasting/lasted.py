@@ -171,13 +171,17 @@ def fill() -> None:
     for model in models:
         for batch in dict.fromkeys(cell["batch"] for cell in cells if cell["model"] == model):
             parts += [f"### {model}, {batch} a step", "", *short(cells, model, batch), ""]
+    between("lasting", parts)
+    between("orderings", orderings(cells, models))
+
+
+def between(name: str, lines: list[str]) -> None:
+    """Put lines between the marks of that name in README.md."""
     path = HERE / "README.md"
     text = path.read_text(encoding="utf-8")
-    for name, lines in (("lasting", parts), ("orderings", orderings(cells, models))):
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}" + "\n".join(lines).rstrip() + f"\n{end}{rest.partition(end)[2]}"
-    write_text(path, text)
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = text.partition(begin)
+    write_text(path, f"{before}{begin}" + "\n".join(lines).rstrip() + f"\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
