@@ -3,8 +3,8 @@
     python experiments/lasting/why.py run FOLDER       # steps of 100 edits over 100, 300 and 1,000 facts
     python experiments/lasting/why.py results FOLDER   # why.json, and README.md's table
 
-If it is the number of edits, or the norm that they add, a stream over 100 facts breaks where one over 1,000 does. If it is
-the number of different keys that W must hold, it lives longer.
+If it is the number of edits, or the norm that they add, a stream over 100 facts breaks where one over 1,000 does. If it
+is the number of different keys that W must hold, it lives longer.
 """
 
 import argparse
