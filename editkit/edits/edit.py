@@ -15,7 +15,7 @@ import functools
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editkit.edits import hub
 from editkit.edits.delta import Delta, delta_of, joined, make_delta
 from editkit.edits.peft import write_adapter
 from editkit.errors import ConfigError, EditkitError
@@ -259,6 +260,35 @@ class Edit(Shown):
         """
         self.require_weights("A LoRA adapter")
         return write_adapter(self.deltas, asdict(self.base), self.provenance, Path(folder), rank, served=served)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        licence: str = "other",
+        record: Mapping[str, Any] | None = None,
+        private: bool = True,
+    ) -> str:
+        """Upload the edit with a card to a repository of the Hugging Face Hub; the commit, for `from_hub`.
+
+        - `repo`: USER/NAME; it is made where it is missing, `private` or not.
+        - `licence`: of the edit, as the Hub names licences. `record`: of the run that measured it (record.json).
+
+        Raises EditkitError where the Hub does not take it.
+        """
+        title, rows = self.shown()
+        text = hub.card(title, rows, asdict(self.base), self.digest, self.provenance, licence, record)
+        files = {hub.FILE: self.to_bytes(), hub.CARD: text.encode()}
+        return hub.push(files, repo, private=private, message=f"{title}, digest {self.digest[:SHORT]}")
+
+    @classmethod
+    def from_hub(cls, repo: str, revision: str) -> "Edit":
+        """The edit of a repository of the Hugging Face Hub.
+
+        `revision`: a commit or tag, so that it stays the same edit; a branch moves. Raises EditkitError where there is
+        none, EditFileError for a damaged file.
+        """
+        return cls.load(hub.pull(repo, revision))
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same edit always gives the same bytes."""
