@@ -40,7 +40,10 @@ class Record:
     series: list[dict[str, Any]] = field(default_factory=list)  # the points of a lifelong run, each with its scores
     verdict: dict[str, Any] | None = None  # of one edit: landed, summary, reasons, try_ (metrics.verdict)
     trace: dict[str, Any] | None = None  # of a trace: kind (one, average), the proposal
+    protocol: dict[str, Any] = field(default_factory=dict)  # how it edits and asks (runs.protocol); of a trace, none
     data: dict[str, Any] = field(default_factory=dict)  # source, digest, and what was left out
+    # The null controls of a benchmark: what each does and the size of its edits, or why it is skipped.
+    controls: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)  # what the scores' metrics mean, as declared
     format: int = FORMAT

@@ -22,7 +22,12 @@ from editkit.settings.methods import (
     WeightlessSettings,
 )
 from editkit.settings.runs import (
+    CONTROLS,
+    IDENTITY,
+    PROMPT_ONLY,
+    RANDOM,
     TRACE_KINDS,
+    WRONG_BLOCK,
     AlarmSettings,
     BatchSettings,
     BenchmarkSettings,
@@ -39,11 +44,16 @@ from editkit.settings.runs import (
 )
 
 __all__ = [
+    "CONTROLS",
     "EASYEDIT",
     "FEWEST_KEYS",
+    "IDENTITY",
     "KEYS_PER_DIMENSION",
     "LOOKUP_TOKENS",
+    "PROMPT_ONLY",
+    "RANDOM",
     "TRACE_KINDS",
+    "WRONG_BLOCK",
     "AlarmSettings",
     "AttributionSettings",
     "BatchSettings",

@@ -10,6 +10,9 @@ MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
 TRACE_KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
 CORRUPTIONS = ("noise", "swap")
 FORMS = ("bare", "qa", "chat")
+# Null controls of a benchmark, and how tables and pages call them; see editkit/methods/shared/controls.py.
+RANDOM, IDENTITY, WRONG_BLOCK, PROMPT_ONLY = "random", "identity", "wrong_block", "prompt_only"
+CONTROLS = {RANDOM: "random δ", IDENTITY: "C = I", WRONG_BLOCK: "wrong block", PROMPT_ONLY: "prompt only"}
 CONTINUE, STOP, ROLLBACK = ON_COLLAPSE = ("continue", "stop", "rollback")
 
 
@@ -97,6 +100,7 @@ class BenchmarkSettings:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     keep_edits: bool = False  # write each edit into RUN/edits; those of several cases are always kept
     audit: bool = False  # ask every fact of the atlas after each edit; for models that know it
+    controls: bool = False  # null controls on the same cases: random δ, C = I, a wrong block, prompt only
 
     def __post_init__(self) -> None:
         require(self.size is None or self.size > 0, "task.size", self.size, "positive")

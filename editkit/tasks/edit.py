@@ -24,6 +24,7 @@ from editkit.models.columns import Below
 from editkit.models.load import LanguageModel
 from editkit.runs import names
 from editkit.runs import record as results
+from editkit.runs.protocol import RunProtocol
 from editkit.runs.tables import Tables
 from editkit.settings import Config
 from editkit.tasks import console
@@ -99,6 +100,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         verdict=asdict(judged),
         texts={"before": before.texts, "after": after.texts},
         environment=results.environment(lm),
+        protocol=RunProtocol.of(config).to_json(),
         **measured(scores),
     )
     results.write_record(folder, record)

@@ -33,6 +33,7 @@ from editkit.models.snapshot import Reversal
 from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.journal import Journal
+from editkit.runs.protocol import RunProtocol
 from editkit.session import Session
 from editkit.sessionfiles import FILE
 from editkit.settings import Config, LifelongSettings
@@ -87,6 +88,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
+        protocol=RunProtocol.of(config, len(edited)).to_json(),
         data=data_of(cases, failed) | ({"collapse": collapse} if collapse else {}),
         **measured([Score.of(found) for found in points[-1]["scores"]]),
     )
