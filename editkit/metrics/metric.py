@@ -38,6 +38,8 @@ ASKED = {
     UNTOUCHED: "facts never edited",
 }
 
+ABILITY = "ability"  # the protocol of general ability, whose figures are no means over cases
+
 OVER_CASES = "mean over cases of a case's mean"
 
 Formula = Callable[[Sequence[Row], str], float | None]

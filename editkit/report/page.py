@@ -7,7 +7,7 @@ from editkit.numbers import finite, number
 from editkit.report import reproduce
 from editkit.report.compare import published_blocks
 from editkit.report.html import Body, Fold, Page, Pairs, Section, Table, Text, Tiles, cell
-from editkit.report.parts import plain_body
+from editkit.report.parts import ability, plain_body
 from editkit.runs.kinds import get_task
 from editkit.runs.protocol import told
 from editkit.runs.read import Run
@@ -18,6 +18,7 @@ def page_of(run: Run) -> Page:
     body = _body(run)
     sections = [
         *body.sections,
+        Section("ability", "General ability", ability(run)),
         Section("protocol", "Protocol", _protocol(run)),
         Section("published", "Beside published numbers", published_blocks([run], [run.method])),
         Section("restored", "Restored", _restored(run) if run.record["reversal"] else []),

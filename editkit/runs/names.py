@@ -7,6 +7,7 @@ PLAN = "plan.json"  # of a run that was planned and not started
 CONFIG = "config.yaml"
 FAILED = "failed.txt"
 REPORT = "report.html"
+ABILITY = "ability.json"  # general ability, as soon as it has been asked
 EDIT = "edit.safetensors"
 CASES = "cases.parquet"  # a row a prompt
 EDITS = "edits.parquet"  # a row a case: its edit and the value of every metric

@@ -20,7 +20,7 @@ from editkit.runs.record import read_record
 # The parts of a record that a page reads, and the type of each; a part that is missing is an empty one.
 _PARTS: dict[str, type] = {
     **dict.fromkeys(("config", "model", "edit", "reversal", "timings", "texts", "environment", "data"), dict),
-    **dict.fromkeys(("trace", "verdict", "protocol"), dict),
+    **dict.fromkeys(("trace", "verdict", "protocol", "ability"), dict),
     **dict.fromkeys(("scores", "metrics", "series", "controls"), list),
 }
 

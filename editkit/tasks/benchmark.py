@@ -25,7 +25,7 @@ from editkit.errors import EditkitError, OutputError, ReversalError
 from editkit.facts import Fact
 from editkit.metrics.audit import answers, audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
-from editkit.metrics.metric import AFTER, Score
+from editkit.metrics.metric import AFTER, BEFORE, Score
 from editkit.models.columns import Below
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import Snapshot
@@ -36,6 +36,7 @@ from editkit.runs.protocol import RunProtocol
 from editkit.runs.tables import Tables
 from editkit.settings import BenchmarkSettings, Config
 from editkit.tasks import console
+from editkit.tasks.ability import Ability
 from editkit.tasks.common import (
     Clock,
     below_of,
@@ -66,7 +67,9 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         say(console.cases_heading(lm, config, about, cases.notes, len(journal.lines)))
         clock.lap("load")
         whole = Snapshot.take(lm.model, [], everything=True)
-        bench = _Bench(lm, digest, config, folder, journal)
+        ability = Ability(lm, config, folder, say)
+        ability.take(BEFORE)
+        bench = _Bench(lm, digest, config, folder, journal, ability)
         numbered = list(zip(cases.indices, cases.cases, strict=True))
         total = len(numbered) * len(bench.ways)
         with tqdm(desc=task.name, total=total, initial=len(bench.done), unit="case", delay=1) as bar:
@@ -80,6 +83,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     say(console.summary(tables.summary))
     if controls:
         say(table(controls, tables))
+    ability.show()
     for text in (*map(str, cases.rejected), *tables.failed):
         say(f"left out: {text}")
     if not tables.measured:
@@ -96,7 +100,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         protocol=RunProtocol.of(config, len(numbered)).to_json(),
         data=data_of(cases, tables.failed) | {"shard": config.data.shard},
         controls=controls,
-        **measured([*tables.summary, *tables.control_summary]),
+        ability=ability.to_json(),
+        **measured([*tables.summary, *tables.control_summary, *ability.scores]),
     )
     results.write_record(folder, record)
     report.write(folder)
@@ -116,8 +121,11 @@ def _groups(cases: Sequence[Numbered], size: int | None) -> Iterator[list[Number
 class _Bench:
     """Groups of cases, each edited together and measured one by one, and what they share."""
 
-    def __init__(self, lm: LanguageModel, digest: str, config: Config, folder: Path, journal: Journal) -> None:
+    def __init__(
+        self, lm: LanguageModel, digest: str, config: Config, folder: Path, journal: Journal, ability: Ability
+    ) -> None:
         self.lm, self.digest, self.config, self.folder, self.journal = lm, digest, config, folder, journal
+        self.ability = ability
         self.task: BenchmarkSettings = config.task
         self.done = {(line["index"], line.get("control", "")) for line in journal.lines}
         self.failed = {line["index"] for line in journal.lines if "failed" in line and "control" not in line}
@@ -154,6 +162,8 @@ class _Bench:
             edit = edit or found
             audited = self._audit(number, found) if asked and not name else []
             with found.applied(self.lm, check=False, everything=False):
+                if not name:
+                    self.ability.take(AFTER)
                 for index, case in asked:
                     after = look(self.lm, case, self.task.measure, self.config.seed, below)
                     rows = rows_of(case, befores[index], after)

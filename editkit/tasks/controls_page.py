@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from editkit.metrics.metric import Metric
+from editkit.metrics.metric import ABILITY, Metric
 from editkit.numbers import finite
 from editkit.report.html import Fold, Table, Text
 from editkit.runs.pairs import differences, headline
@@ -24,7 +24,7 @@ def blocks(run: Run) -> list[Any]:
         return []
     names = [each["name"] for each in described if "skipped" not in each]
     first = headline(run.sides())
-    others = [metric for metric, sides in run.sides().items() if metric not in first and sides.after]
+    others = [metric for metric, sides in run.sides().items() if metric not in first and sides.after and metric.protocol.name != ABILITY]
     tables: list[Any] = [Text(NOTE, "note"), _about(run, described), _means(run, names, first, "Headline metrics")]
     found = {name: differences(first, run.edits, run.control_edits.get(name, [])) for name in names}
     rows = [(metric.label, *(found[name].get(metric) for name in names)) for metric in first]
