@@ -144,7 +144,9 @@ def _finish_sweep(folder: Path) -> None:
         print(f"{table.attrs['protocols']}\n")
     if len(paired):
         first = paired.loc[paired["first"] == paired["first"].iloc[0]].drop(columns=["first"])
-        print(f"the first run ({first['first_method'].iloc[0]}) minus each other, on the same cases; P that it is better")
+        print(
+            f"the first run ({first['first_method'].iloc[0]}) minus each other, on the same cases; P that it is better"
+        )
         shown = first.drop(columns=["first_method"])
         print(f"{shown.to_string(index=False, float_format='{:.3f}'.format, max_colwidth=30)}\n")
     for path in failed:

@@ -103,7 +103,14 @@ def test_wrong_settings_are_refused(make: Any, message: str) -> None:
 
 def test_a_group_stands_for_its_parts_and_filters_have_names() -> None:
     """From what the harness returns; a tag, which has no figures, shows its tasks."""
-    values = {"alias": "x", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.25, "f1,none": 0.4, "f1_stderr,none": "N/A"}
+    values = {
+        "alias": "x",
+        "sample_len": 3,
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.25,
+        "f1,none": 0.4,
+        "f1_stderr,none": "N/A",
+    }
     found = {
         "results": {"mmlu": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "mmlu_art": values, "one": values,
                     "math": {"match,strict": 0.1, "match,flexible": 0.2}, "loss": {"bits,none": 1.5}},
@@ -153,7 +160,9 @@ def test_no_copy_of_the_model_is_made() -> None:
     """A random model of 100 MB: the harness calls its very parameters, and beside them there are few tensors."""
     torch.manual_seed(0)
     tokenizer = byte_level_tokenizer()
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=512, n_layer=8, n_head=8)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=512, n_layer=8, n_head=8)
+    ).eval()
     lm = LanguageModel("random", model, tokenizer, architecture_of("gpt2"))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     places, most = set[tuple[int, ...]](), list[int]()
@@ -191,7 +200,9 @@ def test_a_task_that_nobody_has_is_named(atlas_lm: LanguageModel) -> None:
 
 
 def values(record: dict[str, Any], when: str) -> dict[str, float]:
-    return {s["metric"]: s["mean"] for s in record["scores"] if s["metric"].startswith("ability.") and s["when"] == when}
+    return {
+        s["metric"]: s["mean"] for s in record["scores"] if s["metric"].startswith("ability.") and s["when"] == when
+    }
 
 
 def test_a_batch_asks_before_and_after(tmp_path: Path, without_the_harness: list[str], atlas_lm: LanguageModel) -> None:
@@ -201,7 +212,9 @@ def test_a_batch_asks_before_and_after(tmp_path: Path, without_the_harness: list
     folder = really_run(tmp_path / "run", "task=batch", "data.limit=2", "task.ability=quick",
                         f"task.ability_limit={LIMIT}", *wild, *small)  # fmt: skip
     found = record_of(folder)
-    assert len(without_the_harness) == 2 and without_the_harness[0] == found["model"]["digest"] != without_the_harness[1]
+    assert (
+        len(without_the_harness) == 2 and without_the_harness[0] == found["model"]["digest"] != without_the_harness[1]
+    )
     before, after = values(found, "before"), values(found, "after")
     expected = {f"ability.{f.task} acc": f.value for f in read_plainly(atlas_lm, "quick", LIMIT)}
     assert before == expected and set(after) == set(before) and after != before
@@ -227,7 +240,9 @@ def _config(*, resume: bool) -> Any:
 
 
 def test_a_prefix_is_not_seen_and_it_is_said(tmp_path: Path, without_the_harness: list[str]) -> None:
-    folder = really_run(tmp_path / "run", "method=ike", "task.ability=quick", "task.ability_limit=5", "task.measure.generate=0")
+    folder = really_run(
+        tmp_path / "run", "method=ike", "task.ability=quick", "task.ability_limit=5", "task.measure.generate=0"
+    )
     found = record_of(folder)
     assert len(without_the_harness) == 1 and values(found, "before") and not values(found, "after")
     assert "does not see the prefix" in found["ability"]["after"]["skipped"]

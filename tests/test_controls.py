@@ -30,8 +30,15 @@ from editkit.settings import CONTROLS, Config, ContextSettings, MomentSettings
 from tests.present import present
 from tests.run_folders import copied, record_of, score_of, setting
 
-ASKED = ("task=benchmark", "data.limit=2", "task.measure.fluency=0", "task.measure.generate=0")
-ASKED += ("task.measure.distracted=false", "task.controls=true", "task.keep_edits=true", "method.steps=3", "method.contexts.counts=[1,1]", "moments.tokens=2000")
+ASKED: tuple[str, ...] = ("task=benchmark", "data.limit=2", "task.measure.fluency=0", "task.measure.generate=0")
+ASKED += (
+    "task.measure.distracted=false",
+    "task.controls=true",
+    "task.keep_edits=true",
+    "method.steps=3",
+    "method.contexts.counts=[1,1]",
+    "moments.tokens=2000",
+)
 TABLES = ("summary.csv", "cases.parquet", "control_cases.parquet")
 Blocks = tuple[int, ...]
 
@@ -120,7 +127,10 @@ def test_every_method_has_each_control_or_says_why_not() -> None:
     of_rome = found_for("r_rome")
     assert not any(control.skipped for control in of_rome.values())
     assert present(of_rome["identity"].moments).enabled is False
-    assert present(of_rome["wrong_block"].settings).blocks == (0,) and "block 0 in place of 4" in of_rome["wrong_block"].how
+    assert (
+        present(of_rome["wrong_block"].settings).blocks == (0,)
+        and "block 0 in place of 4" in of_rome["wrong_block"].how
+    )
     memit = present(found_for("memit")["wrong_block"].settings)
     assert memit.blocks == moved_blocks(get_method("memit").settings().resolved("atlas", 8).blocks, 8)
 
@@ -226,7 +236,9 @@ def test_a_batch_has_one_edit_for_each_control_and_names_one_that_fails(
     record = record_of(tmp_path)
     found = {each["name"]: each for each in record["controls"]}
     assert [each["count"] for each in found.values()] == [1, 1, 1, 0] and list(found) == list(CONTROLS)
-    assert {path.name for path in (tmp_path / "edits").iterdir()} >= {f"0-{name}.safetensors" for name in [*CONTROLS][:3]}
+    assert {path.name for path in (tmp_path / "edits").iterdir()} >= {
+        f"0-{name}.safetensors" for name in [*CONTROLS][:3]
+    }
     assert record["protocol"]["edits"] == "batch" and record["protocol"]["total"] == 2
     assert len(found["prompt_only"]["failed"]) == 2 and "method.room" in found["prompt_only"]["failed"][0]
     assert found["random"]["failed"] == [] and "failed on 2 cases" in out and record["data"]["failed"] == []

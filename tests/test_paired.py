@@ -79,7 +79,7 @@ def test_only_cases_that_both_have_are_compared() -> None:
 
 
 def test_pairing_sees_what_two_intervals_do_not() -> None:
-    """Cases differ widely, the methods by a constant: each method's own interval is wide, the paired one has no width."""
+    """Cases differ widely, the methods by a constant: each method's own interval is wide, the paired one has none."""
     column = ES.column()
     ours: Rows = {case: {column: case / 40} for case in range(40)}
     theirs: Rows = {case: {column: case / 40 - 0.01} for case in range(40)}

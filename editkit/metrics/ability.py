@@ -1,14 +1,14 @@
 """General ability before and after edits: presets of lm-evaluation-harness tasks, and two small ones of our own.
 
-    quick     on the bundled models our own two, which need no network; on others also SST-2, RTE and ARC-easy, of each
+    quick     on the bundled model our own two, which need no network; on others also SST-2, RTE and ARC-easy, of each
               the first 100 examples
-    papers    what editing papers ask (AlphaEdit, arXiv 2410.02355, figure 5; Gupta et al. 2024, arXiv 2401.07453): SST-2,
-              MRPC, CoLA, RTE, MMLU and natural language inference (MultiNLI), all examples
+    papers    what editing papers ask (AlphaEdit, arXiv 2410.02355; Gupta et al. 2024, arXiv 2401.07453): SST-2, MRPC,
+              CoLA, RTE, MMLU and natural language inference (MultiNLI), all examples
     A+B       tasks and groups by the names that the harness has for them
 
-Our own are made of what the package ships, with four answers to choose from: `editkit_facts`, 200 facts of the atlas, and
-`editkit_prose`, the last word of each paragraph of its prose behind the rest of its sentence. The atlas model has read
-both in training: what they show of it is damage. An edited fact may be among the 200.
+Our own are made of what the package ships, with four answers to choose from: `editkit_facts`, 200 facts of the atlas,
+and `editkit_prose`, the last word of each paragraph of its prose behind the rest of its sentence. The atlas model has
+read both in training: what they show of it is damage. An edited fact may be among the 200.
 
 Prompts, metrics and standard errors are the harness's own, without examples in front; papers often show some, and report
 F1. An interval is the value ± 1.96 standard errors.

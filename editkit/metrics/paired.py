@@ -8,8 +8,9 @@ of one comparison, and not corrected for the others in a table.
 A combined metric (CounterFact's S) is combined in each resample from the means of its parts.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -18,7 +19,7 @@ from editkit.metrics.summary import bounds_of, harmonic, means_of, resampled
 from editkit.numbers import finite
 
 TIE = 1e-12  # two means as near as this are equal but for the rounding of their sums
-Rows = Mapping[Hashable, Mapping[str, object]]  # each case's row of edits.parquet
+Rows = Mapping[Any, Mapping[str, object]]  # each case's row of edits.parquet
 
 
 @dataclass(frozen=True)

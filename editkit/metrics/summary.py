@@ -18,9 +18,7 @@ RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)
 
 
-def summary(
-    cases: Sequence[Sequence[Score]], seed: int = 0, *, asked: str = "", control: str = ""
-) -> list[Score]:
+def summary(cases: Sequence[Sequence[Score]], seed: int = 0, *, asked: str = "", control: str = "") -> list[Score]:
     """The average of every metric before and after, in the order in which metrics first appear; then those combined.
 
     - `cases`: the scores of each case.

@@ -56,12 +56,14 @@ def ability(run: Run) -> list[Any]:
     about = run.record["ability"]
     members = [sides for metric, sides in run.sides().items() if metric.protocol.name == ABILITY and sides.shown]
     taken = [(when, about[when]) for when in WHEN if isinstance(about.get(when), dict)]
-    skipped = [Text(f"Not asked {when} the edits: {found['skipped']}.", "bad") for when, found in taken if "skipped" in found]
+    skipped = [
+        Text(f"Not asked {when} the edits: {found['skipped']}.", "bad") for when, found in taken if "skipped" in found
+    ]
     if not members and not skipped:
         return []
     seconds = [f"{number(finite(found['seconds']))} s {when}" for when, found in taken if "seconds" in found]
-    note = f"Preset {about.get('preset')}; {', '.join(seconds)}. Examples in lm-evaluation-harness's own form; in brackets "
-    note += "± 1.96 of its standard errors, of each side alone."
+    note = f"Preset {about.get('preset')}; {', '.join(seconds)}. Examples in lm-evaluation-harness's own form; in "
+    note += "brackets ± 1.96 of its standard errors, of each side alone."
     return [Text(note, "note"), *skipped, *([metric_table(members)] if members else [])]
 
 

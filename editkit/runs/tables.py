@@ -50,7 +50,7 @@ class Tables:
         """What a record says of the edits: the largest rank, the mean norms, what a quantiser leaves of them on a
         quantised base, the spectra of the first."""
         edits = [line["edit"] for line in self.measured]
-        spectra = next((edit["spectra"] for edit in edits if "spectra" in edit), [])
+        spectra: list[Any] = next((edit["spectra"] for edit in edits if "spectra" in edit), [])
         return _sizes(self.measured) | {"spectra": spectra}
 
     def controls(self, described: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -80,7 +80,9 @@ class Tables:
         if self.controlled:
             rows = [{"control": name} | row for name, own in self.controlled.items() for row in _case_rows(own)]
             write_bytes(folder / CONTROL_CASES, _parquet(rows))
-            write_bytes(folder / CONTROL_EDITS, _parquet([row for name in self.controlled for row in self.control_rows(name)]))
+            write_bytes(
+                folder / CONTROL_EDITS, _parquet([row for name in self.controlled for row in self.control_rows(name)])
+            )
         write_text(folder / SUMMARY, self.csv())
 
     def write_cases(self, folder: Path) -> None:
@@ -97,7 +99,8 @@ class Tables:
 
 
 def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
-    return pandas.DataFrame(rows).to_parquet(index=False)
+    found: bytes = pandas.DataFrame(rows).to_parquet(index=False)
+    return found
 
 
 def _scores(line: Line) -> list[Score]:

@@ -19,7 +19,9 @@ from editkit.runs.read import sides_of
 from editkit.settings import Config
 from editkit.tasks import console
 
-UNSEEN = "lm-evaluation-harness calls the model itself, and does not see the prefix that this edit puts in front of texts"
+UNSEEN = (
+    "lm-evaluation-harness calls the model itself, and does not see the prefix that this edit puts in front of texts"
+)
 
 
 class Ability:

@@ -24,13 +24,19 @@ def blocks(run: Run) -> list[Any]:
         return []
     names = [each["name"] for each in described if "skipped" not in each]
     first = headline(run.sides())
-    others = [metric for metric, sides in run.sides().items() if metric not in first and sides.after and metric.protocol.name != ABILITY]
+    others = [
+        metric
+        for metric, sides in run.sides().items()
+        if metric not in first and sides.after and metric.protocol.name != ABILITY
+    ]
     tables: list[Any] = [Text(NOTE, "note"), _about(run, described), _means(run, names, first, "Headline metrics")]
     found = {name: differences(first, run.edits, run.control_edits.get(name, [])) for name in names}
     rows = [(metric.label, *(found[name].get(metric) for name in names)) for metric in first]
     if any(found.values()):
         shown = [(label, *(None if each is None else str(each) for each in values)) for label, *values in rows]
-        tables.append(Table(("metric", *(CONTROLS[name] for name in names)), shown, "The edit minus the control", stacked=True))
+        tables.append(
+            Table(("metric", *(CONTROLS[name] for name in names)), shown, "The edit minus the control", stacked=True)
+        )
     if others:
         tables.append(Fold("Every other metric", [_means(run, names, others, "")]))
     return tables

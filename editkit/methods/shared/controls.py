@@ -97,8 +97,8 @@ def _wrong_block(
     moved = moved_blocks(found.blocks, layers)
     if not moved:
         return Control(WRONG_BLOCK, skipped=f"of {layers} blocks there are none apart from {list(found.blocks)}")
-    name, value = ("layers", moved) if getattr(found, "layer", None) is None else ("layer", moved[0])
-    wrong = replace(settings, **{name: value})
+    named: dict[str, Any] = {"layers": moved} if getattr(found, "layer", None) is None else {"layer": moved[0]}
+    wrong = replace(settings, **named)
     chosen, other = (", ".join(map(str, blocks)) for blocks in (found.blocks, moved))
     how = f"the same method at block {other} in place of {chosen}"
     return Control(WRONG_BLOCK, how, method=method, settings=wrong, moments=moments)
