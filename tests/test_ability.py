@@ -115,7 +115,8 @@ def test_a_group_stands_for_its_parts_and_filters_have_names() -> None:
         "results": {"mmlu": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "mmlu_art": values, "one": values,
                     "math": {"match,strict": 0.1, "match,flexible": 0.2}, "loss": {"bits,none": 1.5}},
         "group_subtasks": {"mmlu": ["mmlu_arts"], "mmlu_arts": ["mmlu_art", "mmlu_law"], "tagged": ["one"]},
-        "n-samples": {name: {"effective": n} for name, n in (("mmlu_art", 30), ("mmlu_law", 12), ("one", 3), ("math", 4))},
+        "n-samples": {"mmlu_art": {"effective": 30}, "mmlu_law": {"effective": 12}, "one": {"effective": 3},
+                      "math": {"effective": 4}},
         "higher_is_better": {"loss": {"bits": False}},
     }  # fmt: skip
     assert list(_figures(found, ["mmlu", "tagged", "math", "loss"])) == [

@@ -1,8 +1,8 @@
 """Null controls: what each one is, measured case by case, the same after a kill; in record, tables and page."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 
-from editkit import Edit, Fact, report
+from editkit import Edit, report
 from editkit.config import _composed, prepare, to_config
 from editkit.data.atlas import atlas_benchmark
 from editkit.edits.delta import make_delta
@@ -40,7 +40,6 @@ ASKED += (
     "moments.tokens=2000",
 )
 TABLES = ("summary.csv", "cases.parquet", "control_cases.parquet")
-Blocks = tuple[int, ...]
 
 
 def configured(*overrides: str) -> Config:
@@ -173,25 +172,25 @@ def test_each_control_is_the_edit_that_it_says(whole: tuple[Path, str], atlas_lm
 
 def test_controls_are_measured_on_the_same_cases(whole: tuple[Path, str], atlas_lm: LanguageModel) -> None:
     """Each control's probabilities of the first case, by applying its file, or writing its text in front, here."""
-    folder, _ = whole
-    rows = pandas.read_parquet(folder / "control_cases.parquet")
-    own = pandas.read_parquet(folder / "cases.parquet")
-    case = atlas_benchmark()[0]
+    found, case = Run.at(whole[0]), atlas_benchmark()[0]
+    rows = found.rows("control_cases.parquet")
+
+    def first(rows: Sequence[dict[str, Any]], column: str) -> list[float]:
+        return [row[column] for row in rows if row["case"] == case.id]
+
     for name in CONTROLS:
-        mine = rows[rows.control == name]
-        assert list(mine.case) == list(own.case) and list(mine.prompt) == list(own.prompt)
-        first = mine[(mine.case == case.id) & (mine.kind != "distracted")]
-        with Edit.load(folder / "edits" / f"0-{name}.safetensors").applied(atlas_lm, check=False):
+        mine = [row for row in rows if row["control"] == name]
+        for column in ("case", "kind", "prompt", "nll_new_before"):
+            assert [row[column] for row in mine] == [row[column] for row in found.cases]
+        with Edit.load(whole[0] / "edits" / f"0-{name}.safetensors").applied(atlas_lm, check=False):
             expected = [score.new.nll for score in score_probes(atlas_lm, case.probes)]
-        assert first.nll_new_after.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-        before = own[(own.case == case.id) & (own.kind != "distracted")]
-        assert first.nll_new_before.tolist() == before.nll_new_before.tolist()
+        assert first(mine, "nll_new_after") == pytest.approx(expected, rel=1e-4, abs=1e-5)
     said = f"{case.fact.text} {case.fact.target_new}"
-    moved = [Fact(f"New Fact: {said}\nPrompt: {{}}", probe.prompt, probe.target_new).text for probe in case.probes]
-    asked = [type(probe)(**(asdict(probe) | {"prompt": text})) for probe, text in zip(case.probes, moved, strict=True)]
+    asked = [replace(probe, prompt=f"New Fact: {said}\nPrompt: {probe.prompt}") for probe in case.probes]
     expected = [score.new.nll for score in score_probes(atlas_lm, asked)]
-    first = rows[(rows.control == "prompt_only") & (rows.case == case.id) & (rows.kind != "distracted")]
-    assert first.nll_new_after.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert first([r for r in rows if r["control"] == "prompt_only"], "nll_new_after") == pytest.approx(
+        expected, rel=1e-4, abs=1e-5
+    )
 
 
 def test_the_record_holds_every_control_and_its_averages(whole: tuple[Path, str]) -> None:
@@ -259,9 +258,9 @@ def means(record: dict[str, Any], metric: str) -> list[str]:
 
 def rows_of_edits(folder: Path) -> dict[str, dict[Any, Any]]:
     """Rows by case of the edit ("") and of each control."""
-    table, own = (pandas.read_parquet(folder / name) for name in ("control_edits.parquet", "edits.parquet"))
-    parts = {"": own} | {name: table[table.control == name] for name in CONTROLS}
-    return {name: {row["case"]: row for row in part.to_dict("records")} for name, part in parts.items()}
+    found = Run.at(folder)
+    parts = {"": found.edits} | found.control_edits
+    return {name: {row["case"]: row for row in part} for name, part in parts.items()}
 
 
 def test_the_terminal_s_table(whole: tuple[Path, str]) -> None:

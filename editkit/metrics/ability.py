@@ -10,8 +10,8 @@ Our own are made of what the package ships, with four answers to choose from: `e
 and `editkit_prose`, the last word of each paragraph of its prose behind the rest of its sentence. The atlas model has
 read both in training: what they show of it is damage. An edited fact may be among the 200.
 
-Prompts, metrics and standard errors are the harness's own, without examples in front; papers often show some, and report
-F1. An interval is the value ± 1.96 standard errors.
+Prompts, metrics and standard errors are the harness's own, without examples in front; papers often show some, and
+report F1. An interval is the value ± 1.96 standard errors.
 """
 
 import json
