@@ -225,6 +225,17 @@ def test_killed_among_controls_it_ends_with_the_same_bytes(whole: tuple[Path, st
         assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes(), name
 
 
+def test_a_shard_measures_the_same_controls_as_the_whole(whole: tuple[Path, str], tmp_path: Path) -> None:
+    run(tmp_path, "data.shard=1/2")
+    for name in CONTROLS:
+        found, expected = (Run.at(folder).control_edits[name] for folder in (tmp_path, whole[0]))
+        assert [without_seconds(row) for row in found] == [without_seconds(row) for row in expected[1:]]
+
+
+def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
 def test_a_batch_has_one_edit_for_each_control_and_names_one_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

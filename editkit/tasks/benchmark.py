@@ -22,7 +22,6 @@ from editkit.edits.edit import Edit, relative_norm
 from editkit.edits.requantized import requantized
 from editkit.edits.spectra import spectra
 from editkit.errors import EditkitError, OutputError, ReversalError
-from editkit.facts import Fact
 from editkit.metrics.audit import answers, audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
 from editkit.metrics.metric import AFTER, BEFORE, Score
@@ -140,7 +139,6 @@ class _Bench:
         waiting = [member for member in members if not self.done.issuperset((member[0], name) for name in self.ways)]
         befores = self._before(number, waiting, below, advance)
         together = [(index, case) for index, case in members if index not in self.failed]
-        facts = [fact for _, case in together for fact in case.facts]
         edit: Edit | None = None
         for name in self.ways if befores else ():
             asked = [(i, case) for i, case in together if i in befores and (i, name) not in self.done]
@@ -148,7 +146,7 @@ class _Bench:
             if not asked and edit is not None:
                 continue
             try:
-                found, about = self._edit(number, name, edit, facts, len(members) > 1)
+                found, about = self._edit(number, members, name, edit)
             except (OutputError, ReversalError):
                 raise
             except EditkitError as error:
@@ -190,11 +188,12 @@ class _Bench:
         return found
 
     def _edit(
-        self, number: int, control: str, edit: Edit | None, facts: Sequence[Fact], several: bool
+        self, number: int, members: Sequence[Numbered], control: str, edit: Edit | None
     ) -> tuple[Edit, dict[str, Any]]:
         """The edit of a group, or of a control of it, and what its lines say of it; of a group that was begun before,
         the one that it had.
 
+        - `members`: the group's cases; those that have failed are left out.
         - `control`: the name of a control of `edit`; "": the method's own edit.
         """
         path = self.folder / names.EDIT_FILES / f"{'-'.join(filter(None, (str(number), control)))}.safetensors"
@@ -202,7 +201,8 @@ class _Bench:
         lines = [line for line in lines if line.get("control", "") == control]
         if lines and path.exists():
             return Edit.load(path), lines[0]["edit"]
-        compute = self.compute if edit is None else self.controls.of(control, edit, number)
+        compute = self.compute if edit is None else self.controls.of(control, edit, members[0][0])
+        facts = [fact for index, case in members if index not in self.failed for fact in case.facts]
         began = time.perf_counter()
         found = Edit.load(path) if path.exists() else compute(facts)
         about: dict[str, Any] = {
@@ -213,7 +213,7 @@ class _Bench:
         }
         if (left := requantized(self.lm, found)) is not None:
             about |= left.columns()
-        if several or self.task.keep_edits:
+        if len(members) > 1 or self.task.keep_edits:
             found.save(path)
         if number == 0 and not control:
             about["spectra"] = [spectrum_beside(self.lm, each) for each in spectra(found)]

@@ -32,16 +32,17 @@ class Controls:
         """The names of those that are not skipped."""
         return [name for name, control in self.all.items() if not control.skipped]
 
-    def of(self, name: str, edit: Edit, number: int) -> Callable[[Sequence[Fact]], Edit]:
+    def of(self, name: str, edit: Edit, place: int) -> Callable[[Sequence[Fact]], Edit]:
         """What computes a control's edit of facts on the unedited model; what its edits share is found now, once.
 
-        - `edit`: the method's own, of the same facts. `number`: of their group, which seeds what is drawn.
+        - `edit`: the method's own, of the same facts. `place`: in the data, of the first of their cases; it seeds what
+          is drawn, the same in a shard as in a run over all of the data.
 
         Raises EditkitError where the method cannot be used so.
         """
         control, config = self.all[name], self._config
         if control.settings is None:
-            return lambda facts: random_like(edit, f"{config.seed}|{number}")
+            return lambda facts: random_like(edit, f"{config.seed}|{place}")
         if name not in self._bound:
             assert control.moments is not None
             asked = replace(config, method_name=control.method, method=control.settings, moments=control.moments)

@@ -31,7 +31,9 @@ def blocks(run: Run) -> list[Any]:
     ]
     tables: list[Any] = [Text(NOTE, "note"), _about(run, described), _means(run, names, first, "Headline metrics")]
     found = {name: differences(first, run.edits, run.control_edits.get(name, [])) for name in names}
-    rows = [(metric.label, *(found[name].get(metric) for name in names)) for metric in first]
+    rows = [
+        (f"{metric.protocol.name}.{metric.label}", *(found[name].get(metric) for name in names)) for metric in first
+    ]
     if any(found.values()):
         shown = [(label, *(None if each is None else str(each) for each in values)) for label, *values in rows]
         tables.append(
@@ -55,5 +57,5 @@ def _about(run: Run, described: Sequence[dict[str, Any]]) -> Table:
 def _means(run: Run, names: Sequence[str], metrics: Sequence[Metric], caption: str) -> Table:
     """Metrics as rows: under the edit and under each control."""
     sides = [run.sides(), *(run.sides(control=name) for name in names)]
-    rows = [(m.label, *(own[m].after if m in own else None for own in sides)) for m in metrics]
+    rows = [(f"{m.protocol.name}.{m.label}", *(own[m].after if m in own else None for own in sides)) for m in metrics]
     return Table(("metric", "the edit", *(CONTROLS[name] for name in names)), rows, caption)
