@@ -44,12 +44,12 @@ def test_how_it_asks() -> None:
     assert set(found.to_json()) == set(LABELS)
 
 
-def test_a_judge_that_the_task_or_its_measurement_names_is_stated() -> None:
+def test_a_judge_that_the_task_names_is_stated() -> None:
     measure = SimpleNamespace(generate=2, natural=32, form="bare")
     task = SimpleNamespace(measure=measure, judge="model:some/folder")
     assert RunProtocol.of(SimpleNamespace(task=task), 1).judge == "model:some/folder"  # type: ignore[arg-type]
-    measure.judge, task.judge = "http:URL", None
-    assert RunProtocol.of(SimpleNamespace(task=task), 1).judge == "http:URL"  # type: ignore[arg-type]
+    task.judge = None
+    assert RunProtocol.of(SimpleNamespace(task=task), 1).judge == "exact"  # type: ignore[arg-type]
 
 
 def test_differences_are_named_by_field_and_value() -> None:

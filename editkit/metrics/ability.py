@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from editkit.corpora import atlas_prose, load_atlas
+from editkit.errors import EditkitError
 from editkit.metrics.harness import Figure, figures
 from editkit.metrics.metric import ABILITY, OTHER, SHARE, Average, Metric, Protocol, Score
 from editkit.models.load import BUNDLED, LanguageModel
@@ -84,7 +85,15 @@ def ability(lm: LanguageModel, preset: str, limit: int | None = None) -> list[Fi
     found: list[Figure] = []
     for tasks, most in tasks_of(preset, lm.name, limit):
         with own_tasks() as folder:
-            found += figures(lm, tasks, include=folder, limit=most)
+            try:
+                found += figures(lm, tasks, include=folder, limit=most)
+            except EditkitError as error:
+                if {*tasks} <= {*OWN} or isinstance(error.__cause__, ImportError):
+                    raise
+                raise EditkitError(
+                    f"{str(error).rstrip('.')}. The harness's own tasks take their data from the Hub; task.ability={'+'.join(OWN)} needs "
+                    "no network."
+                ) from error
     return found
 
 

@@ -67,7 +67,7 @@ class RunProtocol:
         if measure.natural:
             marks = " or ".join(repr(stop) for stop in STOPS)
             ends.append(f"the model's end of text, {marks}, {measure.natural} tokens at most (natural stop)")
-        judge = getattr(task, "judge", None) or getattr(measure, "judge", None) or "exact"
+        judge = getattr(task, "judge", None) or "exact"  # normalised exact match, of tasks without the setting
         free = "; ".join(ends), measure.form, str(judge)
         return cls(edits, together, total, measured, "teacher-forced and free", *free)
 
