@@ -91,8 +91,8 @@ def ability(lm: LanguageModel, preset: str, limit: int | None = None) -> list[Fi
                 if {*tasks} <= {*OWN} or isinstance(error.__cause__, ImportError):
                     raise
                 raise EditkitError(
-                    f"{str(error).rstrip('.')}. The harness's own tasks take their data from the Hub; task.ability={'+'.join(OWN)} needs "
-                    "no network."
+                    f"{str(error).rstrip('.')}. The harness's own tasks take their data from the Hub; "
+                    f"task.ability={'+'.join(OWN)} needs no network."
                 ) from error
     return found
 
