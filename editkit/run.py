@@ -149,6 +149,7 @@ def _finish_sweep(folder: Path) -> None:
         )
         shown = first.drop(columns=["first_method"])
         print(f"{shown.to_string(index=False, float_format='{:.3f}'.format, max_colwidth=30)}\n")
+        print(folder / names.PAIRED)
     for path in failed:
         print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
     print(page)

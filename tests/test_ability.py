@@ -34,7 +34,7 @@ from tests.run_folders import copied, really_run, record_of, setting
 
 needed = pytest.mark.skipif(find_spec("lm_eval") is None, reason='needs pip install "editkit[harness]"')
 
-LIMIT = 20
+LIMIT = 10
 
 
 def plain(lm: LanguageModel, rows: Sequence[dict[str, Any]]) -> list[float]:
@@ -251,8 +251,8 @@ def test_a_prefix_is_not_seen_and_it_is_said(tmp_path: Path, without_the_harness
 
 
 def test_a_lifelong_run_asks_at_its_end(tmp_path: Path, without_the_harness: list[str]) -> None:
-    small = ["data.limit=2", "task.retention=1", "task.untouched=1", "task.measure.generate=0", "task.alarm.tokens=100"]
-    folder = really_run(tmp_path / "run", "task=lifelong", "task.ability=quick", "task.ability_limit=5",
+    small = ["data.limit=2", "task.retention=1", "task.untouched=1", "task.measure.generate=0", "task.alarm.facts=1"]
+    folder = really_run(tmp_path / "run", "task=lifelong", "task.ability=quick", "task.ability_limit=3",
                         *small, "method=ft_l", "method.steps=2")  # fmt: skip
     found = record_of(folder)
     assert len(without_the_harness) == 2 and set(values(found, "before")) == set(values(found, "after"))

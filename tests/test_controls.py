@@ -42,15 +42,15 @@ ASKED += (
 TABLES = ("summary.csv", "cases.parquet", "control_cases.parquet")
 
 
-def configured(*overrides: str) -> Config:
-    return to_config(_composed(dict(text.split("=", 1) for text in prepare([*ASKED, *overrides]))))
+def configured(*overrides: str, asked: Sequence[str] = ASKED) -> Config:
+    return to_config(_composed(dict(text.split("=", 1) for text in prepare([*asked, *overrides]))))
 
 
-def run(folder: Path, *overrides: str) -> str:
+def run(folder: Path, *overrides: str, asked: Sequence[str] = ASKED) -> str:
     """Run the task in `folder`; what it prints."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
-    config = configured(*overrides)
+    config = configured(*overrides, asked=asked)
     get_task(config.task.name).load()(config, folder, say=lines.append)
     return "\n".join(lines)
 
@@ -225,34 +225,32 @@ def test_killed_among_controls_it_ends_with_the_same_bytes(whole: tuple[Path, st
         assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes(), name
 
 
-def test_a_shard_measures_the_same_controls_as_the_whole(whole: tuple[Path, str], tmp_path: Path) -> None:
-    run(tmp_path, "data.shard=1/2")
-    for name in CONTROLS:
-        found, expected = (Run.at(folder).control_edits[name] for folder in (tmp_path, whole[0]))
-        assert [without_seconds(row) for row in found] == [without_seconds(row) for row in expected[1:]]
-
-
-def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "seconds"}
-
-
 def test_a_batch_has_one_edit_for_each_control_and_names_one_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of MEMIT. IKE's prefix may take half of the positions; here it may take almost none."""
+    """Of FT, which has no C, on a shard: what is drawn goes by the place of its first case in all of the data, which
+    is 1. IKE's prefix may take half of the positions; here it may take almost none."""
     ike = get_method("ike").settings
     monkeypatch.setattr(ike, "__init__", with_room(ike.__init__, 0.01))
-    out = run(tmp_path, "task=batch", "method=memit", "method.contexts.counts=[1]")
-    record = record_of(tmp_path)
+    asked = [text for text in ASKED if not text.startswith(("method.contexts", "task=", "data.limit"))]
+    out = run(tmp_path, "task=batch", "method=ft", "data.limit=4", "data.shard=1/2", asked=asked)
+    record, files = record_of(tmp_path), tmp_path / "edits"
     found = {each["name"]: each for each in record["controls"]}
-    assert [each["count"] for each in found.values()] == [1, 1, 1, 0] and list(found) == list(CONTROLS)
-    assert {path.name for path in (tmp_path / "edits").iterdir()} >= {
-        f"0-{name}.safetensors" for name in [*CONTROLS][:3]
+    assert list(found) == list(CONTROLS) and "no second moment" in found["identity"]["skipped"]
+    assert {name: each.get("count") for name, each in found.items() if name != "identity"} == {
+        "random": 1,
+        "wrong_block": 1,
+        "prompt_only": 0,
     }
+    drawn = random_like(Edit.load(files / "0.safetensors"), "0|1")
+    assert Edit.load(files / "0-random.safetensors").to_bytes() == drawn.to_bytes()
+    assert (files / "0-wrong_block.safetensors").is_file() and record["reversal"]["exact"]
     assert record["protocol"]["edits"] == "batch" and record["protocol"]["total"] == 2
     assert len(found["prompt_only"]["failed"]) == 2 and "method.room" in found["prompt_only"]["failed"][0]
     assert found["random"]["failed"] == [] and "failed on 2 cases" in out and record["data"]["failed"] == []
-    assert score_of(record, ES.name)["n"] == 2
+    assert score_of(record, ES.name)["n"] == 2 and "skipped, the method uses no second moment" in " ".join(out.split())
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "skipped: the method uses no second moment" in text
 
 
 def with_room(begin: Callable[..., None], room: float) -> Callable[..., None]:
