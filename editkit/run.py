@@ -136,13 +136,25 @@ def _finish_sweep(folder: Path) -> None:
 
     failed = sorted(folder.glob(f"*/{names.FAILED}"))
     try:
-        table = collect.collect(folder)
+        table, paired = collect.collect(folder), collect.paired(folder)
         write_text(folder / names.TABLE, table.to_csv(index=False))
+        if len(paired):
+            write_text(folder / names.PAIRED, paired.to_csv(index=False))
         page = report.write(folder)
     except EditkitError as error:
         _fail(error)
     brief = table.loc[:, table.attrs["brief"]]
     print(f"\n{brief.to_string(index=False, float_format='{:.3f}'.format, max_colwidth=30)}\n")
+    if table.attrs["protocols"]:
+        print(f"{table.attrs['protocols']}\n")
+    if len(paired):
+        first = paired.loc[paired["first"] == paired["first"].iloc[0]].drop(columns=["first"])
+        print(
+            f"the first run ({first['first_method'].iloc[0]}) minus each other, on the same cases; P that it is better"
+        )
+        shown = first.drop(columns=["first_method"])
+        print(f"{shown.to_string(index=False, float_format='{:.3f}'.format, max_colwidth=30)}\n")
+        print(folder / names.PAIRED)
     for path in failed:
         print(f"job {path.parent.name} failed: {path.read_text(encoding='utf-8').strip()}", file=sys.stderr)
     print(page)

@@ -239,6 +239,21 @@ def test_more_cases_take_more_time_and_not_more_memory() -> None:
     assert steps(8).device == steps(1).device
 
 
+def test_controls_are_planned_as_what_they_compute() -> None:
+    """Of R-ROME two more edits, without C and at another block, and all questions four times more; of FT one, and
+    three times more."""
+    for method, work, more, asked in (("r_rome", "values", 2, 6), ("ft", "descent", 1, 5)):
+        config = configured("task=benchmark", f"method={method}", "data.limit=2")
+        with_controls = dataclasses.replace(config, task=dataclasses.replace(config.task, controls=True))
+        counter, cases = counter_of(skeleton("atlas")), atlas_cases(2)
+        alone, found = (steps_of(each, counter, cases) for each in (config, with_controls))
+        assert len([step for step in found if step.name.startswith("control: ")]) == more
+        questions = [sum(s.operations for s in steps if s.name == "questions") for steps in (alone, found)]
+        assert questions[1] == pytest.approx(questions[0] * asked / 2)
+        (one,) = (step for step in alone if step.name.startswith(work))
+        assert all(s.operations >= one.operations * 0.5 for s in found if s.name.startswith("control: "))
+
+
 def test_of_an_unknown_method_it_says_that_it_is_not_counted() -> None:
     settings = get_method("mend").settings()
     steps = counter_of(skeleton("atlas")).edit([Fact("{} is in", "Rome", "Asia")], settings, MomentSettings())

@@ -80,6 +80,10 @@ class AlphaEditSettings(SpreadSettings):
         require(self.fraction is None or 0 < self.fraction <= 1, "method.fraction", self.fraction, "in (0, 1]")
         require(self.l2 is None or self.l2 > 0, "method.l2", self.l2, "positive")
 
+    @property
+    def takes_identity(self) -> bool:
+        return False  # which has no null space
+
 
 @in_eval_mode
 def alphaedit(

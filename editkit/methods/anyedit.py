@@ -97,6 +97,10 @@ class AnyEditSettings(MemitSettings):
         require(self.l2 is None or self.l2 > 0, "method.l2", self.l2, "positive")
         require(self.kl_factor == 0, "method.kl_factor", self.kl_factor, "0, since AnyEdit has no KL term")
 
+    @property
+    def takes_identity(self) -> bool:
+        return self.solve != "alphaedit"  # whose null space C = I has not
+
 
 @in_eval_mode
 def anyedit(

@@ -38,6 +38,8 @@ ASKED = {
     UNTOUCHED: "facts never edited",
 }
 
+ABILITY = "ability"  # the protocol of general ability, whose figures are no means over cases
+
 OVER_CASES = "mean over cases of a case's mean"
 
 Formula = Callable[[Sequence[Row], str], float | None]
@@ -150,13 +152,15 @@ class Average:
 class Score:
     """One figure: of which metric, when, of which cases (`asked`: "", retention, recent, untouched), and its value.
 
-    The value is a float for one case (None where the metric does not apply to it), an Average for many.
+    The value is a float for one case (None where the metric does not apply to it), an Average for many. `control`: the
+    null control (`settings.CONTROLS`) that was in force in place of the edit; "": the edit itself.
     """
 
     metric: Metric
     when: str
     value: float | Average | None
     asked: str = ""
+    control: str = ""
 
     @property
     def average(self) -> Average | None:
@@ -168,6 +172,7 @@ class Score:
         found: dict[str, Any] = {"metric": self.metric.name}
         found |= {"part": self.metric.part} if self.metric.part else {}
         found |= {"when": self.when} | ({"asked": self.asked} if self.asked else {})
+        found |= {"control": self.control} if self.control else {}
         return found | (asdict(self.value) if isinstance(self.value, Average) else {"value": self.value})
 
     @classmethod
@@ -178,7 +183,8 @@ class Score:
         if found.get("part"):
             metric = replace(metric, part=str(found["part"]))
         value = finite(found["value"]) if "value" in found else Average.of(found)
-        return cls(metric, str(found.get("when") or AFTER), value, str(found.get("asked") or ""))
+        asked, control = str(found.get("asked") or ""), str(found.get("control") or "")
+        return cls(metric, str(found.get("when") or AFTER), value, asked, control)
 
 
 # --- the registry ---------------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)
 
 
-def summary(cases: Sequence[Sequence[Score]], seed: int = 0, *, asked: str = "") -> list[Score]:
+def summary(cases: Sequence[Sequence[Score]], seed: int = 0, *, asked: str = "", control: str = "") -> list[Score]:
     """The average of every metric before and after, in the order in which metrics first appear; then those combined.
 
     - `cases`: the scores of each case.
     - `asked`: which cases of a lifelong run these are (retention, recent, untouched); "" in a benchmark.
+    - `control`: the null control that was in force; "": the edit itself.
     """
     columns: dict[tuple[Metric, str], dict[int, float]] = {}
     for number, scores in enumerate(cases):
@@ -37,19 +38,19 @@ def summary(cases: Sequence[Sequence[Score]], seed: int = 0, *, asked: str = "")
     for key in (key for key in named if key in columns):
         column = numpy.full(len(cases), numpy.nan)
         column[list(columns[key])] = list(columns[key].values())
-        means[key] = _means(column, drawn)
+        means[key] = means_of(column, drawn)
         there = column[~numpy.isnan(column)]
-        found[key] = Average(float(there.mean()), len(there), *_bounds(means[key]))
+        found[key] = Average(float(there.mean()), len(there), *bounds_of(means[key]))
     for combined in (entry.metric for entry in registered() if entry.metric.combines):
         parts = [metric for name in combined.combines if (metric := get(name))]
         for when in (BEFORE, AFTER):
             keys = [(part, when) for part in parts]
             if all(key in found for key in keys):
-                mean = _harmonic(numpy.array([found[key].mean for key in keys]))
-                resamples = _harmonic(numpy.stack([means[key] for key in keys]))
+                mean = harmonic(numpy.array([found[key].mean for key in keys]))
+                resamples = harmonic(numpy.stack([means[key] for key in keys]))
                 n = min(found[key].n or 0 for key in keys)
-                found[combined, when] = Average(float(mean), n, *_bounds(resamples))
-    return [Score(metric, when, value, asked) for (metric, when), value in found.items()]
+                found[combined, when] = Average(float(mean), n, *bounds_of(resamples))
+    return [Score(metric, when, value, asked, control) for (metric, when), value in found.items()]
 
 
 def resampled(n: int, seed: int = 0) -> numpy.ndarray:
@@ -65,7 +66,7 @@ def average(values: numpy.ndarray, seed: int = 0) -> Average:
     return Average(float(values.mean()), len(values), float(low), float(high))
 
 
-def _means(column: numpy.ndarray, drawn: numpy.ndarray) -> numpy.ndarray:
+def means_of(column: numpy.ndarray, drawn: numpy.ndarray) -> numpy.ndarray:
     """[resamples]: the mean of each resample over the cases that have a value."""
     has = ~numpy.isnan(column)
     sums, counts = numpy.where(has, column, 0.0)[drawn].sum(1), has[drawn].sum(1)
@@ -73,13 +74,13 @@ def _means(column: numpy.ndarray, drawn: numpy.ndarray) -> numpy.ndarray:
     return means
 
 
-def _harmonic(parts: numpy.ndarray) -> numpy.ndarray:
+def harmonic(parts: numpy.ndarray) -> numpy.ndarray:
     """The harmonic mean over the first axis; 0 where a part is 0."""
     safe = numpy.where(parts > 0, parts, 1.0)
     return numpy.where((parts > 0).all(0), len(parts) / (1 / safe).sum(0), 0.0)
 
 
-def _bounds(resamples: numpy.ndarray) -> tuple[float, float]:
+def bounds_of(resamples: numpy.ndarray) -> tuple[float, float]:
     """The ends of the interval, from the mean of each resample; resamples without a value are left out."""
     low, high = numpy.nanquantile(resamples, BOUNDS)
     return float(low), float(high)

@@ -16,6 +16,7 @@ import torch
 from editkit.data import load_cases
 from editkit.data.cases import Case, case_of
 from editkit.errors import EditkitError
+from editkit.methods.shared.controls import Control, null_controls
 from editkit.models.load import BUNDLED, LanguageModel, resolve_device, skeleton
 from editkit.models.memory import free_bytes, own_bytes
 from editkit.models.quantization import method_of
@@ -23,7 +24,17 @@ from editkit.plan.sizes import Sizes, readable
 from editkit.plan.speed import Speed
 from editkit.plan.step import Step, together
 from editkit.plan.work import Counter
-from editkit.settings import BenchmarkSettings, Config, LifelongSettings, TraceTaskSettings, ValueSettings
+from editkit.settings import (
+    CONTROLS,
+    BenchmarkSettings,
+    Config,
+    LifelongSettings,
+    MethodSettings,
+    MomentSettings,
+    TraceTaskSettings,
+    ValueSettings,
+    WeightlessSettings,
+)
 
 SMALL = 1 << 30  # bytes of a checkpoint up to which a run is not planned unless it is asked for
 
@@ -205,14 +216,24 @@ def steps_of(config: Config, counter: Counter, cases: Sequence[Case]) -> list[St
     measure = getattr(task, "measure", None)
     looks = [counter.look(case, measure) for case in cases] if measure else []
 
-    def edits(size: int) -> list[Step]:
+    def edits(size: int, settings: MethodSettings = settings, moments: MomentSettings = moments) -> list[Step]:
         """The steps of an edit, over all groups of so many cases; the first group stands for all."""
         facts = [fact for case in cases[:size] for fact in case.facts]
         return [step.times(len(cases) / size) for step in counter.edit(facts, settings, moments)]
 
+    if getattr(task, "ability", None):
+        before.append(Step("general ability", note="not counted: tasks of lm-evaluation-harness"))
     if isinstance(task, BenchmarkSettings):
         size = min(task.size or len(cases), len(cases))
-        return [*before, *edits(size), together("questions", looks).times(2), counter.digests(2)]
+        steps = [*before, *edits(size)]
+        controls = _controls(config, counter) if task.controls else []
+        for control in controls:
+            if control.settings is not None and not isinstance(control.settings, WeightlessSettings):
+                assert control.moments is not None
+                own = control.settings.resolved(name, counter.lm.layers)
+                made = [counter.moments(own.blocks, control.moments), *edits(size, own, control.moments)]
+                steps.append(together(f"control: {CONTROLS[control.name]}", made))
+        return [*steps, together("questions", looks).times(2 + len(controls)), counter.digests(2)]
     if isinstance(task, LifelongSettings):
         count = config.data.stream or len(cases)
         asked = min(1.0, (task.retention + task.untouched) / len(cases)) * len(task.points(count))
@@ -220,6 +241,13 @@ def steps_of(config: Config, counter: Counter, cases: Sequence[Case]) -> list[St
         return [*before, *made, together("questions", looks).times(asked)]
     text = counter.passes("continuations", 2 * (getattr(task, "continuation", 0) + 1), 1, logits=1)
     return [*before, *edits(len(cases)), together("questions", looks).times(2), text, counter.digests(2)]
+
+
+def _controls(config: Config, counter: Counter) -> list[Control]:
+    """The null controls that the run measures."""
+    lm = counter.lm
+    found = null_controls(config.method_name, config.method, config.moments, lm.name, lm.layers)
+    return [control for control in found if not control.skipped]
 
 
 def _cases(config: Config) -> Sequence[Case]:

@@ -8,10 +8,11 @@ from urllib.parse import quote
 
 from editkit.metrics.metric import ASKED, SHARE, Average, Metric
 from editkit.numbers import finite, number
-from editkit.report import aggregate, charts, published, reproduce, series
+from editkit.report import aggregate, chance, charts, published, reproduce, series
 from editkit.report.html import Best, Charts, Code, Fold, Link, Page, Section, Table, Text, Tiles, cell
 from editkit.report.series import LIFELONG
 from editkit.runs.names import REPORT
+from editkit.runs.protocol import difference, differing, named
 from editkit.runs.read import Run, Sides, Unfinished, flat
 
 CHARTED = 24  # runs in one chart
@@ -25,6 +26,8 @@ def page_of(runs: Sequence[Run], unfinished: Sequence[Unfinished], parent: Path,
         Section("runs", "Runs", _runs(runs, names, differing, beside)),
         Section("unfinished", "Unfinished", _unfinished(unfinished, parent)),
         Section("metrics", "Metrics side by side", _metrics(runs, names)),
+        Section("paired", "Paired differences", chance.paired_blocks(runs, names)),
+        Section("controls", "Null controls", chance.control_blocks(runs, names)),
         Section("curves", "Along the edits", _curves(runs, names)),
         Section("published", "Beside published numbers", published_blocks(runs, names)),
         Section("same", "What is the same", _same(runs, differing)),
@@ -123,7 +126,27 @@ def _unfinished(unfinished: Sequence[Unfinished], parent: Path) -> list[Any]:
 
 
 def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
-    """A table for each protocol, runs as rows, and charts of the headline metrics."""
+    """The metrics of all runs. Those of one protocol stand together; where there are several, it is said."""
+    groups: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        if run.scores:
+            groups.setdefault(repr(sorted(run.record["protocol"].items())), []).append(place)
+    protocols = [runs[places[0]].record["protocol"] for places in groups.values()]
+    blocks: list[Any] = [Text(difference(protocols), "bad")] if len(groups) > 1 else []
+    fields = differing(protocols)
+    for protocol, places in zip(protocols, groups.values(), strict=True):
+        own = _of_one_protocol([runs[i] for i in places], [names[i] for i in places])
+        blocks += [Text(named(protocol, fields), "strong")] if len(groups) > 1 and own else []
+        blocks += own
+    if not blocks:
+        return []
+    note = "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
+    note += "column, and every run whose interval reaches it."
+    return [Text(note, "note"), *blocks]
+
+
+def _of_one_protocol(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
+    """Charts of the headline metrics, and a table for each group of metrics, runs as rows."""
     drawn, tables = [], []
     for asked in ("", *ASKED):
         sides = [run.sides(asked) for run in runs]
@@ -136,11 +159,7 @@ def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
             title = protocol.title or protocol.name or "Others"
             title = f"{title} · {ASKED[asked]}" if asked else title
             tables.append(_side_by_side(runs, names, sides, own, title))
-    if not tables:
-        return []
-    note = "After the edit: means over cases, in brackets the 95 % bootstrap interval. Bold: the best mean of a "
-    note += "column, and every run whose interval reaches it."
-    return [Text(note, "note"), *([Charts(drawn)] if drawn else []), *tables]
+    return [*([Charts(drawn)] if drawn else []), *tables]
 
 
 def _first(sides: Sequence[dict[Metric, Sides]]) -> dict[Metric, Sides]:

@@ -7,8 +7,9 @@ from editkit.numbers import finite, number
 from editkit.report import reproduce
 from editkit.report.compare import published_blocks
 from editkit.report.html import Body, Fold, Page, Pairs, Section, Table, Text, Tiles, cell
-from editkit.report.parts import plain_body
+from editkit.report.parts import ability, plain_body
 from editkit.runs.kinds import get_task
+from editkit.runs.protocol import told
 from editkit.runs.read import Run
 
 
@@ -17,6 +18,8 @@ def page_of(run: Run) -> Page:
     body = _body(run)
     sections = [
         *body.sections,
+        Section("ability", "General ability", ability(run)),
+        Section("protocol", "Protocol", _protocol(run)),
         Section("published", "Beside published numbers", published_blocks([run], [run.method])),
         Section("restored", "Restored", _restored(run) if run.record["reversal"] else []),
         Section("settings", "Settings", [*_data(run), *reproduce.settings(run)]),
@@ -64,6 +67,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if total is not None:
         tiles.append(("time", f"{number(total, 3)} s", "in all"))
     return tiles
+
+
+def _protocol(run: Run) -> list[Any]:
+    """How the run edited and asked."""
+    return [Table(("", "this run"), told(run.record["protocol"]), stacked=True)] if run.record["protocol"] else []
 
 
 def _restored(run: Run) -> list[Any]:

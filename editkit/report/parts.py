@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from editkit.data.kinds import heading
-from editkit.metrics.metric import ASKED, SHARE, Metric
+from editkit.metrics.metric import ABILITY, ASKED, SHARE, WHEN, Metric
 from editkit.numbers import finite, mean, number
 from editkit.report import aggregate, charts
 from editkit.report.html import Body, Charts, Section, Table, Text
@@ -40,7 +40,7 @@ def scores(run: Run, asked: str = "", *, drawn: bool = True) -> list[Any]:
     """Every metric, a table for each protocol: before and after with intervals. `drawn`: shares as charts too."""
     protocols: dict[str, tuple[str, list[Sides]]] = {}
     for metric, sides in run.sides(asked).items():
-        if sides.shown is not None:
+        if sides.shown is not None and metric.protocol.name != ABILITY:
             protocols.setdefault(metric.protocol.name, (metric.protocol.title, []))[1].append(sides)
     pictures, tables = [], []
     for name, (title, members) in protocols.items():
@@ -62,6 +62,22 @@ def judge(run: Run) -> list[Any]:
     for name, what in (("unclear", "replies were neither yes nor no"), ("unjudged", "answers found the judge away")):
         told += f" {number(counts[name])} {what}, and are in no figure." if counts[name] else ""
     return [Text(told, "note")]
+
+
+def ability(run: Run) -> list[Any]:
+    """General ability before and after; [] where it was not asked."""
+    about = run.record["ability"]
+    members = [sides for metric, sides in run.sides().items() if metric.protocol.name == ABILITY and sides.shown]
+    taken = [(when, about[when]) for when in WHEN if isinstance(about.get(when), dict)]
+    skipped = [
+        Text(f"Not asked {when} the edits: {found['skipped']}.", "bad") for when, found in taken if "skipped" in found
+    ]
+    if not members and not skipped:
+        return []
+    seconds = [f"{number(finite(found['seconds']))} s {when}" for when, found in taken if "seconds" in found]
+    note = f"Preset {about.get('preset')}; {', '.join(seconds)}. Examples in lm-evaluation-harness's own form; in "
+    note += "brackets ± 1.96 of its standard errors, of each side alone."
+    return [Text(note, "note"), *skipped, *([metric_table(members)] if members else [])]
 
 
 def metric_table(members: Sequence[Sides], caption: str = "") -> Table:

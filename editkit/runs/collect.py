@@ -1,6 +1,7 @@
 """One table over many runs; the shards of a run put together."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,9 @@ from editkit.errors import OutputError
 from editkit.judges import totals
 from editkit.metrics.metric import Score
 from editkit.runs.names import CASE_LINES, RECORD
-from editkit.runs.read import Run, flat, in_order
+from editkit.runs.pairs import pairs
+from editkit.runs.protocol import difference
+from editkit.runs.read import Run, in_order
 from editkit.runs.record import Record, read_record, write_record
 
 if TYPE_CHECKING:
@@ -19,26 +22,21 @@ def collect(folder: Path) -> "pandas.DataFrame":
     """One row for each complete run in `folder` (at any depth): settings that differ, then metrics.
 
     Shards of one run are put together first (`merge`), and then the run stands for them. The table's `attrs["brief"]`
-    names the columns that fit a terminal: those of the headline metrics. Raises OutputError when there is no record.
+    names the columns that fit a terminal: those of the headline metrics; `attrs["protocols"]` says how the runs'
+    protocols differ, "" where they do not. Raises OutputError when there is no record.
     """
     import pandas
 
     merge(folder)
-    records = _records(folder)
-    if not records:
-        raise OutputError(f"No {RECORD} in '{folder}': no run has finished there.")
-    merged = {_without_shard(record) for record in records.values() if "shards" in record["data"]}
+    runs = _runs(folder)
     rows, configured, measured, headline = [], dict[str, None](), dict[str, None](), set[str]()
-    for path, record in records.items():
-        if _shards(record) > 1 and _without_shard(record) in merged:
-            continue
-        settings = flat(record["config"])
+    for run in runs:
+        record, settings, scores = run.record, run.settings, run.scores
         configured |= dict.fromkeys(settings)
-        row: dict[str, Any] = {"run": str(path.parent.relative_to(folder))} | settings
-        scores = Run.of(path.parent, record).scores
+        row: dict[str, Any] = {"run": _name(run, folder)} | settings
         means = {_column(score): score.average.mean for score in scores if score.average}
         measured |= dict.fromkeys(means)
-        headline |= {_column(score) for score in scores if score.metric.headline}
+        headline |= {_column(score) for score in scores if score.metric.headline and not score.control}
         row |= means
         row |= {name: record["edit"].get(name) for name in ("rank", "norm", "relative_norm")}
         row |= {"reversal_exact": record["reversal"]["exact"], "seconds": round(record["timings"]["total"], 2)}
@@ -52,8 +50,48 @@ def collect(folder: Path) -> "pandas.DataFrame":
         if within > 1 or (name == "method.name" and len(by_method) > 1):
             differ.append(name)
     found = table.loc[:, ["run", *differ, *(c for c in table.columns[1:] if c not in configured)]]
+    found.attrs["protocols"] = difference([run.record["protocol"] for run in runs if run.scores])
     found.attrs["brief"] = [c for c in found.columns if c not in measured or c in headline]
     return found
+
+
+def paired(folder: Path) -> "pandas.DataFrame":
+    """One row for each headline metric and two runs in `folder` on the same cases: the first minus the second with its
+    interval, and P(the first is better); see `metrics.paired`. Without such runs the table is empty. Shards count
+    where `collect` has put them together.
+
+    Raises OutputError when there is no record, RecordError for a table that cannot be read.
+    """
+    import pandas
+
+    runs, rows = _runs(folder), []
+    for pair in pairs(runs):
+        both = [runs[place] for place in (pair.first, pair.second)]
+        whose = {"first": _name(both[0], folder), "second": _name(both[1], folder)}
+        whose |= {"first_method": both[0].method, "second_method": both[1].method}
+        for metric, found in pair.values.items():
+            about = asdict(found.difference)
+            about["difference"] = about.pop("mean")
+            rows.append(whose | {"metric": metric.column()} | about | {"p_first_better": found.probability})
+    columns = ["first", "second", "first_method", "second_method", "metric", "difference", "low", "high"]
+    return pandas.DataFrame(rows, columns=[*columns, "p_first_better", "n"])
+
+
+def _runs(folder: Path) -> list[Run]:
+    """The complete runs in `folder`; merged shards stand for their parts. Raises OutputError when there is none."""
+    records = _records(folder)
+    if not records:
+        raise OutputError(f"No {RECORD} in '{folder}': no run has finished there.")
+    merged = {_without_shard(record) for record in records.values() if "shards" in record["data"]}
+    return [
+        Run.of(path.parent, record)
+        for path, record in records.items()
+        if not (_shards(record) > 1 and _without_shard(record) in merged)
+    ]
+
+
+def _name(run: Run, folder: Path) -> str:
+    return str(run.folder.relative_to(folder))
 
 
 def merge(folder: Path) -> list[Path]:
@@ -86,10 +124,11 @@ def merge(folder: Path) -> list[Path]:
         values = first | {
             "config": config,
             "edit": tables.edit(),
-            "scores": [score.to_json() for score in tables.summary],
+            "scores": [score.to_json() for score in (*tables.summary, *tables.control_summary)],
+            "controls": tables.controls([_described(each) for each in first.get("controls", [])]),
             "reversal": first["reversal"] | {"exact": all(record["reversal"]["exact"] for record in records)},
             "timings": {"total": sum(record["timings"]["total"] for record in records)},
-            "judge": asked | totals(judged(tables.measured)) if (asked := first.get("judge")) else None,
+            "judge": asked | totals(judged(tables.asked)) if (asked := first.get("judge")) else None,
             "data": first["data"] | left_out | {"shard": "0/1", "shards": len(shards), "failed": tables.failed},
         }
         write_record(target, Record(**values))
@@ -115,8 +154,13 @@ def _without_shard(record: dict[str, Any]) -> str:
 
 
 def _column(score: Score) -> str:
-    """The column of a score; of a lifelong run, with which cases were asked in front."""
-    return ".".join(part for part in (score.asked, score.metric.column(score.when)) if part)
+    """The column of a score; in front, which cases of a lifelong run were asked, or which control was in force."""
+    return ".".join(part for part in (score.control, score.asked, score.metric.column(score.when)) if part)
+
+
+def _described(control: dict[str, Any]) -> dict[str, Any]:
+    """What the record of a shard says of a control, without its own figures."""
+    return {name: control[name] for name in ("name", "how", "skipped") if name in control}
 
 
 def _distinct(column: Any) -> int:

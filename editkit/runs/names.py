@@ -7,13 +7,17 @@ PLAN = "plan.json"  # of a run that was planned and not started
 CONFIG = "config.yaml"
 FAILED = "failed.txt"
 REPORT = "report.html"
+ABILITY = "ability.json"  # general ability, as soon as it has been asked
 EDIT = "edit.safetensors"
 CASES = "cases.parquet"  # a row a prompt
 EDITS = "edits.parquet"  # a row a case: its edit and the value of every metric
+CONTROL_CASES = "control_cases.parquet"  # with task.controls: a row a control and prompt
+CONTROL_EDITS = "control_edits.parquet"  # a row a control and case
 SUMMARY = "summary.csv"  # a row a metric
 AUDIT = "audit.parquet"
 JUDGED = "judged.jsonl"  # a line an answer: the question, the verdict, its cost
 TABLE = "table.csv"  # of a sweep: a row a run
+PAIRED = "paired.csv"  # of a sweep: a row a metric and two runs on the same cases
 
 # Journals: results line by line, from which a run that was killed goes on.
 CASE_LINES = "cases.jsonl"

@@ -14,14 +14,14 @@ from editkit.errors import ConfigError, RecordError
 from editkit.metrics.metric import AFTER, BEFORE, Metric, Score
 from editkit.metrics.metric import Average as Average
 from editkit.numbers import finite
-from editkit.runs.names import CASES, EDITS, FAILED, OF_A_RUN, RECORD
+from editkit.runs.names import CASES, CONTROL_EDITS, EDITS, FAILED, OF_A_RUN, RECORD
 from editkit.runs.record import read_record
 
 # The parts of a record that a page reads, and the type of each; a part that is missing is an empty one.
 _PARTS: dict[str, type] = {
     **dict.fromkeys(("config", "model", "edit", "reversal", "timings", "texts", "environment", "data"), dict),
-    **dict.fromkeys(("trace", "verdict", "judge"), dict),
-    **dict.fromkeys(("scores", "metrics", "series"), list),
+    **dict.fromkeys(("trace", "verdict", "judge", "protocol", "ability"), dict),
+    **dict.fromkeys(("scores", "metrics", "series", "controls"), list),
 }
 
 
@@ -111,9 +111,10 @@ class Run:
         """The points of a lifelong run."""
         return [Point.of(found, self.declared) for found in self.record["series"]]
 
-    def sides(self, asked: str = "") -> dict[Metric, Sides]:
-        """Each metric before and after the edit; `asked`: of which cases of a lifelong run."""
-        return sides_of(self.scores, asked)
+    def sides(self, asked: str = "", control: str = "") -> dict[Metric, Sides]:
+        """Each metric before and after the edit; `asked`: of which cases of a lifelong run; `control`: under which
+        null control in place of the edit."""
+        return sides_of(self.scores, asked, control)
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
@@ -124,6 +125,14 @@ class Run:
     def edits(self) -> list[dict[str, Any]]:
         """edits.parquet, one row a case; [] where there is none. Raises RecordError."""
         return self.rows(EDITS)
+
+    @cached_property
+    def control_edits(self) -> dict[str, list[dict[str, Any]]]:
+        """control_edits.parquet by control, one row a case; {} where there is none. Raises RecordError."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows(CONTROL_EDITS):
+            found.setdefault(str(row.get("control")), []).append(row)
+        return found
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A table of the run folder. Raises RecordError."""
@@ -165,11 +174,11 @@ class Point:
         return next((score.average for score in found), None)
 
 
-def sides_of(scores: Iterable[Score], asked: str = "") -> dict[Metric, Sides]:
+def sides_of(scores: Iterable[Score], asked: str = "", control: str = "") -> dict[Metric, Sides]:
     """Scores of the same metric side by side, before and after."""
     found: dict[Metric, dict[str, Average | None]] = {}
     for score in scores:
-        if score.asked == asked:
+        if (score.asked, score.control) == (asked, control):
             found.setdefault(score.metric, {})[score.when] = score.average
     return {metric: Sides(metric, both.get(BEFORE), both.get(AFTER)) for metric, both in found.items()}
 

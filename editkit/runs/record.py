@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a report reads folders without torch and pandas, whose impo
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "einops", "numpy"),
-    *("bitsandbytes", "torchao"),
+    *("bitsandbytes", "torchao", "lm_eval"),
 )
 
 
@@ -42,7 +42,12 @@ class Record(Shown):
     verdict: dict[str, Any] | None = None  # of one edit: landed, summary, reasons, try_ (metrics.verdict)
     trace: dict[str, Any] | None = None  # of a trace: kind (one, average), the proposal
     judge: dict[str, Any] | None = None  # of free answers: who, how it was asked, how many verdicts, their cost
+    protocol: dict[str, Any] = field(default_factory=dict)  # how it edits and asks (runs.protocol); of a trace, none
     data: dict[str, Any] = field(default_factory=dict)  # source, digest, and what was left out
+    # General ability: preset, and the harness's own figures before and after (they are among the scores too).
+    ability: dict[str, Any] = field(default_factory=dict)
+    # The null controls of a benchmark: what each does and the size of its edits, or why it is skipped.
+    controls: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)  # what the scores' metrics mean, as declared
     format: int = FORMAT

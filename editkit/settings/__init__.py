@@ -22,7 +22,14 @@ from editkit.settings.methods import (
     WeightlessSettings,
 )
 from editkit.settings.runs import (
+    CONTROLS,
+    IDENTITY,
+    PAPERS,
+    PROMPT_ONLY,
+    QUICK,
+    RANDOM,
     TRACE_KINDS,
+    WRONG_BLOCK,
     AlarmSettings,
     BatchSettings,
     BenchmarkSettings,
@@ -40,11 +47,18 @@ from editkit.settings.runs import (
 )
 
 __all__ = [
+    "CONTROLS",
     "EASYEDIT",
     "FEWEST_KEYS",
+    "IDENTITY",
     "KEYS_PER_DIMENSION",
     "LOOKUP_TOKENS",
+    "PAPERS",
+    "PROMPT_ONLY",
+    "QUICK",
+    "RANDOM",
     "TRACE_KINDS",
+    "WRONG_BLOCK",
     "AlarmSettings",
     "AttributionSettings",
     "BatchSettings",

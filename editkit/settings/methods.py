@@ -144,6 +144,11 @@ class ValueSettings(MethodSettings):
                 "method.solver=adam."
             )
 
+    @property
+    def takes_identity(self) -> bool:
+        """Whether C = I may stand in for the second moment."""
+        return True
+
     def resolved(self, model_name: str, layers: int) -> Self:
         """These settings with the constants of the model where they say None.
 

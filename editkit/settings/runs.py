@@ -10,6 +10,10 @@ MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
 TRACE_KINDS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
 CORRUPTIONS = ("noise", "swap")
 FORMS = ("bare", "qa", "chat")
+# Null controls of a benchmark, and how tables and pages call them; see editkit/methods/shared/controls.py.
+RANDOM, IDENTITY, WRONG_BLOCK, PROMPT_ONLY = "random", "identity", "wrong_block", "prompt_only"
+CONTROLS = {RANDOM: "random δ", IDENTITY: "C = I", WRONG_BLOCK: "wrong block", PROMPT_ONLY: "prompt only"}
+QUICK, PAPERS = "quick", "papers"  # presets of general ability; see editkit/metrics/ability.py
 CONTINUE, STOP, ROLLBACK = ON_COLLAPSE = ("continue", "stop", "rollback")
 
 
@@ -96,10 +100,14 @@ class EditTaskSettings:
     top: int = 5  # most likely next tokens shown
     audit: bool = False  # ask every fact of the atlas before and after; for models that know it
     judge: str | None = None  # of free answers: exact, model:NAME_OR_FOLDER, http:URL@MODEL; see `editkit.judges`
+    # General ability before and after, by lm-evaluation-harness: quick, papers, or its tasks joined by "+"; null: not.
+    ability: str | None = None
+    ability_limit: int | None = None  # examples of each of its tasks; null: the preset's
     measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
 
     def __post_init__(self) -> None:
         require_answers(self.judge, self.measure)
+        _check_ability(self.ability, self.ability_limit)
 
 
 @dataclass(frozen=True)
@@ -112,10 +120,18 @@ class BenchmarkSettings:
     keep_edits: bool = False  # write each edit into RUN/edits; those of several cases are always kept
     audit: bool = False  # ask every fact of the atlas after each edit; for models that know it
     judge: str | None = None  # of free answers: exact, model:NAME_OR_FOLDER, http:URL@MODEL; see `editkit.judges`
+    controls: bool = False  # null controls on the same cases: random δ, C = I, a wrong block, prompt only
+    # General ability before and after, by lm-evaluation-harness, where all cases are in one edit (task=batch): quick,
+    # papers, or its tasks joined by "+"; null: not.
+    ability: str | None = None
+    ability_limit: int | None = None  # examples of each of its tasks; null: the preset's
 
     def __post_init__(self) -> None:
         require_answers(self.judge, self.measure)
         require(self.size is None or self.size > 0, "task.size", self.size, "positive")
+        _check_ability(self.ability, self.ability_limit)
+        together = self.ability is None or self.size is None
+        require(together, "task.ability", self.ability, "null where each case has its own edit; task=batch has one")
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,10 @@ class LifelongSettings:
     on_collapse: str = CONTINUE  # at a limit of the alarm: continue, stop, or rollback to the last good step and stop
     text: str = "prose"  # running text for KL and perplexity: the bundled prose, me_ppl:FILE, or as moments.source
     judge: str | None = None  # of free answers: exact, model:NAME_OR_FOLDER, http:URL@MODEL; see `editkit.judges`
+    # General ability before the first edit and after the last, by lm-evaluation-harness: quick, papers, or its tasks
+    # joined by "+"; null: not.
+    ability: str | None = None
+    ability_limit: int | None = None  # examples of each of its tasks; null: the preset's
     measure: MeasureSettings = field(default_factory=lambda: MeasureSettings(fluency=0))
 
     def __post_init__(self) -> None:
@@ -179,11 +199,18 @@ class LifelongSettings:
         require(self.save > 0, "task.save", self.save, "positive")
         require_one_of(self.on_collapse, "task.on_collapse", ON_COLLAPSE)
         require_answers(self.judge, self.measure)
+        _check_ability(self.ability, self.ability_limit)
 
     def points(self, edits: int) -> set[int]:
         """The numbers of edits after which a run of so many `edits` is measured, the begin and the end among them."""
         regular = range(0, edits, self.every) if self.every is not None else ()
         return {0, *regular, *(place for place in self.at if place < edits), edits}
+
+
+def _check_ability(ability: str | None, limit: int | None) -> None:
+    good = ability is None or all(name.strip() for name in ability.split("+"))
+    require(good, "task.ability", repr(ability), f"{QUICK}, {PAPERS}, names of tasks joined by '+', or null")
+    require(limit is None or limit > 0, "task.ability_limit", limit, "positive")
 
 
 @dataclass(frozen=True)

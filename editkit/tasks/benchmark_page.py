@@ -9,6 +9,7 @@ from editkit.report import aggregate, charts
 from editkit.report.html import Body, Charts, Fold, Section, Table, Text
 from editkit.report.parts import judge, plain_title, probe_table, score_tiles, scores, shares, spectra
 from editkit.runs.read import Run
+from editkit.tasks import controls_page
 
 WORST = 10
 SHOWN_REJECTED = 100
@@ -19,6 +20,7 @@ def body(run: Run) -> Body:
     """What a page shows of a run over many cases. Raises RecordError for a table that cannot be read."""
     sections = [
         Section("scores", "Scores", [*scores(run), *judge(run)]),
+        Section("controls", "Null controls", controls_page.blocks(run)),
         Section("probabilities", "Before and after", _probabilities(run)),
         Section("relations", "By relation", _relations(run)),
         Section("update", "Size of the updates", _sizes(run)),

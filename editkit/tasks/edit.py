@@ -18,6 +18,7 @@ from editkit.edits.spectra import spectra
 from editkit.judging import Judging
 from editkit.metrics.audit import audit
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
+from editkit.metrics.metric import AFTER, BEFORE
 from editkit.metrics.scoring import continuation, top_next
 from editkit.metrics.summary import summary
 from editkit.metrics.verdict import verdict
@@ -25,9 +26,11 @@ from editkit.models.columns import Below
 from editkit.models.load import LanguageModel
 from editkit.runs import names
 from editkit.runs import record as results
+from editkit.runs.protocol import RunProtocol
 from editkit.runs.tables import Tables, judged
 from editkit.settings import Config
 from editkit.tasks import console
+from editkit.tasks.ability import Ability
 from editkit.tasks.common import Clock, below_of, bind_method, described, load_model, measured, plain, spectrum_beside
 
 
@@ -44,6 +47,8 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     case.fact.check_targets(lm)
     say(console.heading(lm, config, case.fact))
 
+    ability = Ability(lm, config, folder, say)
+    ability.take(BEFORE)
     below = below_of(lm, config)
     before = _Asked.of(lm, case, config, below)
     clock.lap("measure_before")
@@ -57,6 +62,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     clock.lap("audit")
     with edit.applied(lm) as applied:
         after = _Asked.of(lm, case, config, below)
+        ability.take(AFTER)
         clock.lap("measure_after")
     assert applied.reversal is not None
     clock.lap("restore")
@@ -75,6 +81,7 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
     if audited is not None:
         say(console.audit(audited))
         results.write_table(folder / names.AUDIT, audited.rows())
+    ability.show()
     say(console.reversal(applied.reversal))
 
     edit.save(folder / names.EDIT)
@@ -107,7 +114,9 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         judge=judge,
         texts={"before": before.texts, "after": after.texts},
         environment=results.environment(lm),
-        **measured(scores),
+        protocol=RunProtocol.of(config).to_json(),
+        ability=ability.to_json(),
+        **measured([*scores, *ability.scores]),
     )
     results.write_record(folder, record)
     report.write(folder)

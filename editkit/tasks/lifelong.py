@@ -6,6 +6,9 @@ stay, and running text (KL to the unedited model, perplexity). Of a fact that wa
 case is asked. The session is saved as it goes on and the points are in a journal, so `resume=true` goes on where a
 former run stopped, and ends with the same bytes: steps that were not saved are made again.
 
+General ability (task.ability) is asked before the first edit and after the last, and not at the points: a preset takes
+minutes to hours of a real model, and what breaks on the way the alarm and running text show at every point.
+
 An alarm (editkit/alarm.py) looks at the model at each point and every so many steps; task.on_collapse says what comes
 then. With rollback the session is saved only where a look has passed no limit.
 """
@@ -26,7 +29,7 @@ from editkit.data.stream import CaseStream
 from editkit.errors import ConfigError, EditkitError, OutputError, ReversalError
 from editkit.judging import Judging
 from editkit.metrics.measure import Look, look, rows_of, scores_of_rows
-from editkit.metrics.metric import RECENT, RETENTION, UNTOUCHED, Score
+from editkit.metrics.metric import AFTER, BEFORE, RECENT, RETENTION, UNTOUCHED, Score
 from editkit.metrics.running_text import Drift
 from editkit.metrics.summary import summary
 from editkit.models.load import LanguageModel
@@ -34,11 +37,13 @@ from editkit.models.snapshot import Reversal
 from editkit.runs import names
 from editkit.runs import record as results
 from editkit.runs.journal import Journal
+from editkit.runs.protocol import RunProtocol
 from editkit.runs.tables import judged, write_judged
 from editkit.session import Session
 from editkit.sessionfiles import FILE
 from editkit.settings import Config, LifelongSettings
 from editkit.tasks import console
+from editkit.tasks.ability import Ability
 from editkit.tasks.common import (
     Clock,
     below_of,
@@ -77,15 +82,18 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
             about += f"; {len(edited):,} edits"
         notes = (*cases.notes, *([texts.note] if texts else ()))
         say(console.cases_heading(lm, config, about, notes, len(journal.lines)))
+        ability = Ability(lm, config, folder, say)
+        ability.take(BEFORE)
         life = _Life(lm, digest, config, edited, untouched, folder, journal, judging, say)
         clock.lap("ask_the_unedited_model")
-        reversal = life.live()
+        reversal = life.live(ability)
         clock.lap("edit_and_measure")
         points, failed, collapse = life.points, life.failed, life.collapse
     write_judged(folder, points)
     judge = judging.record(judged(points))
     if judge:
         say(console.judge(judge))
+    ability.show()
     say(console.reversal(reversal))
     record = results.Record(
         task=task.name,
@@ -97,10 +105,12 @@ def run(config: Config, folder: Path, say: Callable[[str], None] = print) -> res
         reversal=asdict(reversal) | {"exact": reversal.exact},
         timings=clock.all(),
         environment=results.environment(lm),
+        protocol=RunProtocol.of(config, len(edited)).to_json(),
         data=data_of(cases, failed)
         | ({"collapse": collapse} if collapse else {})
         | ({"text": texts.note} if texts else {}),
-        **measured([Score.of(found) for found in points[-1]["scores"]]),
+        ability=ability.to_json(),
+        **measured([*(Score.of(found) for found in points[-1]["scores"]), *ability.scores]),
     )
     results.write_record(folder, record)
     report.write(folder)
@@ -176,8 +186,8 @@ class _Life:
     def failed(self) -> list[str]:
         return [f"{line['case']}: {line['failed']}" for line in self.journal.lines if "failed" in line]
 
-    def live(self) -> Reversal:
-        """Edit and measure to the end. What was proved to be back afterwards."""
+    def live(self, ability: Ability) -> Reversal:
+        """Edit and measure to the end, and ask for general ability there. What was proved to be back afterwards."""
         with self._session() as session, self.costs:
             try:
                 self._edit(session)
@@ -185,6 +195,7 @@ class _Life:
                 self._end(session, error)
             session.save(self.path)
             self.rank = session.total().rank
+            ability.take(AFTER)
             return session.reset().require()
 
     def _session(self) -> Session:

@@ -1,4 +1,4 @@
-"""Every method on the atlas model: facts one at a time, in one batch, and in a session of batches; and null controls.
+"""Every method on the atlas model: facts one at a time, in one batch, and in a session of batches.
 
     python experiments/methods/compare.py --json experiments/methods/results.json       # 50 singles, 200, 10 × 20
 
@@ -6,8 +6,7 @@ After each, all probes of all its facts are asked. Shares are of CounterFact's c
 still said (same subject); "follows" are two-hop prompts whose new answer is likelier than the old. Intervals are 95 %
 by bootstrap over facts. Rows that are in the JSON file already are kept, so a run that was stopped goes on.
 
-The controls are of single facts: a random residual of R-ROME's norm on R-ROME's key; C = I; another block; and no edit
-at all but the new fact put in front of every prompt.
+The README's null controls are a run of their own, by task.controls=true.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,13 @@ from editkit.data.cases import Case
 from editkit.edits.edit import Edit, relative_norm
 from editkit.files import write_text
 from editkit.methods import get_method, names
-from editkit.methods.r_rome import RRomeSettings
 from editkit.methods.rome import RomeSettings, rome_each
 from editkit.metrics.scoring import ProbeScore, score_probes
 from editkit.models.load import LanguageModel
-from editkit.settings import MomentSettings
 
 COLUMNS = ("ES", "PS", "unseen", "NS", "same", "follows")
 TITLES = (*COLUMNS, "rank", "norm", "seconds")
 NAMES = {"rewrite": "ES", "paraphrase": "PS", "unseen_paraphrase": "unseen", "neighborhood": "NS"}
-CONTROLS = ("random residual", "C = I", "block 0", "block 7", "fact in front")
 RESAMPLES = 2000
 Outcomes = dict[str, list[bool]]  # of one case
 NAMES |= {"same_subject": "same", "portability": "follows"}
@@ -124,37 +119,6 @@ def session(
     return row_of(outcomes, total.rank, relative_norm(lm, total), seconds)
 
 
-def random_residual(lm: LanguageModel, edit: Edit, seed: int) -> Edit:
-    """The edit with a random direction in place of each residual, of the same norm."""
-    generator = torch.Generator().manual_seed(seed)
-    deltas = []
-    for delta in edit.deltas:
-        left = torch.randn(delta.left.shape, generator=generator)
-        deltas.append(replace(delta, left=left * (delta.left.norm(dim=0) / left.norm(dim=0))))
-    return replace(edit, deltas=tuple(deltas))
-
-
-def control(lm: LanguageModel, name: str, cases: Sequence[Case], before: Sequence[list[ProbeScore]]) -> dict[str, Any]:
-    """A null control of single facts; see the top."""
-    facts, began = [case.fact for case in cases], time.perf_counter()
-    if name == "fact in front":
-        outcomes = []
-        for case, scores in zip(cases, before, strict=True):
-            said = f"{case.fact.text} {case.fact.target_new}. "
-            after = score_probes(lm, [replace(probe, prompt=said + probe.prompt) for probe in case.probes])
-            outcomes.append(tally(scores, after))
-        return row_of(outcomes, 0, 0.0, (time.perf_counter() - began) / len(cases))
-    settings, moments = RRomeSettings(), None
-    if name == "C = I":
-        moments = MomentSettings(enabled=False)
-    if name.startswith("block"):
-        settings = RRomeSettings(layer=int(name.split()[1]))
-    edits = rome_each(lm, facts, settings, moments=moments, progress=False)
-    if name == "random residual":
-        edits = [random_residual(lm, edit, seed) for seed, edit in enumerate(edits)]
-    return each_alone(lm, edits, cases, before, time.perf_counter() - began)
-
-
 def distinct(n: int) -> list[Case]:
     """Atlas cases whose prompts differ: a batch may not ask two answers of one prompt."""
     cases: dict[str, Case] = {}
@@ -184,12 +148,9 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=names(), choices=names())
-    parser.add_argument(
-        "--singles", type=int, default=50, help="facts edited one at a time, by the controls too; 0: none"
-    )
+    parser.add_argument("--singles", type=int, default=50, help="facts edited one at a time; 0: none")
     parser.add_argument("--batch", type=int, default=200, help="facts in one batch; 0: none")
     parser.add_argument("--session", default="10x20", metavar="STEPSxFACTS", help="0x0: none")
-    parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="null controls too")
     parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16")
     parser.add_argument("--markdown", action="store_true", help="print the rows of the JSON file as a table, and stop")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here; rows already there are kept")
@@ -218,12 +179,10 @@ def main() -> None:
     for what, count, measure in parts:
         cases = distinct(count)
         before = [score_probes(lm, case.probes) for case in cases]
-        asked = [(method, measure) for method in options.methods]
-        asked += [(name, control) for name in CONTROLS if measure is singles and options.controls]
-        for method, compute in asked if count else ():
+        for method in options.methods if count else ():
             name = f"{method}, {what}"
             if name not in found["rows"]:
-                found["rows"][name] = compute(lm, method, cases, before)
+                found["rows"][name] = measure(lm, method, cases, before)
                 if options.json:
                     write_text(options.json, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             row = found["rows"][name]
