@@ -1,5 +1,6 @@
 """doctor: a good edit, an enormous one, one for another base, one cut short; what is predicted beside what moved."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,29 @@ from torch import Tensor
 from editkit import Edit, Fact, rome
 from editkit.doctor import ROUNDINGS, examine, repeated
 from editkit.edits.__main__ import main
+from editkit.errors import EditkitError
+from editkit.metrics.audit import Asked, Audit
 from editkit.models.load import LanguageModel
 from editkit.settings import MomentSettings
 from editkit.testing.tiny import tiny_lm
 from tests.test_peft import edit_of
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
+
+
+MOVED = Asked("city_country", "Rome", "Italy", "Italy", "France", changed=True, edited=False, cosine=0.4, pull=0.25)
+
+
+@pytest.fixture(autouse=True)
+def audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thousand facts are not asked here: test_audit.py does it."""
+
+    def few(lm: LanguageModel, edit: Edit, *, progress: bool) -> Audit:
+        if lm.name != "atlas":
+            raise EditkitError(f"'{lm.name}' answers 0% of the atlas.")
+        return Audit((MOVED, *[replace(MOVED, changed=False)] * 199))
+
+    monkeypatch.setattr("editkit.doctor.audit", few)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +52,10 @@ def test_a_good_edit(good: Edit, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert {kinds(out)[name] for name in ("base", "size", "facts", "prose")} == {"good"} and "fit to be used" in out
     page = (tmp_path / "good.html").read_text(encoding="utf-8")
-    for said in ("Fit to be used.", "What rounding leaves", "Predicted change", "The Louvre", "4 bits", "pull"):
+    for said in ("Fit to be used.", "What rounding leaves", "Predicted change", "The Louvre", "4 bits", "0.25"):
         assert said in page
     assert "1 of 1 are the likeliest answer after it, 0 before" in out
+    assert "1 of 200 other facts of the atlas have another answer" in out
 
 
 def test_an_enormous_edit(

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editkit.methods import get_method
-from editkit.methods.r_rome import RRomeSettings
 from editkit.models.architecture import architecture_of, as_matrix, orientation
 from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
@@ -29,7 +28,7 @@ TEXTS = ["The Eiffel Tower is in Paris", "Rain", "The capital of the country Fra
 TOLERANCE = 1e-3  # of logits in float32, with those of random weights at about 1
 # Random weights have small values: little decay, and a large step.
 CONTEXTS = ContextSettings(counts=(2,), lengths=(5,))
-SETTINGS = RRomeSettings(layer=1, steps=15, lr=0.3, weight_decay=1e-3, clamp=4.0, stop_loss=0.0, contexts=CONTEXTS)
+QUICK = {"layer": 1, "steps": 15, "lr": 0.3, "weight_decay": 1e-3, "clamp": 4.0, "stop_loss": 0.0, "contexts": CONTEXTS}
 
 
 def check_family(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Conformance:
@@ -45,7 +44,8 @@ def check_family(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             found.run("captured", family, lambda: _captured(lm))
         for start in range(lm.layers):
             found.run("replayed", f"{family}, from block {start}", partial(_replayed, lm, start))
-        check_cell(found, family, lm, get_method("r_rome"), SETTINGS, list(FACTS[:1]))
+        method = get_method("r_rome")
+        check_cell(found, family, lm, method, method.settings(**QUICK), list(FACTS[:1]))
     return found
 
 
