@@ -40,7 +40,8 @@ def methods_page() -> str:
 
 def metrics_page() -> str:
     """A table a protocol."""
-    parts = ["# Metrics", "Each is declared once, beside its formula, in `editkit/metrics/`. In tables it is PROTOCOL.METRIC."]
+    said = "Each is declared once, beside its formula, in `editkit/metrics/`. In tables it is called PROTOCOL.METRIC."
+    parts = ["# Metrics", said]
     by: dict[str, list[Any]] = {}
     titles: dict[str, str] = {}
     for entry in registered():
