@@ -48,10 +48,8 @@ def metrics_page() -> str:
         by.setdefault(entry.metric.protocol.name, []).append(entry.metric)
         titles[entry.metric.protocol.name] = entry.metric.protocol.title
     for name, found in by.items():
-        rows = [
-            f"| `{m.name}` | {_cell(m.meaning)} | {BETTER[m.better]} | {m.unit or '–'} | {_cell(m.averaged)} |"
-            for m in found
-        ]
+        cells = ((m.short, _cell(m.meaning), BETTER[m.better], m.unit or "–", _cell(m.averaged)) for m in found)
+        rows = [f"| `{own}` | " + " | ".join(others) + " |" for own, *others in cells]
         head = ["| metric | what it is | better | unit | averaged |", "|---|---|---|---|---|"]
         parts += [f"## {name}", titles[name] + ".", "\n".join([*head, *rows])]
     return "\n\n".join(parts) + "\n"
