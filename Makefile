@@ -1,8 +1,8 @@
-# make demo: the first edit. make test: the whole suite. Both make .venv when it is missing.
+# make demo: the first edit. make test: the whole suite. make docs: the site. All make .venv when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format docs
 
 demo: .venv/.ready
 	$(BIN)/python -m editkit.run edit=gpt2_fact
@@ -15,6 +15,10 @@ lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+docs: .venv/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix .
