@@ -144,10 +144,9 @@ def test_a_rollback_names_what_was_dropped(tmp_path: Path) -> None:
     assert ours.pop("points.jsonl") != theirs.pop("points.jsonl") and ours == theirs
 
 
-def test_it_may_be_measured_at_chosen_places_alone(tmp_path: Path) -> None:
-    done = streamed("hydra.run.dir=run", "task.every=null", "task.at=[5,1,50]", cwd=tmp_path)
-    assert done.wait() == 0, done.communicate()
-    assert [point["edits"] for point in points(tmp_path / "run")] == [0, 1, 5, 14]
+def test_it_may_be_measured_at_chosen_places() -> None:
+    assert LifelongSettings(every=None, at=(5, 1, 50)).points(14) == {0, 1, 5, 14}
+    assert LifelongSettings(every=4, at=(5,)).points(9) == {0, 4, 5, 8, 9}
 
 
 def test_a_place_inside_a_step_is_refused() -> None:

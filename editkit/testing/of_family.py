@@ -9,6 +9,7 @@ Of a mixture of experts, whose blocks have no single down-projection, the second
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,15 @@ TEXTS = ["The Eiffel Tower is in Paris", "Rain", "The capital of the country Fra
 TOLERANCE = 1e-3  # of logits in float32, with those of random weights at about 1
 # Random weights have small values: little decay, and a large step.
 CONTEXTS = ContextSettings(counts=(2,), lengths=(5,))
-QUICK = {"layer": 1, "steps": 15, "lr": 0.3, "weight_decay": 1e-3, "clamp": 4.0, "stop_loss": 0.0, "contexts": CONTEXTS}
+QUICK: dict[str, Any] = {
+    "layer": 1,
+    "steps": 15,
+    "lr": 0.3,
+    "weight_decay": 1e-3,
+    "clamp": 4.0,
+    "stop_loss": 0.0,
+    "contexts": CONTEXTS,
+}
 
 
 def check_family(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Conformance:
