@@ -73,7 +73,7 @@ PAGES: dict[str, Callable[[], str]] = {"methods": methods_page, "metrics": metri
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages; called by mkdocs."""
-    from mkdocs.structure.files import File
+    from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]  # of the extra `docs`
 
     for name, page in PAGES.items():
         files.append(File.generated(config, f"{name}.md", content=page()))

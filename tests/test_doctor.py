@@ -104,7 +104,9 @@ def test_rounding_is_to_the_nearest_level(name: str, bits: int) -> None:
         block = flat[begin : begin + 64]
         scale = max(map(abs, block)) / most
         levels = [level * scale for level in range(-most, most + 1)]
-        expected += [min(levels, key=lambda level: abs(level - entry)) for entry in block]
+        for entry in block:
+            apart = [abs(level - entry) for level in levels]
+            expected.append(levels[apart.index(min(apart))])
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 
