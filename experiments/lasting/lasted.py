@@ -71,7 +71,8 @@ def ending(cell: Cell) -> str:
         return "refused"
     if cell["broken"] is not None:
         return f"broken at {cell['broken']:,}"
-    return "held to the end" if cell["ended"] else f"out of time at {cell['edits']:,}"
+    refused = f", {cell['failed']:,} refused" if cell["failed"] else ""
+    return ("held to the end" if cell["ended"] else f"stopped at {cell['edits']:,}") + refused
 
 
 def short(cells: list[Cell], model: str, batch: int) -> list[str]:

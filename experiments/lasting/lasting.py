@@ -305,14 +305,26 @@ def found_in(cell: Cell) -> dict[str, Any] | None:
         "broken": collapse and collapse["edits_kept"],
         "why": collapse and collapse["collapse"].split(": ", 1)[-1],
         "failed": sum(len(line["cases"]) for line in failed),
-        "refused": failed[0]["failed"] if failed else None,
+        "refused": _named(cell, failed[0]["failed"]) if failed else None,
         "ended": cell.ended,
         "cpu": sum(made) / (len(made) * cell.batch) if made else None,  # seconds an edit
         "bytes": _bytes(cell),
-        "command": [text for text in cell.command()[1:] if text != "resume=true"],
+        "command": _plain(cell),
         "commit": record["environment"]["commit"] if record else None,
     }
     return found
+
+
+def _plain(cell: Cell) -> list[str]:
+    """The command without what belongs to this machine: folders, and where the organism lies."""
+    kept = [text for text in cell.command()[1:] if not text.startswith(("resume=", "hydra.run.dir="))]
+    return [_named(cell, text) for text in kept]
+
+
+def _named(cell: Cell, text: str) -> str:
+    """A text with the organism's folder as README.md has it."""
+    name = cell.organism.name
+    return text if name in BUNDLED else text.replace(name, f"training/{cell.organism.title}/atlas")
 
 
 def _point(line: dict[str, Any]) -> dict[str, Any]:
