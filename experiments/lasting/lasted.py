@@ -36,6 +36,8 @@ CLAIMS = (
     Claim("memit_seq", "alphaedit", 100, 2000, "arXiv 2605.26670"),
     Claim("alphaedit, NAS", "alphaedit", 1, 10_000, "arXiv 2602.02543"),
     Claim("memit, NAS", "memit", 1, 10_000, "arXiv 2602.02543"),
+    Claim("alphaedit, NAS", "alphaedit", 100, 10_000, "arXiv 2602.02543, there one by one"),
+    Claim("memit, NAS", "memit", 100, 10_000, "arXiv 2602.02543, there one by one"),
     Claim("alphaedit", "ultraedit", 1, 10_000, "arXiv 2602.02543"),
     Claim("ultraedit", "alphaedit", 100, 10_000, "arXiv 2505.14679"),
     Claim("stableedit", "ultraedit", 100, 10_000, "arXiv 2605.11836"),
