@@ -62,7 +62,8 @@ def results(folder: Path) -> dict[str, Any]:
             named[metric]: [each.difference.mean, each.difference.low, each.difference.high, each.probability]
             for metric, each in values.items()
         }
-        mine |= {"commit": run.record["environment"]["commit"], "command": run.record["environment"]["command"][1:]}
+        command = [text for text in run.record["environment"]["command"][1:] if not text.startswith("hydra.run.dir=")]
+        mine |= {"commit": run.record["environment"]["commit"], "command": command}
         mine |= {"protocol": run.record["protocol"], "exact": run.record["reversal"]["exact"]}
         found["methods"][name] = mine
     return found
