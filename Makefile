@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs
+.PHONY: demo test lint lint-ruff lint-mypy lint-pyright format docs
 
 demo: .venv/.ready
 	$(BIN)/python -m editkit.run edit=gpt2_fact
@@ -11,9 +11,16 @@ test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/.ready
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint-ruff lint-mypy lint-pyright
+
+lint-ruff: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-mypy: .venv/.ready
 	$(BIN)/mypy
+
+lint-pyright: .venv/.ready
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 docs: .venv/.ready
