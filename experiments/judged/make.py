@@ -6,8 +6,12 @@ python experiments/judged/make.py          # README.md's tables again, from resu
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between, table
 
 from editkit.data.kinds import NEGATION, NEIGHBORHOOD, PARAPHRASE, REVERSED, REWRITE, SAME_SUBJECT
 from editkit.files import write_text
@@ -86,11 +90,6 @@ def beside(value: list[float] | None) -> str:
     return "–" if value is None else "{:+.3f} [{:+.3f}, {:+.3f}], P {:.3f}".format(*value)
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """In Markdown."""
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
-
-
 def tables(found: dict[str, Any]) -> dict[str, list[str]]:
     """By the name of their marks in README.md."""
     methods = found["methods"]
@@ -125,13 +124,8 @@ def tables(found: dict[str, Any]) -> dict[str, list[str]]:
 
 def fill(found: dict[str, Any]) -> None:
     """Put the tables between their marks in README.md."""
-    path = HERE / "README.md"
-    text = path.read_text(encoding="utf-8")
     for name, lines in tables(found).items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
-    write_text(path, text)
+        between(HERE / "README.md", name, lines)
 
 
 def main() -> None:

@@ -4,9 +4,13 @@ python experiments/lasting/lasted.py
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between, table
 
 from editkit.files import write_text
 
@@ -81,7 +85,7 @@ def short(cells: list[Cell], model: str, batch: int) -> list[str]:
     """A row a method: free answers of the facts edited, and of those never edited, after SHORT edits."""
     head = ["method", *(f"said freely, {n:,}" for n in SHORT), *(f"untouched, {n:,}" for n in SHORT)]
     head += ["end", "CPU s an edit", "kB an edit"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows: list[list[str]] = []
     for cell in cells:
         if (cell["model"], cell["batch"]) != (model, batch):
             continue
@@ -93,8 +97,8 @@ def short(cells: list[Cell], model: str, batch: int) -> list[str]:
                 row.append(figure(point.get(column)) if point and not refused else _gone(cell, edits))
         cost = "–" if cell["cpu"] is None else f"{cell['cpu']:.3f}"
         size = "–" if cell["bytes"] is None else f"{cell['bytes'] / 1000:.1f}"
-        lines.append("| " + " | ".join([*row, ending(cell), cost, size]) + " |")
-    return lines
+        rows.append([*row, ending(cell), cost, size])
+    return table(head, rows)
 
 
 def _gone(cell: Cell, edits: int) -> str:
@@ -105,15 +109,15 @@ def _gone(cell: Cell, edits: int) -> str:
 def whole(cells: list[Cell]) -> list[str]:
     """Every point of every cell."""
     head = ["model", "method", "facts a step", "edits", *COLUMNS, "perplexity ×", "‖ΔW‖/‖W‖", "‖ΔW‖/√n"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows: list[list[str]] = []
     for cell in cells:
         for point in cell["points"]:
             row = [cell["model"], cell["method"], str(cell["batch"]), f"{point['edits']:,}"]
             row += [figure(point.get(name)) for name in COLUMNS]
             norms = ("perplexity", "growth", "per_fact")
             row += ["–" if point[name] is None else f"{point[name]:.3g}" for name in norms]
-            lines.append("| " + " | ".join(row) + " |")
-    return lines
+            rows.append(row)
+    return table(head, rows)
 
 
 def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
@@ -149,15 +153,15 @@ def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
 def orderings(cells: list[Cell], models: list[str]) -> list[str]:
     """A row a claim."""
     head = ["claim", "facts a step", "source", *(f"on {model}" for model in models)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows: list[list[str]] = []
     for claim in CLAIMS:
         what = f"{claim.better} above {claim.worse}" + ("" if claim.column == "said freely" else f" ({claim.column})")
         row = [what, str(claim.batch), claim.source]
         for model in models:
             outcome, figures = judged(claim, cells, model)
             row.append(f"**{outcome}**" + (f": {figures}" if figures else ""))
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+        rows.append(row)
+    return table(head, rows)
 
 
 def fill() -> None:
@@ -174,17 +178,8 @@ def fill() -> None:
     for model in models:
         for batch in dict.fromkeys(cell["batch"] for cell in cells if cell["model"] == model):
             parts += [f"### {model}, {batch} a step", "", *short(cells, model, batch), ""]
-    between("lasting", parts)
-    between("orderings", orderings(cells, models))
-
-
-def between(name: str, lines: list[str]) -> None:
-    """Put lines between the marks of that name in README.md."""
-    path = HERE / "README.md"
-    text = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, _, rest = text.partition(begin)
-    write_text(path, f"{before}{begin}" + "\n".join(lines).rstrip() + f"\n{end}{rest.partition(end)[2]}")
+    between(HERE / "README.md", "lasting", parts)
+    between(HERE / "README.md", "orderings", orderings(cells, models))
 
 
 if __name__ == "__main__":

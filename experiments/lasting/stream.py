@@ -24,6 +24,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between
+
 from editkit.files import write_text
 from editkit.runs import names
 from editkit.tasks.costs import Cost, read_costs
@@ -244,15 +247,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def fill() -> None:
     """Put the tables between their marks in README.md; of a JSON file that is not there none."""
-    path = HERE / "README.md"
-    text = path.read_text(encoding="utf-8")
     for name, (file, table) in TABLES.items():
         if (HERE / file).exists():
             shown = table(json.loads((HERE / file).read_text(encoding="utf-8")))
-            begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-            before, _, rest = text.partition(begin)
-            text = f"{before}{begin}{shown}\n{end}{rest.partition(end)[2]}"
-    write_text(path, text)
+            between(HERE / "README.md", name, shown.split("\n"))
 
 
 def main() -> None:

@@ -4,10 +4,12 @@ python experiments/lasting/tables.py
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from editkit.files import write_text
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between
 
 HERE = Path(__file__).parent
 
@@ -50,12 +52,8 @@ def _row(shape: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
     for name, lines in (("undo", undone()), ("ultraedit", timed())):
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text = "\n".join([text[: text.index(begin)] + begin, *lines, text[text.index(end) :]])
-    write_text(readme, text)
+        between(HERE / "README.md", name, lines)
 
 
 if __name__ == "__main__":

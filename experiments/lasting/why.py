@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lasted import between
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between
+from marked import table as in_markdown
 
 from editkit.files import write_text
 from editkit.runs import names
@@ -66,11 +68,11 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> list[str]:
     """A row a cell."""
-    lines = ["| method | facts | broken at | ‖ΔW‖/‖W‖ there | perplexity × |", "|---|---|---|---|---|"]
+    rows = []
     for row in found:
         end = f"{row['broken']:,}" if row["broken"] is not None else f"not by {row['edits']:,}"
-        lines.append(f"| {row['method']} | {row['facts']:,} | {end} | {row['growth']:.3g} | {row['perplexity']:.3g} |")
-    return lines
+        rows.append([row["method"], f"{row['facts']:,}", end, f"{row['growth']:.3g}", f"{row['perplexity']:.3g}"])
+    return in_markdown(["method", "facts", "broken at", "‖ΔW‖/‖W‖ there", "perplexity ×"], rows)
 
 
 def main() -> None:
@@ -84,7 +86,7 @@ def main() -> None:
         return
     found = results(folder)
     write_text(HERE / "why.json", json.dumps(found, indent=1) + "\n")
-    between("why", table(found))
+    between(HERE / "README.md", "why", table(found))
 
 
 if __name__ == "__main__":
