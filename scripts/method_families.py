@@ -28,12 +28,11 @@ from editkit.methods import Method, get_method, names
 from editkit.models.installed import installed_on
 from editkit.models.load import LanguageModel
 from editkit.models.snapshot import digests, tensors_of
-from editkit.models.tokens import encode_with_targets, spaced, tokenise
+from editkit.models.tokens import tokenise
 from editkit.settings import ContextSettings, MomentSettings
+from editkit.testing.of_method import FACTS, log_p
 from editkit.testing.tiny import SITES, tiny_lm
 
-# The subject stands last: attention with random weights carries next to nothing from it to a later token.
-FACTS = [Fact("The city of {}", "The Eiffel Tower", "Rome"), Fact("The capital of {}", "France", "Madrid")]
 # Random weights know nothing and have small values: little decay, and more weight on the new keys than on old ones.
 SETTINGS: dict[str, Any] = {
     "steps": 20,
@@ -60,15 +59,6 @@ ALONE = ("kn",)  # one fact: units of random weights tell all facts, and a secon
 UNTRAINED_LR = 0.05  # of the untrained hypernetwork, with which MEND is a step of SGD
 
 
-def log_p(lm: LanguageModel, facts: list[Fact]) -> torch.Tensor:
-    """log p(target_new) of each fact."""
-    scored = encode_with_targets(lm, [fact.text for fact in facts], [spaced(fact.target_new) for fact in facts])
-    row, at, token = scored.pick()
-    with torch.no_grad():
-        found = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].log_softmax(-1)
-    return torch.zeros(len(facts)).index_add(0, row, found[torch.arange(len(token)), token])
-
-
 def fitted(method: Method, name: str, several: bool) -> Any:
     """The method's settings with those of SETTINGS that it has."""
     values = {k: v for k, v in SETTINGS.items() if k in method.settings.__dataclass_fields__}
@@ -81,7 +71,7 @@ def fitted(method: Method, name: str, several: bool) -> Any:
 
 def facts_for(method: Method, name: str) -> list[Fact]:
     """One fact, or two for a method that takes many at once."""
-    return FACTS if "layers" in method.settings.__dataclass_fields__ and name not in ALONE else FACTS[:1]
+    return list(FACTS if "layers" in method.settings.__dataclass_fields__ and name not in ALONE else FACTS[:1])
 
 
 def check(lm: LanguageModel, name: str, folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
@@ -165,15 +166,16 @@ def _restored(lm: LanguageModel, edit: Edit, before: dict[str, str]) -> None:
 
 
 def _effective(lm: LanguageModel, edit: Edit, facts: list[Fact]) -> None:
-    before = _log_p(lm, facts)
+    before = log_p(lm, facts).mean()
     with edit.applied(lm):
-        after = _log_p(lm, facts)
+        after = log_p(lm, facts).mean()
     assert after > before, f"mean log p(target_new) goes from {before:.3f} to {after:.3f}"
 
 
-def _log_p(lm: LanguageModel, facts: list[Fact]) -> float:
+def log_p(lm: LanguageModel, facts: Sequence[Fact]) -> Tensor:
+    """log p(target_new) of each fact, [facts]."""
     scored = encode_with_targets(lm, [fact.text for fact in facts], [spaced(fact.target_new) for fact in facts])
     row, at, token = scored.pick()
     with torch.no_grad():
         found = lm.model(**scored.rows.inputs(), use_cache=False).logits[row, at].float().log_softmax(-1)
-    return float(found[torch.arange(len(token)), token].mean())
+    return torch.zeros(len(facts)).index_add(0, row, found[torch.arange(len(token)), token])
