@@ -25,6 +25,7 @@ from torch import Tensor
 from editkit.data.cases import Probe
 from editkit.data.kinds import REWRITE
 from editkit.edits.edit import Edit
+from editkit.edits.requantized import kept_and_error, sums_of
 from editkit.edits.spectra import Spectrum, spectra
 from editkit.errors import EditkitError
 from editkit.facts import Fact
@@ -135,18 +136,16 @@ def _size(found: Examination, each: Sequence[Spectrum]) -> None:
 
 
 def _rounding(found: Examination, lm: LanguageModel) -> None:
+    weights = [values_of(lm.model, delta.parameter).double().cpu() for delta in found.edit.deltas]
+    changes = [delta.matrix().double().cpu() for delta in found.edit.deltas]
     rows, lost = [], {}
     for name, rounded in ROUNDINGS.items():
-        wrong = whole = along = 0.0
-        for delta in found.edit.deltas:
-            weight = values_of(lm.model, delta.parameter).double().cpu()
-            change = delta.matrix().double().cpu()
-            left = rounded(weight + change) - rounded(weight)
-            wrong += float((left - change).square().sum())
-            along += float((left * change).sum())
-            whole += float(change.square().sum())
-        lost[name] = math.sqrt(wrong / whole)
-        rows.append([name, f"{along / whole:.3f}", f"{lost[name]:.3f}"])
+        both = zip(weights, changes, strict=True)
+        shares = kept_and_error(sum((sums_of(rounded(w + c) - rounded(w), c) for w, c in both), torch.zeros(3)))
+        if shares is None:
+            return  # an edit of nothing
+        lost[name] = shares[1]
+        rows.append([name, f"{shares[0]:.3f}", f"{shares[1]:.3f}"])
     found.tables["What rounding leaves"] = (["as", "kept, ⟨left, ΔW⟩/‖ΔW‖²", "error, ‖left − ΔW‖/‖ΔW‖"], rows)
     gone = [f"{name} ({share:.2f})" for name, share in lost.items() if share > LOST]
     if gone:

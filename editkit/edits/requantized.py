@@ -10,6 +10,7 @@ A small ΔW moves few codes, and then by whole steps. Where it widens the range 
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from editkit.edits.edit import Edit
 from editkit.models.load import LanguageModel
@@ -36,7 +37,7 @@ def requantized(lm: LanguageModel, edit: Edit) -> Requantized | None:
 
     None for a base that is not quantised, for a quantiser that needs texts (GPTQ, AWQ), and for an edit of nothing.
     """
-    along = wrong = size = 0.0
+    sums = torch.zeros(3, dtype=torch.float64)
     changed = codes = 0
     for delta in edit.deltas:
         before = values_of(lm.model, delta.parameter)
@@ -45,10 +46,20 @@ def requantized(lm: LanguageModel, edit: Edit) -> Requantized | None:
         after = quantized_again(lm.model, delta.module, before + change)
         if again is None or after is None:
             return None
-        left = (after[0] - again[0]).double()
-        along += (left * change).sum().item()
-        wrong += (left - change).square().sum().item()
-        size += change.double().square().sum().item()
+        sums += sums_of((after[0] - again[0]).double(), change)
         changed += int((after[1] != again[1]).sum())
         codes += after[1].numel()
-    return Requantized(along / size, (wrong / size) ** 0.5, changed / codes) if size else None
+    found = kept_and_error(sums)
+    return Requantized(*found, changed / codes) if found else None
+
+
+def sums_of(left: Tensor, change: Tensor) -> Tensor:
+    """[3]: ⟨left, ΔW⟩, ‖left − ΔW‖² and ‖ΔW‖² of one weight, to be added over weights. `left`: what rounding leaves."""
+    found = (left * change).sum(), (left - change).square().sum(), change.double().square().sum()
+    return torch.stack([value.double().cpu() for value in found])
+
+
+def kept_and_error(sums: Tensor) -> tuple[float, float] | None:
+    """`Requantized.kept` and `error`, from what `sums_of` gives; None where all ΔW are 0."""
+    along, wrong, size = sums.tolist()
+    return (along / size, (wrong / size) ** 0.5) if size else None

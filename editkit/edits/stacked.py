@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from editkit.edits.delta import Delta, joined
-from editkit.edits.edit import FOLDED, Applied, Edit, base_of, edited_digest
+from editkit.edits.edit import FOLDED, Applied, Edit, base_of
+from editkit.edits.writing import edited_digest
 from editkit.errors import EditkitError, OutputError
 from editkit.files import write_text
 from editkit.models.installed import Installed
