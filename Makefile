@@ -1,14 +1,18 @@
-# make demo: the first edit. make test: the whole suite. make docs: the site. All make .venv when it is missing.
+# make demo: the first edit. make test: the suite, with a covering part of long tests. make test-whole: all of it.
+# make docs: the site. All make .venv when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lint-ruff lint-mypy lint-pyright format docs
+.PHONY: demo test test-whole lint lint-ruff lint-mypy lint-pyright format docs
 
 demo: .venv/.ready
 	$(BIN)/python -m editkit.run edit=gpt2_fact
 
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-whole: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --whole
 
 lint: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint-ruff lint-mypy lint-pyright

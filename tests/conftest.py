@@ -16,6 +16,7 @@ from editkit.models.lookup import lookup_position
 from editkit.models.tokens import encode_with_targets, spaced, tokenise
 from editkit.testing.tiny import build
 from editkit.testing.untouched import count_hooks
+from tests.covering import left_out
 from tests.oracles import FactRows
 from tests.run_folders import TASKS, really_run
 
@@ -25,10 +26,19 @@ CELL = "pretended"  # the property of a test that is one cell on the pretended a
 torch.set_num_threads(1)  # for tiny models two threads wait for each other more than they work
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run the slow tests too, and each cell")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "near" in getattr(item, "fixturenames", ()):
             item.add_marker(ORACLE)
+    if not config.getoption("--whole"):
+        out = left_out(items, config.args)
+        config.hook.pytest_deselected(items=[item for item in items if item in out])
+        items[:] = [item for item in items if item not in out]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

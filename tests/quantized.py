@@ -1,6 +1,8 @@
 """Quantised tiny models, really quantised by bitsandbytes and torchao, and what their tests compare."""
 
+import atexit
 import importlib.util
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,7 @@ CELLS = [(scheme, way) for scheme in SCHEMES for way in WAYS]
 def saved(family: str) -> Path:
     """A folder with a tiny model's float32 checkpoint."""
     folder, lm = Path(tempfile.mkdtemp(prefix=f"editkit-{family}-")), tiny_lm(family)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     return folder

@@ -34,6 +34,7 @@ def norms_of(lm: LanguageModel, method: str, settings: Any) -> list[float]:
     return [report["value_norm"] for report in edit.provenance["reports"]]
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "mixtral"])
 def test_many_facts_are_the_oracles(family: str, method: str, near: Near) -> None:

@@ -162,6 +162,7 @@ def updates(
     return found
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize(("family", "solve", "token", "templates"), CELLS)
 def test_the_edit_is_the_papers(family: str, solve: str, token: str, templates: int, near: Near) -> None:
     # Padded rows of gemma2 are not numbers in float64: transformers adds two masks of its least number.
@@ -179,6 +180,7 @@ def test_the_edit_is_the_papers(family: str, solve: str, token: str, templates: 
     assert len(long["windows"]) > 1 and "windows" not in short
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("token", ["last", "subject_last"])
 @pytest.mark.parametrize("family", SITES)
 @pytest.mark.filterwarnings("error:.*full depth")

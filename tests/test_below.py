@@ -23,6 +23,7 @@ from editkit.settings import MeasureSettings
 from editkit.tasks import common, get_task
 from editkit.testing.tiny import tiny_lm
 from editkit.testing.untouched import count_hooks
+from tests.covering import spread
 from tests.test_tree import FAMILIES, TEXTS, asked, wide_lm
 
 
@@ -168,7 +169,7 @@ def test_an_exception_leaves_nothing_hooked_and_nothing_kept() -> None:
     assert torch.equal(columns(lm, rows, first, last, below).final, columns(lm, rows, first, last).final)
 
 
-@pytest.mark.parametrize("task", ["benchmark", "lifelong"])
+@pytest.mark.parametrize("task", spread(["benchmark", "lifelong"], 2))
 def test_the_methods_of_a_sweep_ask_the_unedited_model_once(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

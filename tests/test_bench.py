@@ -56,6 +56,7 @@ def test_every_row_and_its_counts(tmp_path: Path) -> None:
     assert rows["trace"]["fast"]["evaluations"] is None
 
 
+@pytest.mark.slow
 def test_descent_takes_fewer_evaluations(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--evaluations", "4,2", "--solver", "descent", "--rows", "one_edit,memit"]
     for row in measured(tmp_path / "bench.json", *arguments)["shapes"]["tiny"]["rows"].values():
@@ -63,6 +64,7 @@ def test_descent_takes_fewer_evaluations(tmp_path: Path) -> None:
         assert row["ratio_an_evaluation"] == pytest.approx(row["ratio"] / 2)
 
 
+@pytest.mark.slow
 def test_rows_can_be_picked(tmp_path: Path) -> None:
     found = measured(tmp_path / "bench.json", "--rows", "trace", "--shapes", "tiny,atlas", "--device", "cpu")
     assert list(found["shapes"]) == ["tiny", "atlas"]
@@ -70,6 +72,7 @@ def test_rows_can_be_picked(tmp_path: Path) -> None:
     assert found["ratios"]["one_edit"] is None and found["ratios"]["trace"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -119,6 +119,7 @@ def test_shards_merge_to_the_table_of_one_run(whole: tuple[Path, str], tmp_path:
     assert len(table) == 1 and table.run[0] == "merged-0", done.stdout
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_killed_goes_on_with_its_edit(tmp_path: Path) -> None:
     arguments = ["task=batch", "data.limit=6", "method=memit", *FAST[1:3], "method.steps=3"]
     arguments = [a for a in arguments if "counts" not in a] + ["method.contexts.counts=[1]"]

@@ -67,6 +67,7 @@ def settings_for(lm: LanguageModel, method: str, **more: Any) -> Any:
 # S in a session
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize(("family", "method"), CELLS)
 def test_a_session_is_the_oracles(family: str, method: str, monkeypatch: pytest.MonkeyPatch, near: Near) -> None:
     """S from keys that the oracle measures again on the edited model."""

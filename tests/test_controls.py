@@ -212,6 +212,7 @@ def test_the_record_holds_every_control_and_its_averages(whole: tuple[Path, str]
     assert score_of(found, ES.name)["mean"] == pandas.read_parquet(folder / "edits.parquet")[ES.column()].mean()
 
 
+@pytest.mark.slow
 def test_killed_among_controls_it_ends_with_the_same_bytes(whole: tuple[Path, str], tmp_path: Path) -> None:
     """As a kill leaves it among the controls of the second case; of its edits some files are kept, others lost."""
     lines = (whole[0] / "cases.jsonl").read_bytes().splitlines(keepends=True)

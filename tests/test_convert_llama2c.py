@@ -90,6 +90,7 @@ def test_an_edit_moves_it_and_comes_off(stories: Told, method: str) -> None:
     assert all(torch.equal(b, before[n]) for n, b in everything(lm.model).items())
 
 
+@pytest.mark.slow
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     for size in (3, 400):
         (tmp_path / "model.bin").write_bytes(bytes([7]) * size)

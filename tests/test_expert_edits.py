@@ -78,6 +78,7 @@ def test_an_edit_writes_the_chosen_experts_alone_and_comes_off(family: str) -> N
     torch.testing.assert_close(slices, (own.double() + change).float(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("method", names())
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_every_method_leaves_the_model_as_it_was(family: str, method: str, tmp_path: Path) -> None:

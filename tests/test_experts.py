@@ -256,6 +256,7 @@ def test_rome_is_the_oracles(family: str, keys: str) -> None:
     assert steps == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", EXPERTS)

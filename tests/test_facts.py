@@ -62,6 +62,7 @@ def own_tokenizers(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_the_lookup_token_covers_the_subjects_end(lm: LanguageModel, template: str, subject: str) -> None:

@@ -49,6 +49,7 @@ def without_parents(step: Edit) -> bytes:
     return replace(step, parents=()).to_bytes()
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("keep", [1, 2, 5])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_weights_and_steps_are_those_without_folding(method: str, keep: int) -> None:

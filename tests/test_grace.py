@@ -131,6 +131,7 @@ def folded(entries: Sequence[Entry]) -> list[Entry]:
     return [(k, v, e, y) for k, v, e, y in book]
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("start", ["cold", "warm"])
 @pytest.mark.parametrize("family", SITES)
 def test_an_entry_is_the_oracles(family: str, start: str, near: Near) -> None:

@@ -178,6 +178,7 @@ def refined(scores: dict[tuple[int, int], list[float]], settings: KnSettings) ->
     return ranked[: settings.fewest] if len(shared) < settings.fewest else shared[: settings.most]
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("operation", ["update", "erase", "amplify"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "qwen3_moe"])
 def test_the_edit_is_the_papers(family: str, operation: str, near: Near) -> None:

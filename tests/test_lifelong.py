@@ -97,6 +97,7 @@ def kept_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (*(folder / "session").iterdir(), folder / "points.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_stream_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole = streamed("hydra.run.dir=whole", cwd=tmp_path)
     assert whole.wait() == 0, whole.communicate()

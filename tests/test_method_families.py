@@ -20,6 +20,7 @@ sys.modules["method_families"] = method_families
 spec.loader.exec_module(method_families)
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("method", ["r_rome", "memit", "lora"])
 @pytest.mark.parametrize("family", SITES)
 def test_an_edit_lands_and_comes_off(family: str, method: str, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "falcon", "opt"])

@@ -30,6 +30,7 @@ def shared(family: str) -> nn.Module:
     return _BUILT.setdefault(family, build(family))
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize(("family", "site"), named_sites())
 def test_edit_takes_effect_and_is_undone(family: str, site: str) -> None:
     model = shared(family)
@@ -41,6 +42,7 @@ def test_edit_takes_effect_and_is_undone(family: str, site: str) -> None:
     assert t.output.shape[-1] == cast(Any, model).config.hidden_size
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize(("family", "site"), named_sites())
 def test_gradient_equals_autograd(family: str, site: str) -> None:
     model, seen = shared(family), []

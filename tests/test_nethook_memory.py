@@ -118,6 +118,7 @@ def sites_of(family: str) -> list[str]:
     return [s.format(i) for s in (names.block, names.attention, names.mlp) if s for i in range(2)]
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "gradients on"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_capture_over_many_batches_stays_flat(family: str, graph: bool) -> None:

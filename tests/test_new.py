@@ -9,6 +9,7 @@ import pytest
 
 from editkit.errors import ConfigError
 from editkit.new.__main__ import KINDS, main, package
+from tests.covering import spread
 
 NAMES = {"method": "nudge", "data": "quiz", "family": "gpt_bigcode"}
 
@@ -42,7 +43,7 @@ def python(installed: tuple[Path, dict[str, str]], *arguments: str, cwd: str) ->
     return subprocess.run(command, cwd=home / cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", spread(KINDS, 3))
 def test_its_own_tests_pass(installed: tuple[Path, dict[str, str]], kind: str) -> None:
     done = python(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=kind)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -18,6 +18,7 @@ from editkit.errors import ConfigError, EditkitError
 from editkit.lenses import Attention, Lens, StreamChange
 from editkit.metrics.correlation import rank_correlation
 from editkit.tracing import PARTS, AverageTrace, Proposal, Traced
+from tests.covering import spread
 
 LONG = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerk"
 ODD = ["$x^{", " $\\frac", "\n", " ", "\x07", "東京", "\ufffd", "_under", "%s", " the", LONG]
@@ -140,7 +141,7 @@ def overlaps(figure: Any) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("tokens", "blocks", "heads", "words"),
-    [(12, 8, 8, ODD), (120, 48, 64, (*ODD, *(LONG + str(i) for i in range(20)))), (3, 1, 1, ())],
+    spread([(12, 8, 8, ODD), (120, 48, 64, (*ODD, *(LONG + str(i) for i in range(20)))), (3, 1, 1, ())], 3),
 )
 def test_labels_never_overlap_nor_leave_the_figure(tokens: int, blocks: int, heads: int, words: Sequence[str]) -> None:
     for name, figure in everything(tokens, blocks, heads, words):
@@ -247,6 +248,7 @@ assert "matplotlib.pyplot" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_files_are_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeded = "import torch; torch.manual_seed(0)\n" + DRAW

@@ -61,6 +61,7 @@ def logits(lm: LanguageModel) -> torch.Tensor:
     return found
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inside_it_is_the_float32_model_and_outside_the_half_one(family: str, dtype: torch.dtype) -> None:
     lm = tiny_lm(family, dtype=dtype)

@@ -230,6 +230,7 @@ def assert_no_wait_per_step(lm: LanguageModel, method: str, solver: str = "adam"
     assert not extra, f"each step waits: {dict(extra)}"
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("solver", OF_SOLVER)
 @pytest.mark.parametrize(
     ("family", "method"),

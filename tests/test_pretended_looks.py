@@ -132,6 +132,7 @@ LOOKS: dict[str, Callable[[LanguageModel, Path], Any]] = {
 }
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize(
     ("family", "device", "name"),
     [("gpt2", "pretended:1", name) for name in LOOKS]

@@ -103,6 +103,7 @@ def failures(cell: Cell, folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("cell", covering(), ids=str)
 def test_an_edit_is_the_cpus(cell: Cell, tmp_path: Path, record_property: Any) -> None:
     record_property(CELL, str(cell))

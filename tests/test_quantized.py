@@ -47,6 +47,7 @@ def random_edit(lm: LanguageModel, layer: int = 1, scale: float = 0.3) -> Edit:
     return Edit((low_rank_delta(lm, module, left, right),), base_of(lm))
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize(("scheme", "way"), CELLS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_edit_is_that_of_the_float_model_with_the_same_weights(family: str, scheme: str, way: str) -> None:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the update of", "ignore:C has") 
 SIX = [cell for cell in CELLS if cell[0] in ("bnb-8bit", "bnb-nf4", "torchao-int4")]
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("method", names())
 @pytest.mark.parametrize(("scheme", "way"), SIX)
 def test_every_method_lands_and_comes_off(method: str, scheme: str, way: str, tmp_path: Path) -> None:

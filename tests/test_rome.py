@@ -42,6 +42,7 @@ def oracle_of(
     return rome_update(lm.model, site, rows, kl_row, matrix, mixed=settings.keys == "mixed", **constants)
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("solver", ["adam", "descent"])
 @pytest.mark.parametrize("keys", ["mixed", "mean"])
 @pytest.mark.parametrize("name", ["atlas", "gpt2", "llama"])

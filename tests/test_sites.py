@@ -52,6 +52,7 @@ def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_pass_equals_a_pass_each(family: str, dtype: torch.dtype) -> None:

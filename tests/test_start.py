@@ -63,6 +63,7 @@ def test_an_edit_imports_only_what_it_needs(tmp_path: Path) -> None:
     assert not found, f"an edit imported what it does not need: {found}"
 
 
+@pytest.mark.slow
 def test_plain_imports_give_the_same_edit(tmp_path: Path) -> None:
     code = "from editkit.run import main; main()"
     for name, environment in {"lean": {}, "plain": {"EDITKIT_PLAIN_IMPORTS": "1"}}.items():
@@ -105,6 +106,7 @@ assert isinstance(later, start._Later) and torch._dynamo is later
 """
 
 
+@pytest.mark.slow
 def test_a_marked_function_is_marked_for_the_real_compiler(tmp_path: Path) -> None:
     """`disable` is passed on to functions that were decorated before: the graph breaks there."""
     code = """
@@ -135,6 +137,7 @@ assert constant._dynamo_marked_constant and optimizer.step() is None
     python(LATER + code, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
@@ -150,6 +153,7 @@ def test_whatever_needs_the_compiler_gets_it(first: str, tmp_path: Path) -> None
     python(f"{LATER}{first}\n{code}\nassert type(later) is type(sys)", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_torch_that_cannot_put_it_off_imports_it_as_usual(tmp_path: Path) -> None:
     code = """
 import sys
@@ -175,6 +179,7 @@ assert type(later) is start._Later
 # --- the rest ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("environment", "expected"), [({}, "False True\n"), ({"RANK": "0"}, "True True\n")])
 def test_one_of_several_processes_keeps_torch_distributed(
     environment: dict[str, str], expected: str, tmp_path: Path
@@ -189,6 +194,7 @@ print(is_torch_distributed_available(), torch.distributed.is_available())
     assert python(code, tmp_path, **environment) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["task=trice"], [*FAST, "edit.subject=Nobody"], FAST])
 def test_the_collector_is_on_again_whatever_happened(arguments: list[str], tmp_path: Path) -> None:
     code = """

@@ -63,6 +63,7 @@ def test_a_data_set_is_averaged_and_blocks_are_proposed(average: tuple[Path, str
     assert proposal["effect"] == found.mean("mlp")[2, proposal["layers"][0]].item()
 
 
+@pytest.mark.slow
 def test_a_trace_that_was_killed_ends_with_the_same_bytes(average: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = average
     half = tmp_path / "half"

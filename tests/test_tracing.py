@@ -35,21 +35,22 @@ def by_both(lm: LanguageModel, fact: Fact, **settings: Any) -> list[Traced]:
     return [trace(lm, fact, TraceSettings(engine=e, samples=3, **settings), progress=False) for e in ("replay", "full")]
 
 
+@pytest.mark.cells
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.subject)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replay_equals_the_whole_model(family: str) -> None:
+def test_replay_equals_the_whole_model(family: str, fact: Fact) -> None:
     lm = tiny_lm(family)
     hooks = count_hooks(lm.model)
-    for fact in FACTS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            fast, slow = by_both(lm, fact, window=2, kinds=TRACE_KINDS)
-        assert (fast.tokens, fast.subject, fast.answer) == (slow.tokens, slow.subject, slow.answer)
-        assert fast.clean == pytest.approx(slow.clean, rel=1e-5)
-        assert fast.corrupted == pytest.approx(slow.corrupted, rel=1e-4)
-        for kind in TRACE_KINDS:
-            assert fast.probability[kind].shape == (len(fast.tokens), lm.layers)
-            assert torch.allclose(fast.probability[kind], slow.probability[kind], rtol=0, atol=1e-5), kind
-            assert slow.indirect_effect(kind).abs().max() > 1e-4  # something is put back
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast, slow = by_both(lm, fact, window=2, kinds=TRACE_KINDS)
+    assert (fast.tokens, fast.subject, fast.answer) == (slow.tokens, slow.subject, slow.answer)
+    assert fast.clean == pytest.approx(slow.clean, rel=1e-5)
+    assert fast.corrupted == pytest.approx(slow.corrupted, rel=1e-4)
+    for kind in TRACE_KINDS:
+        assert fast.probability[kind].shape == (len(fast.tokens), lm.layers)
+        assert torch.allclose(fast.probability[kind], slow.probability[kind], rtol=0, atol=1e-5), kind
+        assert slow.indirect_effect(kind).abs().max() > 1e-4  # something is put back
     assert count_hooks(lm.model) == hooks
 
 

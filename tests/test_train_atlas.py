@@ -147,6 +147,7 @@ def test_the_shipped_model_names_its_recipe() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     options = ["--n_layer=7", "--n_embd=16", "--n_head=2", "--steps=24", "--every=4", "--vocab_size=300", "--card=0"]
 

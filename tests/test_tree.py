@@ -76,6 +76,7 @@ def test_a_tree_holds_each_text_and_no_beginning_twice(most: int) -> None:
     assert most < 100 or tree.ids.shape == (1, 11)
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("packs", ["one", "several"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_gives_the_logits_of_whole_rows(family: str, packs: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def updates(
     return found
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize(("family", "method", "statistics"), CELLS)
 def test_a_session_is_the_oracles(family: str, method: str, statistics: str, near: Near) -> None:
     # Padded rows of gemma2 are not numbers in float64: transformers adds two masks of its least number.

@@ -15,6 +15,7 @@ from editkit.metrics.verdict import Verdict, verdict
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced, token_counts
 from editkit.settings import MeasureSettings
+from tests.covering import spread
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 UNKNOWN = Fact(FACT.prompt, "The Zorbax Obelisk", "Rome", "Paris")
@@ -104,7 +105,7 @@ CAUSES: list[tuple[Fact, str, dict[str, Any], str, list[str], list[str]]] = [
 
 @pytest.mark.parametrize(
     ("fact", "method", "options", "degree", "causes", "advice"),
-    CAUSES,
+    spread(CAUSES, 3),
     ids=[f"{fact.subject}-{fact.target_new}-{method}-{options}" for fact, method, options, *_ in CAUSES],
 )
 def test_each_cause_is_named_and_no_other(

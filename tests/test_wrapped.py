@@ -164,6 +164,7 @@ def no_compiled_code() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.cells
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("wrapping", SAME)
 @pytest.mark.parametrize("family", FAMILIES)
