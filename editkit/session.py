@@ -292,7 +292,7 @@ class Session(Shown):
         options |= {"carried": self._carried, **self._of_base()}
         step = self._registered(self.lm, facts, self.settings, **options)
         if self.keep is not None and step.installed:
-            raise EditkitError(
+            raise ConfigError(
                 f"method={self.method} installs {step.installed[0]}, which cannot be folded into a sum of weights. "
                 "Leave out keep (task.keep=null)."
             )

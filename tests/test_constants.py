@@ -53,6 +53,12 @@ def test_each_published_name_resolves_within_the_models_depth(method: str, model
         assert bool(resolved.blocks) == bool(resolved.constants.blocks or "layer" in said or "layers" in said)
 
 
+def test_constants_that_do_not_fit_are_named() -> None:
+    with pytest.warns(UserWarning, match="'gpt2-xl' are for block 17, and this model has 3 blocks"):
+        found = RomeSettings().constants.of("gpt2-xl", 3)
+    assert found == RomeSettings().constants.of("no such name", 3)
+
+
 def test_each_alias_is_of_a_model_with_constants() -> None:
     assert set(_ALIASES.values()) <= {model for _, model in published()}
 

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 
+from editkit.config import _composed as composed
+from editkit.config import to_config
 from editkit.data.cases import NEIGHBORHOOD, PARAPHRASE, REWRITE, SAME_SUBJECT, Case, Probe
 from editkit.errors import ConfigError
 from editkit.facts import Fact
 from editkit.folded import FOLD_FILE
+from editkit.runs import names
 from editkit.settings import LifelongSettings
+from editkit.tasks import get_task
 from editkit.tasks.costs import read_costs
 from editkit.tasks.lifelong import sampled, staying
 from editkit.tensorfiles import read_header
@@ -143,6 +147,20 @@ def test_a_rollback_names_what_was_dropped(tmp_path: Path) -> None:
     assert alone.wait() == 0, alone.communicate()
     ours, theirs = (kept_of(tmp_path / name) for name in ("run", "alone"))
     assert ours.pop("points.jsonl") != theirs.pop("points.jsonl") and ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"method": "grace", "method.steps": "1", "task.keep": "1"}, "cannot be folded into a sum of weights"),
+        ({"method": "memit", "method.simie": "1", "method.steps": "1"}, "method.simie needs the keys of each step"),
+    ],
+)
+def test_a_setting_that_no_step_can_be_made_with_ends_it(asked: dict[str, str], said: str, tmp_path: Path) -> None:
+    few = {"data.limit": "1", "task.measure.generate": "1", "task.untouched": "1", "moments.tokens": "2000"}
+    with pytest.raises(ConfigError, match=said):
+        get_task("lifelong").load()(to_config(composed({"task": "lifelong"} | few | asked)), tmp_path, lambda _: None)
+    assert not [line for line in (tmp_path / names.POINT_LINES).read_text().splitlines() if "failed" in line]
 
 
 def test_it_may_be_measured_at_chosen_places() -> None:

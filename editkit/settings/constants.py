@@ -3,6 +3,7 @@
 The numbers are in the methods' own files.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -57,7 +58,12 @@ class Constants:
         """
         name = model_name.rstrip("/").rsplit("/", 1)[-1]
         found = {**self.default, **self.published.get(_ALIASES.get(name, name), {})}
-        if max(found.get("layers", (found.get("layer", 0),))) >= layers:  # another model of the same name
+        if (deepest := max(found.get("layers", (found.get("layer", 0),)))) >= layers:
+            warnings.warn(
+                f"the published constants for '{name}' are for block {deepest}, and this model has {layers} blocks: it "
+                "takes the defaults, as a model of another name",
+                stacklevel=2,
+            )
             found = dict(self.default)
         if not self.blocks or "layer" in found or "layers" in found:
             return found

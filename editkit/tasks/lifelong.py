@@ -235,7 +235,7 @@ class _Life:
         cases = [self.edited[place] for place in self.steps[number]]
         try:
             session.edit([fact for case in cases for fact in case.facts])
-        except (OutputError, ReversalError, CollapseError):
+        except (ConfigError, OutputError, ReversalError, CollapseError):  # a setting would fail at every step
             raise
         except EditkitError as error:
             named = ", ".join(case.id for case in cases)

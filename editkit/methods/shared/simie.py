@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from editkit.edits.edit import Edit
-from editkit.errors import EditkitError
+from editkit.errors import ConfigError
 from editkit.methods.shared.carried import Carried
 from editkit.methods.shared.held import carried_on, least_squares, plain
 
@@ -24,12 +24,12 @@ def simulated(step: Edit, earlier: Sequence[Edit], carried: Carried, weight: flo
     - `earlier`: the session's steps before it. `carried`: what the session has computed from them.
     - `weight`: λ.
 
-    Raises EditkitError for a method that remembers no keys.
+    Raises ConfigError for a method that remembers no keys.
     """
     deltas = []
     for delta in step.deltas:
         if (keys := step.memory.get(delta.module)) is None:
-            raise EditkitError(
+            raise ConfigError(
                 f"method.simie needs the keys of each step, and method={step.provenance.get('method')} remembers none "
                 f"of {delta.module}. Use memit_seq, encore, alphaedit or betaedit, or set method.keep_earlier=true."
             )
