@@ -7,7 +7,7 @@
 Two models are converted to GGUF in float32 and given an edit each: a tiny random Llama (factors of rank 1 and 3 at
 two blocks), and the bundled atlas model (r_rome's edit of one fact). Printed is the largest absolute difference between
 logits over all tokens of a few prompts. The difference of the unedited models is what the two libraries' arithmetic
-makes of the same weights: llama.cpp looks GPT-2's GELU up in a table of half precision, so the atlas model differs more.
+makes of the same weights: llama.cpp looks GPT-2's GELU up in a table of half precision, so atlas differs more.
 
 llama.cpp's own convert_hf_to_gguf.py converts checkpoints of the Hub; the converter here is for these two alone.
 """
