@@ -36,16 +36,22 @@ def build(into: Path) -> Path:
 
 
 def environment(folder: Path, *packages: Path) -> Path:
-    """The Python of a new environment with these wheels or folders installed, the last one winning.
+    """The Python of a new environment with these packages, each a wheel or a folder with a pyproject.toml.
 
     It sees the dependencies that are installed here, so nothing is downloaded; of a checkout that is installed here to
-    be edited it sees nothing.
+    be edited it sees nothing. Raises Failed.
     """
     run([sys.executable, "-m", "venv", "--without-pip", folder], ROOT)
+    python = folder / "bin" / "python"
+    # 1) The packages, while it sees nothing else: no installation of theirs elsewhere can be touched.
+    wheels = [package for package in packages if package.suffix == ".whl"]
+    if folders := [package for package in packages if package not in wheels]:
+        make = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "wheels"]
+        run([sys.executable, "-m", "pip", *make, *folders], ROOT)
+        wheels += (folder / "wheels").glob("*.whl")
+    run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", *wheels], ROOT)
+    # 2) The dependencies. The .pth files there, as that of a checkout, are not read in turn.
     site = next((folder / "lib").glob("python3*")) / "site-packages"
     here = Path(next(path for path in sys.path if path.endswith("site-packages")))
-    (site / "dependencies.pth").write_text(f"{here}\n")  # the .pth files there are not read in turn
-    pip: list[str | Path] = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    for package in packages:
-        run([*pip, "--ignore-installed", "--prefix", folder, package], ROOT)
-    return folder / "bin" / "python"
+    (site / "dependencies.pth").write_text(f"{here}\n")
+    return python

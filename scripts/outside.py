@@ -115,7 +115,7 @@ def show(home: Path) -> int:
         run([python, "-m", "editkit.new", kind, name, "--into", home / kind], home)
     package = joined([home / kind for kind in PARTS], home / "package")
     python = environment(home / "environment", wheel, package)
-    editkit = [python, python.parent / "editkit"]
+    editkit = python.parent / "editkit"
     shown("editkit is the wheel's", lambda: _where(python, home))
     shown("its own tests, editkit.testing among them, pass", lambda: _tests(python, package))
 
@@ -132,7 +132,7 @@ def show(home: Path) -> int:
     sweep = home / "sweep"
     shown(
         "editkit -m method=rome,nudge",
-        lambda: run([*editkit, "-m", "method=rome,nudge", *asked, f"hydra.sweep.dir={sweep}"], home).splitlines()[-1],
+        lambda: run([editkit, "-m", "method=rome,nudge", *asked, f"hydra.sweep.dir={sweep}"], home).splitlines()[-1],
     )
     shown("its table has both methods and the metric", lambda: _table(sweep))
     shown("its page shows them", lambda: _page(sweep / "report.html"))
@@ -188,9 +188,9 @@ def _page(path: Path) -> str:
     return f"{len(page) / 1e3:.0f} kB"
 
 
-def _near(editkit: list[Path], asked: list[str], home: Path) -> str:
+def _near(editkit: Path, asked: list[str], home: Path) -> str:
     try:
-        run([*editkit, "method=nugde", *asked], home)
+        run([editkit, "method=nugde", *asked], home)
     except Failed as error:
         said = str(error).strip().splitlines()[-1]
         assert "did you mean 'nudge'?" in said, said
