@@ -1,13 +1,14 @@
 """llama.cpp's logits with an edit's GGUF adapter, against ours, peft's and the merged folder's.
 
     pip install 'editkit[gguf]' llama-cpp-python
-    python scripts/llamacpp.py                     # a minute; prints the table
-    python scripts/llamacpp.py --json FILE
+    python scripts/llamacpp.py                                # a minute; prints the tables
+    python scripts/llamacpp.py --into experiments/llamacpp    # results.json, and the tables of its README
 
 Two models are converted to GGUF in float32 and given an edit each: a tiny random Llama (factors of rank 1 and 3 at
 two blocks), and the bundled atlas model (r_rome's edit of one fact). Printed is the largest absolute difference between
 logits over all tokens of a few prompts. The difference of the unedited models is what the two libraries' arithmetic
 makes of the same weights: llama.cpp looks GPT-2's GELU up in a table of half precision, so atlas differs more.
+For atlas the probability of the new answer is printed too, on a base in 8 bits (Q8_0) as well.
 
 llama.cpp's own convert_hf_to_gguf.py converts checkpoints of the Hub; the converter here is for these two alone.
 """
@@ -16,17 +17,18 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy
 import peft
 import torch
-from gguf import GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES
+from gguf.quants import quantize
 from machine import commit
+from marked import between, table
 from torch import Tensor, nn
 
 from editkit import Edit, Fact, load, r_rome
@@ -34,6 +36,7 @@ from editkit.edits import base_of, low_rank_delta, write_checkpoint
 from editkit.files import write_text
 from editkit.models.architecture import architecture_of
 from editkit.models.load import LanguageModel
+from editkit.models.tokens import spaced
 from editkit.testing.tiny import build, byte_level_tokenizer
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
@@ -60,8 +63,8 @@ def random_edit(lm: LanguageModel) -> Edit:
 # --- converting a model -------------------------------------------------------------------------------------------
 
 
-def convert(lm: LanguageModel, path: Path) -> None:
-    """Write a Llama or GPT-2 with a byte-level tokenizer as a GGUF model in float32."""
+def convert(lm: LanguageModel, path: Path, quantization: GGMLQuantizationType = GGMLQuantizationType.F32) -> None:
+    """Write a Llama or GPT-2 with a byte-level tokenizer as a GGUF model. `quantization`: of the matrices of blocks."""
     config, family = lm.model.config, lm.architecture.llama_cpp
     assert family in ("llama", "gpt2"), f"no converter for {lm.architecture.family}"
     llama = family == "llama"
@@ -69,7 +72,8 @@ def convert(lm: LanguageModel, path: Path) -> None:
     # 1) Sizes.
     writer.add_type("model")
     writer.add_name(lm.name)
-    writer.add_file_type(LlamaFileType.ALL_F32)
+    whole = quantization == GGMLQuantizationType.F32
+    writer.add_file_type(LlamaFileType.ALL_F32 if whole else LlamaFileType.MOSTLY_Q8_0)
     writer.add_block_count(lm.layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -107,7 +111,8 @@ def convert(lm: LanguageModel, path: Path) -> None:
             array = _rotated_in_pairs(array, config.head_dim)
         found = names.get_name(name, (".weight", ".bias"))
         assert found is not None, f"llama.cpp has no name for {name}"
-        writer.add_tensor(found, array.contiguous().numpy())
+        kind = quantization if array.ndim == 2 and found.startswith("blk.") else GGMLQuantizationType.F32
+        writer.add_tensor(found, quantize(array.contiguous().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -187,28 +192,58 @@ def measured(lm: LanguageModel, edit: Edit, folder: Path) -> dict[str, float]:
     return found
 
 
-def table(results: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [f"{'largest difference of logits':<64}" + "".join(f"{name:>12}" for name in results)]
-    for name in next(iter(results.values())):
-        rows.append(f"{name:<64}" + "".join(f"{found[name]:>12.1e}" for found in results.values()))
-    return "\n".join(rows)
+def landed(lm: LanguageModel, edit: Edit, fact: Fact, folder: Path) -> dict[str, float]:
+    """P(first token of target_new) after the fact's prompt, by what runs the model. `folder`: as `measured` left it."""
+    ids = [lm.tokenizer(fact.text)["input_ids"]]
+    token = lm.tokenizer(spaced(fact.target_new))["input_ids"][0]
+    small = folder / "base-q8_0.gguf"
+    convert(lm, small, quantization=GGMLQuantizationType.Q8_0)
+
+    def p(logits: Logits) -> float:
+        return logits[0][-1].double().softmax(-1)[token].item()
+
+    with edit.applied(lm):
+        ours = p(torch_logits(lm.model, ids))
+    base, adapter = folder / "base.gguf", folder / "edit.gguf"
+    return {
+        "transformers, unedited": p(torch_logits(lm.model, ids)),
+        "transformers, edited": ours,
+        "llama.cpp, unedited": p(llama_logits(base, ids)),
+        "llama.cpp with the adapter": p(llama_logits(base, ids, adapter)),
+        "llama.cpp in Q8_0, unedited": p(llama_logits(small, ids)),
+        "llama.cpp in Q8_0 with the adapter": p(llama_logits(small, ids, adapter)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="write results.json there, and its README's tables")
     options = parser.parse_args()
-    results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    # 1) Measure.
+    differences: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
         for lm in (tiny_llama(), load("atlas", device="cpu")):
-            place = Path(folder) / lm.name
-            place.mkdir()
-            results[lm.name] = measured(lm, r_rome(lm, FACT) if lm.name == "atlas" else random_edit(lm), place)
-    print(table(results))
-    if options.json:
+            folder = Path(name) / lm.name
+            folder.mkdir()
+            edit = r_rome(lm, FACT) if lm.name == "atlas" else random_edit(lm)
+            differences[lm.name] = measured(lm, edit, folder)
+        answers = landed(lm, edit, FACT, folder)
+    # 2) Tables.
+    rows = [
+        [what, *(f"{found[what]:.1e}" for found in differences.values())] for what in next(iter(differences.values()))
+    ]
+    tables = table(["largest difference of logits", *differences], rows)
+    tables += ["", *table([f"P({FACT.target_new})", "atlas"], [[what, f"{p:.4f}"] for what, p in answers.items()])]
+    print("\n".join(tables))
+    # 3) Files.
+    if options.into:
         versions = {name: version(name) for name in ("llama_cpp_python", "gguf", "peft", "transformers", "torch")}
-        about: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "versions": versions}
-        write_text(options.json, json.dumps(about | {"differences": results}, indent=2) + "\n")
+        made = {"command": " ".join(["python", *sys.argv]), "commit": commit(), "versions": versions}
+        results = made | {"differences": differences, "answers": answers}
+        write_text(options.into / "results.json", json.dumps(results, indent=2) + "\n")
+        said = ", ".join(f"{name} {number}" for name, number in versions.items())
+        between(options.into / "README.md", "made", [f"`{made['command']}` at commit {made['commit']}; {said}."])
+        between(options.into / "README.md", "tables", tables)
 
 
 if __name__ == "__main__":
