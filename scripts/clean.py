@@ -46,7 +46,14 @@ def environment(folder: Path, *packages: Path) -> Path:
     # 1) The packages, while it sees nothing else: no installation of theirs elsewhere can be touched.
     wheels = [package for package in packages if package.suffix == ".whl"]
     if folders := [package for package in packages if package not in wheels]:
-        make = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder / "wheels"]
+        make: list[str | Path] = [
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            folder / "wheels",
+        ]
         run([sys.executable, "-m", "pip", *make, *folders], ROOT)
         wheels += (folder / "wheels").glob("*.whl")
     run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", *wheels], ROOT)

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -140,9 +141,7 @@ def show(home: Path) -> int:
 
     # 4) Faults.
     for number, (what, file, line, instead, check) in enumerate(FAULTS):
-        shown(
-            f"{what}; found by '{check}'", lambda n=number, p=(file, line, instead, check): _fault(home, wheel, n, *p)
-        )
+        shown(f"{what}; found by '{check}'", partial(_fault, home, wheel, number, file, line, instead, check))
     return shown.failed
 
 

@@ -10,10 +10,10 @@ dots an inch, and 256 colours.
 import argparse
 import io
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from editkit import (
@@ -82,49 +82,49 @@ class Pictures:
 
     # --- where a fact is ------------------------------------------------------------------------------------------
 
-    def trace(self) -> Figure:
+    def trace(self) -> Any:
         """One prompt, by token and block."""
         return plots.trace_map(trace(self.lm, FACT))
 
-    def severed(self) -> Figure:
+    def severed(self) -> Any:
         """The same with the MLPs, or the attention, of later blocks cut off."""
         return plots.trace_map(trace(self.lm, FACT, TraceSettings(kinds=("state", "severed_mlp", "severed_attention"))))
 
-    def average(self) -> Figure:
+    def average(self) -> Any:
         """Many facts, over blocks."""
         found, proposal = self.traced
         return plots.average_lines(found, proposal=proposal)
 
-    def average_map(self) -> Figure:
+    def average_map(self) -> Any:
         """Many facts, by kind of token and block."""
         found, proposal = self.traced
         return plots.average_map(found, proposal=proposal)
 
-    def attention_map(self) -> Figure:
+    def attention_map(self) -> Any:
         """Which heads look at the subject."""
         return plots.attention_map(attention_to_subject(self.lm, FACT))
 
     # --- what an edit does ----------------------------------------------------------------------------------------
 
-    def lens(self) -> Figure:
+    def lens(self) -> Any:
         """Both answers over depth, before and after."""
         words = [FACT.target_true, FACT.target_new]
         return plots.lens_lines(*before_and_after(self.lm, self.edit, lambda: logit_lens(self.lm, FACT.text, words)))
 
-    def stream_map(self) -> Figure:
+    def stream_map(self) -> Any:
         """How far the residual stream moves."""
         return plots.stream_map(stream_change(self.lm, self.edit, FACT.text))
 
-    def probe_bars(self) -> Figure:
+    def probe_bars(self) -> Any:
         """Probabilities of the answers, by kind of prompt."""
         how = MeasureSettings(fluency=0)
         rows: list[Row] = []
         for case, edit in zip(self.cases, self.edits, strict=True):
-            before, after = before_and_after(self.lm, edit, lambda case=case: look(self.lm, case, how))
+            before, after = before_and_after(self.lm, edit, partial(look, self.lm, case, how))
             rows += rows_of(case, before, after)
         return plots.probe_bars(rows, title=f"{EDITED} facts, each edited alone by r_rome")
 
-    def side_effect_scatter(self) -> Figure:
+    def side_effect_scatter(self) -> Any:
         """Other prompts: how far the edited weight's output is predicted to move, and how far log p does."""
         predicted: list[float] = []
         measured: list[float] = []
@@ -132,7 +132,7 @@ class Pictures:
         for number, (case, edit) in enumerate(zip(self.cases, self.edits, strict=True)):
             probes = [probe for probe in case.probes if probe.kind in (NEIGHBORHOOD, SAME_SUBJECT)]
             predicted += side_effects(self.lm, edit, [probe.prompt for probe in probes]).relative.tolist()
-            before, after = before_and_after(self.lm, edit, lambda p=probes: self._nll(p))
+            before, after = before_and_after(self.lm, edit, partial(self._nll, probes))
             moved = [abs(a - b) for a, b in zip(after, before, strict=True)]
             measured += [value if value > 0 else math.nan for value in moved]  # no place on a log axis
             owners += [number] * len(probes)
@@ -143,7 +143,7 @@ class Pictures:
         targets = [probe.target_true for probe in probes]
         return [each.nll for each in score_targets(self.lm, [probe.prompt for probe in probes], targets)]
 
-    def spectra_lines(self) -> Figure:
+    def spectra_lines(self) -> Any:
         """Singular values of the ΔW of many facts, beside those of the weights."""
         edit = memit(self.lm, [case.fact for case in self.cases])
         found = [spectrum_beside(self.lm, each) for each in spectra(edit)]
@@ -151,12 +151,12 @@ class Pictures:
 
     # --- what passes through a model ------------------------------------------------------------------------------
 
-    def norm_map(self) -> Figure:
+    def norm_map(self) -> Any:
         """Norms of MLPs' outputs."""
         norms = activation_norms(self.lm, FACT.text, select(self.lm.model, "transformer.h.*.mlp"))
         return plots.norm_map(norms, title="L2 norm of the MLPs' outputs")
 
-    def gradient_lines(self) -> Figure:
+    def gradient_lines(self) -> Any:
         """Outputs and gradients of two steps, by block."""
         flow, ids = GradientFlow(), self.lm.tokenizer(f"{FACT.text} Paris.", return_tensors="pt").input_ids
         parameters = "transformer.h.*.mlp.c_proj.weight"
@@ -176,7 +176,7 @@ NAMES = [
 ]
 
 
-def save(figure: Figure, path: Path) -> int:
+def save(figure: Any, path: Path) -> int:
     """Write a figure as a small PNG; how many bytes. The same figure gives the same bytes."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)

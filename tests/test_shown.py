@@ -125,7 +125,7 @@ def test_what_is_traced_and_predicted_shows_no_tensors() -> None:
     for value, begins in shown.items():
         text = repr(value)
         assert text.startswith(begins) and "tensor(" not in text and len(text) < 500, text
-        assert value._repr_html_().startswith("<table>")  # type: ignore[attr-defined]
+        assert value._repr_html_().startswith("<table>")
     block = traced.probability["mlp"].amax(0).argmax()
     assert f"block {block} put back" in repr(traced).split("mlp ")[1]
     snapshot = Snapshot.take(lm.model, [edit.parameters[0]])
@@ -133,5 +133,5 @@ def test_what_is_traced_and_predicted_shows_no_tensors() -> None:
 
 
 def test_rooms_are_there_without_an_import_of_their_own() -> None:
-    assert callable(editkit.plots.trace_map) and editkit.lenses is lenses  # type: ignore[attr-defined]
+    assert callable(editkit.plots.trace_map) and editkit.lenses is lenses
     assert {"plots", "testing", "load", "Edit"} <= {*dir(editkit)}
