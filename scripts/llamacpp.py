@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy
 import peft
@@ -89,15 +90,16 @@ def convert(lm: LanguageModel, path: Path, quantization: GGMLQuantizationType = 
         writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     # 2) The vocabulary.
-    parts = json.loads(lm.tokenizer.backend_tokenizer.to_str())
-    tokens = lm.tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
-    special = {*lm.tokenizer.all_special_tokens}
+    tokenizer: Any = lm.tokenizer
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
+    special = {*tokenizer.all_special_tokens}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in parts["model"]["merges"]])
-    writer.add_eos_token_id(lm.tokenizer.eos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
     # 3) The weights.
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family)
     names = get_tensor_name_map(arch, lm.layers)

@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -170,7 +171,7 @@ def _apart(model: GPTBigCodeForCausalLM, lm: LanguageModel) -> str:
 
 
 def _table(sweep: Path) -> str:
-    table = pandas.read_csv(sweep / "table.csv")
+    table: Any = pandas.read_csv(sweep / "table.csv")
     columns = ["method.name", "counterfact.ES_after", "margin.ahead_before", "margin.ahead_after"]
     assert list(table["method.name"]) == ["rome", "nudge"] and table["reversal_exact"].all()
     assert (table["margin.ahead_after"] > table["margin.ahead_before"]).all(), table[columns].to_string()
