@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from editkit import Edit, Fact, load, r_rome
 from editkit.edits import base_of, low_rank_delta, write_checkpoint
 from editkit.files import write_text
-from editkit.models.architecture import architecture_of
+from editkit.models.architecture import architecture_of, matrix_shape, orientation
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import spaced
+from editkit.nethook import get_module
 from editkit.testing.tiny import build, byte_level_tokenizer
 
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
@@ -56,8 +57,11 @@ def random_edit(lm: LanguageModel) -> Edit:
     draw = torch.Generator().manual_seed(0)
     deltas = []
     for layer, rank in ((0, 1), (2, 3)):
-        left, right = 0.1 * torch.randn(32, rank, generator=draw), torch.randn(rank, 64, generator=draw)
-        deltas.append(low_rank_delta(lm, lm.architecture.down(layer), left, right))
+        site = lm.architecture.down(layer)
+        module = get_module(lm.model, site)
+        d_model, d_ff = matrix_shape(module.get_parameter("weight").shape, orientation(module, site))
+        left, right = 0.1 * torch.randn(d_model, rank, generator=draw), torch.randn(rank, d_ff, generator=draw)
+        deltas.append(low_rank_delta(lm, site, left, right))
     return Edit(tuple(deltas), base_of(lm), {"method": "random"})
 
 
@@ -90,16 +94,7 @@ def convert(lm: LanguageModel, path: Path, quantization: GGMLQuantizationType = 
         writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     # 2) The vocabulary.
-    tokenizer: Any = lm.tokenizer
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
-    special = {*tokenizer.all_special_tokens}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in parts["model"]["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    add_vocabulary(writer, lm.tokenizer, config.vocab_size)
     # 3) The weights.
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family)
     names = get_tensor_name_map(arch, lm.layers)
@@ -119,6 +114,19 @@ def convert(lm: LanguageModel, path: Path, quantization: GGMLQuantizationType = 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int) -> None:
+    """Add a byte-level tokenizer's vocabulary of `size` tokens."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = tokenizer.convert_ids_to_tokens(list(range(size)))
+    special = {*tokenizer.all_special_tokens}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in parts["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
 
 
 def _rotated_in_pairs(weight: Tensor, head_dim: int) -> Tensor:

@@ -106,7 +106,8 @@ _FALCON = _family(
 _NORM_AFTER = "model.layers.{}.post_feedforward_layernorm"
 _MIXTURE = replace(_LLAMA, experts="model.layers.{}.mlp.experts", router="model.layers.{}.mlp.gate")
 
-# Checked against llama.cpp's conversion of each; it runs no OPT, GPT-J or GPT-Neo, and joins experts in other tensors.
+# scripts/llamacpp_families.py checks each against llama.cpp's own conversion. It runs no OPT, GPT-J or GPT-Neo, and has
+# the experts of a mixture in other tensors.
 _LLAMA_CPP = {
     "bloom": "bloom",
     "falcon": "falcon",
