@@ -143,7 +143,7 @@ def llama_logits(model: Path, ids: Sequence[Sequence[int]], adapter: Path | None
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     found = []
-    llm = llama_cpp.Llama(
+    llm: Any = llama_cpp.Llama(
         str(model),
         n_ctx=128,
         n_threads=1,

@@ -12,7 +12,6 @@ llama.cpp looks GELU up in a table of half precision.
 import argparse
 import json
 import logging
-import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -104,11 +103,11 @@ def main() -> None:
                 found[family] = measured(family, Path(folder))
             print(family, *(f"{name} {value:.1e}" for name, value in found[family].items()), sep="  ", flush=True)
     if options.into:
-        rows = [[family, *(f"{value:.1e}" for value in each.values())] for family, each in found.items()]
-        between(options.into / "README.md", "families", table(["family", *next(iter(found.values()))], rows))
-        command = ["python", sys.argv[0], os.path.basename(options.checkout), *sys.argv[2:]]
+        command = ["python", sys.argv[0], options.checkout.name, *sys.argv[2:]]
         about = {"command": " ".join(command), "commit": commit(), "llama_cpp_python": version("llama_cpp_python")}
         write_text(options.into / "families.json", json.dumps(about | {"differences": found}, indent=2) + "\n")
+        rows = [[family, *(f"{value:.1e}" for value in each.values())] for family, each in found.items()]
+        between(options.into / "README.md", "families", table(["family", *next(iter(found.values()))], rows))
 
 
 if __name__ == "__main__":
