@@ -57,6 +57,8 @@ _PUBLIC = {
     "trace": "editkit.tracing",
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]
+# Folders that `import editkit` is enough for, as in editkit.plots.trace_map(…).
+_ROOMS = ("data", "edits", "lenses", "methods", "metrics", "moments", "nethook", "plots", "testing", "tracing")
 
 if TYPE_CHECKING:
     from editkit.alarm import Alarm as Alarm
@@ -104,10 +106,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"editkit.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'editkit' has no attribute '{name}'")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_ROOMS]

@@ -8,6 +8,7 @@ The options of a group are YAML files: ours, and those of `--config-dir`. A meth
 registered without one has an option too, composed from the defaults of its settings.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -243,6 +244,22 @@ def _offer(group: str, option: str, folders: Sequence[Path]) -> None:
     values = OmegaConf.to_container(OmegaConf.structured(defaults(option)))
     assert isinstance(values, dict)
     ConfigStore.instance().store(name=option, group=group, node={"name": option, **values}, provider="editkit")
+
+
+def offer_all(words: Sequence[str]) -> None:
+    """For the completion of a command line: let Hydra find every option that is registered in code.
+
+    `words`: what the line holds so far. An option that it chooses is offered with its keys, which imports its module;
+    of the others only the name is known. What cannot be imported or parsed is left out.
+    """
+    chosen = {tuple(word.split("=", 1)) for word in words if "=" in word}
+    for group, (names, _) in _REGISTERED.items():
+        for option in {*names()} - {*options(group)}:
+            with contextlib.suppress(ConfigError):
+                if (group, option) in chosen:
+                    _offer(group, option, ())
+                    continue
+            ConfigStore.instance().store(name=option, group=group, node={"name": option}, provider="editkit")
 
 
 def _composed(overrides: dict[str, str], folders: Sequence[Path] = ()) -> DictConfig:

@@ -37,6 +37,7 @@ from editkit.models.generate import generate
 from editkit.models.load import LanguageModel
 from editkit.models.offload import values_of
 from editkit.report.html import Page, Section, Table, Text, Tiles, save
+from editkit.shown import Rows, Shown
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 ENORMOUS = 1.0  # ‖ΔW‖/‖W‖
@@ -56,14 +57,19 @@ class Finding:
     text: str
 
 
-@dataclass
-class Examination:
+@dataclass(repr=False)
+class Examination(Shown):
     """What was found about one edit; `tables` hold the figures behind it, by title: columns, and rows."""
 
     edit: Edit
     model: str
     findings: list[Finding] = field(default_factory=list)
     tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
+
+    def shown(self) -> tuple[str, Rows]:
+        """Whether the edit is fit to be used, and each finding."""
+        verdict = "fit to be used" if self.fit else "do not use it as it is"
+        return f"Examination: {verdict}", [(each.about, f"{each.kind}: {each.text}") for each in self.findings]
 
     @property
     def fit(self) -> bool:

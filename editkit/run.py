@@ -7,6 +7,7 @@ An EditkitError is one line on stderr and exit code 1 (2 for a wrong configurati
 jobs go on, the table holds those that finished, and the exit code is 1.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -22,12 +23,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from editkit import start
-from editkit.config import CONF_DIR, prepare, to_config
-from editkit.errors import EditkitError
+from editkit.config import CONF_DIR, offer_all, prepare, to_config
+from editkit.errors import ConfigError, EditkitError
 from editkit.files import make_folder, write_text
 from editkit.runs import collect, names
 from editkit.tasks import get_task
 
+SHELLS = ("bash", "zsh", "fish")  # that Hydra writes completions for; zsh reads bash's
 _HYDRA_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--package", "-p"}
 _HYDRA_FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
 
@@ -37,6 +39,9 @@ def main() -> None:
     start.pause_collector()
     try:
         flags, overrides = _split(sys.argv[1:])
+        if {"-sc", "--shell-completion"} & {*flags}:
+            _complete(overrides)
+            return
         sweep = "-m" in flags or "--multirun" in flags
         helping = any(f in flags for f in ("--help", "-h", "--hydra-help", "--version"))
         planning = any(text.lower() == "plan=true" for text in overrides)  # then there are no results
@@ -97,6 +102,26 @@ def _run(composed: DictConfig, folder: Path) -> None:
             from editkit.runs.read import Run
 
             print("\n".join(["", *published.lines(Run.at(folder))]), flush=True)
+
+
+def _complete(asked: list[str]) -> None:
+    """Completion in a shell: `install=bash` prints what the shell is to read, `query=bash` the words that fit its line.
+
+    The line is in $COMP_LINE. While it is being typed it may be no configuration at all: then there are no words, and
+    no error, which would be printed into it. Raises ConfigError for another command or shell.
+    """
+    command, _, shell = "".join(asked).partition("=")
+    if command not in ("install", "uninstall", "query") or shell not in SHELLS:
+        raise ConfigError(
+            f"-sc takes install=SHELL or uninstall=SHELL, where SHELL is {', '.join(SHELLS)}; found "
+            f"'{' '.join(asked)}'. In ~/.bashrc: eval \"$(editkit -sc install=bash)\"."
+        )
+    if command != "query":
+        _hydra_main()
+        return
+    offer_all(os.environ.get("COMP_LINE", "").split())
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.suppress(SystemExit):
+        _hydra_main()
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

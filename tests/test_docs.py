@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from pictures import NAMES
 from site_pages import PAGES
 
-from editkit import methods
+from editkit import methods, plots
 from editkit.metrics.metric import registered
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -32,6 +33,15 @@ def test_docs_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_pictures_are_there(path: Path) -> None:
     for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
         assert 0 < (path.parent / picture).stat().st_size < 150_000
+
+
+def test_the_gallery_shows_every_plot_and_every_picture_that_is_drawn() -> None:
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\(([^)]+)\.png\)", text))
+    assert shown == {*NAMES, "activations"} and {*re.findall(r"plots\.(\w+)\(", text)} == {*plots.names()}
+    drawn = [*DOCS.glob("*.png"), *DOCS.glob("gallery/*")]
+    assert {str(path.relative_to(DOCS).with_suffix("")) for path in drawn} == shown
+    assert sum(path.stat().st_size for path in drawn) < 600_000
 
 
 def test_the_site_names_every_page_and_no_other() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pandas
 import pytest
+from hydra.core.config_store import ConfigStore
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 import editkit
 from editkit import Edit, methods
-from editkit.config import prepare
+from editkit.config import offer_all, prepare
 from editkit.data import formats
 from editkit.errors import ConfigError
 from editkit.models import architecture
@@ -219,6 +220,16 @@ def test_what_the_command_line_says_of_an_installed_method() -> None:
         prepare(["method=nudge", "method.size=-2"])
     with pytest.raises(ConfigError, match=r"No data 'quizz': did you mean 'quiz'\?"):
         prepare(["data=quizz"])
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_shell_completes_an_installed_method() -> None:
+    """Of the one that the line chooses its keys too; of the others the name alone, and nothing is imported for it."""
+    offer_all(["method=nudge", "method.si", "data=nonsense=x"])
+    of_method = ConfigStore.instance().repo["method"]
+    assert {"name", "size", "layer"} <= {*of_method["nudge.yaml"].node}
+    assert {*of_method["broken.yaml"].node} == {*of_method["silent.yaml"].node} == {"name"}
+    assert "outside_broken" not in sys.modules and "outside_silent" not in sys.modules
 
 
 @pytest.mark.usefixtures("imported")

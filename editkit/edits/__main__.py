@@ -7,6 +7,7 @@
     python -m editkit.edits diff FILE FILE                           # in what two edits differ
     python -m editkit.edits doctor FILE --model atlas                # is it fit to be used; one page of it
     python -m editkit.edits export FILE --into FOLDER --to peft|vllm # an adapter
+    python -m editkit.edits export FILE --into FILE.gguf --to gguf   # an adapter for llama.cpp
 
 Several files are taken in the order given: each is of the base alone, or was made on top of those before it. Errors are
 one line and exit code 1, or 2 for a wrong command.
@@ -22,9 +23,9 @@ from editkit.doctor import examine
 from editkit.edits.delta import Delta
 from editkit.edits.edit import Edit
 from editkit.edits.stacked import apply_files, write_checkpoint
-from editkit.errors import EditkitError
+from editkit.errors import EditkitError, ModelError
 from editkit.models.generate import generate
-from editkit.models.load import load
+from editkit.models.load import LanguageModel, load, skeleton
 from editkit.shown import Rows
 
 TOKENS = 12  # said after a prompt
@@ -116,8 +117,12 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write an adapter: for peft, or for vLLM and SGLang, which take one rank for all weights."""
-    errors = Edit.load(options.file).to_peft(options.into, options.rank, served=options.to == "vllm")
+    """Write an adapter: for peft; for vLLM and SGLang, which take one rank for all weights; or for llama.cpp."""
+    edit = Edit.load(options.file)
+    if options.to == "gguf":
+        errors = edit.to_gguf(options.into, _shapes(options.model, edit), options.rank)
+    else:
+        errors = edit.to_peft(options.into, options.rank, served=options.to == "vllm")
     for name, error in errors.items():
         print(f"{name:<48}relative error {error:.1e}")
     print(options.into)
@@ -139,6 +144,16 @@ def _asked(edit: Edit) -> str:
     if not facts:
         raise EditkitError("This edit does not name its facts: give --prompt TEXT.")
     return str(facts[0]["prompt"]).replace("{}", facts[0]["subject"])
+
+
+def _shapes(model: str | None, edit: Edit) -> LanguageModel:
+    """The base of an edit without its weights, by the name that is given or the edit's own. Raises ModelError."""
+    if model is not None:
+        return skeleton(model)
+    try:
+        return skeleton(edit.base.name)
+    except ModelError as error:
+        raise ModelError(f"{error} Or name the base where it is now: --model NAME.") from error
 
 
 def _compared(ours: Delta | None, theirs: Delta | None) -> str:
@@ -186,8 +201,11 @@ def _commands() -> Commands:
     files(commands.add("diff", diff), 2)
     one = commands.add("export", export)
     one.add_argument("file", type=Path, metavar="FILE")
-    one.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="of the adapter")
-    one.add_argument("--to", choices=("peft", "vllm"), default="peft", help="vllm: SGLang's too; default: peft")
+    one.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="of the adapter; for gguf FILE.gguf")
+    one.add_argument(
+        "--to", choices=("peft", "vllm", "gguf"), default="peft", help="vllm: SGLang's too; gguf: llama.cpp's"
+    )
+    one.add_argument("--model", metavar="NAME", help="for gguf: the base, if its name or folder is another now")
     one.add_argument("--rank", type=int, help="cut each change to so many singular values; what is lost is printed")
     return commands
 

@@ -13,11 +13,14 @@ from editkit.models.load import LanguageModel
 from editkit.models.offload import shape_of
 from editkit.models.snapshot import weight_digest
 from editkit.nethook import get_module
+from editkit.shown import Rows, Shown
 from editkit.tensorfiles import require_fields
 
+NEGLIGIBLE = 1e-7  # of the largest singular value: less than float32 holds beside it
 
-@dataclass(frozen=True, eq=False)
-class Delta:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Delta(Shown):
     """A change of one weight: ΔW = left @ right with left [d_model, r] and right [r, d_ff].
 
     A dense change has `right=None` and ΔW [d_model, d_ff] in `left`. The weights of E experts are one W = [W_1 … W_E]
@@ -36,6 +39,11 @@ class Delta:
         # As a file gives them back: the last bits of products and sums depend on how factors lie in memory.
         object.__setattr__(self, "left", self.left.contiguous())
         object.__setattr__(self, "right", None if self.right is None else self.right.contiguous())
+
+    def shown(self) -> tuple[str, Rows]:
+        """The weight, and how large its change is."""
+        rank = "dense" if self.right is None else f"rank {self.rank}"
+        return "Delta", [("weight", self.parameter), ("ΔW", f"{list(self.shape)}, {rank}, ‖ΔW‖ {self.norm():.4g}")]
 
     @property
     def parameter(self) -> str:
@@ -81,6 +89,19 @@ class Delta:
         qr, rr = torch.linalg.qr(self.right.double().T)
         u, s, vt = torch.linalg.svd(rl @ rr.T, full_matrices=False)
         return ql @ u, s, vt @ qr.T
+
+    def factors(self, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
+        """Left [d_model, r] and right [r, d_ff] in float32, as an adapter holds them, and ‖left right − ΔW‖ / ‖ΔW‖.
+
+        A factored ΔW is given as it is, with an error of 0. `rank`: cut ΔW to this many of its largest singular values.
+        If None, a dense ΔW is cut to its numerical rank.
+        """
+        if self.right is not None and (rank is None or self.rank <= rank):
+            return self.left, self.right, 0.0
+        u, s, vt = self.svd()
+        kept = rank if rank is not None else max(1, int((s > NEGLIGIBLE * s[0]).sum()))
+        error = (s[kept:].norm() / s.norm()).item() if s[0] > 0 else 0.0
+        return (u[:, :kept] * s[:kept]).float(), vt[:kept].float(), error
 
     def norm(self) -> float:
         """‖ΔW‖ (Frobenius); of factors from their r × r Gram matrices: ΔW is never formed."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from editkit.edits import hub
 from editkit.edits.delta import Delta, delta_of, joined, make_delta
+from editkit.edits.gguf import write_gguf
 from editkit.edits.peft import write_adapter
 from editkit.edits.writing import edited_digest, require_weight, write_change
 from editkit.errors import ConfigError, EditkitError
@@ -258,6 +259,15 @@ class Edit(Shown):
         """
         self.require_weights("A LoRA adapter")
         return write_adapter(self.deltas, asdict(self.base), self.provenance, Path(folder), rank, served=served)
+
+    def to_gguf(self, path: str | Path, lm: LanguageModel, rank: int | None = None) -> dict[str, float]:
+        """Write a GGUF LoRA adapter that llama.cpp adds to the converted base. See `gguf.write_gguf`.
+
+        `lm`: the base, of which only the family and shapes are read. Raises EditkitError for an edit that is more than
+        a change of weights.
+        """
+        self.require_weights("A GGUF adapter")
+        return write_gguf(self.deltas, asdict(self.base), self.provenance, Path(path), lm, rank)
 
     def push_to_hub(
         self,

@@ -25,7 +25,6 @@ from editkit.files import write_bytes, write_text
 
 # What vLLM takes for max_lora_rank (its documentation of LoRAConfig); an adapter is padded to the next one with zeros.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-NEGLIGIBLE = 1e-7  # of the largest singular value: less than float32 holds beside it
 
 
 def write_adapter(
@@ -64,12 +63,7 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     ranks, errors = {}, {}
     for delta in deltas:
-        left, right, error = delta.left, delta.right, 0.0
-        if right is None or (rank is not None and delta.rank > rank):
-            u, s, vt = delta.svd()
-            kept = rank if rank is not None else max(1, int((s > NEGLIGIBLE * s[0]).sum()))
-            left, right = (u[:, :kept] * s[:kept]).float(), vt[:kept].float()
-            error = (s[kept:].norm() / s.norm()).item() if s[0] > 0 else 0.0
+        left, right, error = delta.factors(rank)
         target = delta.parameter if by_parameter else delta.module
         ranks[target], errors[delta.parameter] = right.shape[0], error
         if delta.experts is not None:

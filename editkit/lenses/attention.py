@@ -15,10 +15,11 @@ from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
 from editkit.nethook import get_module
+from editkit.shown import Rows, Shown
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Shown):
     """The last token's attention. `weights` is [blocks, heads, tokens] and sums to 1 over the tokens."""
 
     axes: ClassVar[tuple[str, str, str]] = ("block", "head", "token")
@@ -26,6 +27,13 @@ class Attention:
     weights: Tensor
     tokens: tuple[str, ...]
     subject: tuple[int, int]  # positions of its first and last token
+
+    def shown(self) -> tuple[str, Rows]:
+        """The prompt, and the head that looks most at the subject."""
+        share = self.to_subject
+        block, head = divmod(int(share.argmax()), share.shape[1])
+        most = f"{share.max().item():.4f} at block {block}, head {head}; mean {share.mean().item():.4f}"
+        return "Attention to the subject", [("prompt", "".join(self.tokens)), ("share", most)]
 
     @property
     def to_subject(self) -> Tensor:

@@ -12,6 +12,7 @@ from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise, unflatten
 from editkit.nethook import Trace
+from editkit.shown import Rows, Shown
 
 T = TypeVar("T")
 
@@ -24,8 +25,8 @@ def before_and_after(lm: LanguageModel, edit: Edit, look: Callable[[], T]) -> tu
     return before, after
 
 
-@dataclass(frozen=True, eq=False)
-class StreamChange:
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamChange(Shown):
     """How far an edit moves the residual stream after each block, at each token; float64."""
 
     axes: ClassVar[tuple[str, str]] = ("block", "token")
@@ -33,6 +34,12 @@ class StreamChange:
     norm: Tensor  # [blocks, tokens], ‖h after − h before‖
     relative: Tensor  # [blocks, tokens], norm / ‖h before‖
     tokens: tuple[str, ...]
+
+    def shown(self) -> tuple[str, Rows]:
+        """The text, and where the stream moves most."""
+        block, token = divmod(int(self.relative.argmax()), len(self.tokens))
+        most = f"{self.relative.max().item():.4f} of ‖h‖ at block {block}, token {token} ({self.tokens[token].strip()})"
+        return "Change of the residual stream", [("text", "".join(self.tokens)), ("largest", most)]
 
 
 @in_eval_mode

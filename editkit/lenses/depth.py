@@ -13,13 +13,14 @@ from editkit.models.head import logits_of
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced, tokenise, unflatten
 from editkit.nethook import Trace, get_module
+from editkit.shown import Rows, Shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-@dataclass(frozen=True, eq=False)
-class Lens:
+@dataclass(frozen=True, eq=False, repr=False)
+class Lens(Shown):
     """Next-token probabilities at the prompt's last token, by depth.
 
     Depth 0 is the embedding, depth i the residual stream after block i − 1.
@@ -32,6 +33,12 @@ class Lens:
     probability: Tensor  # [depths, words], of each word's first token
     rank: Tensor  # [depths, words], of that token; 0 for the likeliest
     said: tuple[str, ...]  # [depths], the likeliest token
+
+    def shown(self) -> tuple[str, Rows]:
+        """Of each word P at the first and last depth; and what is said at last."""
+        ends = self.probability[[0, -1]].tolist()
+        rows = [(word, f"P {first:.2g} → {last:.4f}") for word, first, last in zip(self.words, *ends, strict=True)]
+        return "Logit lens", [("prompt", self.text), *rows, ("said", self.said[-1].strip())]
 
     def to_frame(self) -> "DataFrame":
         """A row for each depth and word: depth, word, probability, rank, said."""

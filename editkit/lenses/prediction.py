@@ -21,12 +21,14 @@ from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import Scored, encode_with_targets, spaced, tokenise, unflatten
 from editkit.nethook import Trace, requires_grad
+from editkit.shown import Rows, Shown
 
 BATCH = 16  # prompts in one forward pass
+PROMPTS_SHOWN = 5  # in a notebook
 
 
-@dataclass(frozen=True, eq=False)
-class SideEffects:
+@dataclass(frozen=True, eq=False, repr=False)
+class SideEffects(Shown):
     """The predicted effect of an edit on other prompts. All tensors are [prompts], float64."""
 
     prompts: tuple[str, ...]
@@ -35,6 +37,13 @@ class SideEffects:
     cosine: Tensor  # cos(k′, u) of largest size over tokens, with its sign; u: the input directions of ΔW
     cosine_key: Tensor  # likewise cos(k′, k) with the key of the edited fact; NaN if the edit does not name one fact
     drop: Tensor | None = None  # −Σ g · ΔW k′ over tokens: the decrease of log p(target), to first order
+
+    def shown(self) -> tuple[str, Rows]:
+        """The prompts that the edit moves most, and by how much."""
+        order = self.relative.argsort(descending=True).tolist()
+        rows = [(self.prompts[i], f"‖ΔW k′‖/‖m‖ {self.relative[i].item():.4f}") for i in order[:PROMPTS_SHOWN]]
+        more = [("", f"and {len(order) - PROMPTS_SHOWN:,} more")] if len(order) > PROMPTS_SHOWN else []
+        return "Predicted side effects", [*rows, *more]
 
 
 @in_eval_mode

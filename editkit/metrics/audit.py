@@ -31,6 +31,7 @@ from editkit.metrics.metric import AFTER, COUNT, Metric, Protocol, Score, regist
 from editkit.models.experts import keys_of
 from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
+from editkit.shown import Rows, Shown
 
 BATCH = 128  # prompts side by side
 CHANGED = register(
@@ -38,6 +39,7 @@ CHANGED = register(
            "number of other facts of the atlas that have another answer after the edit", better=-1, unit=COUNT,
            range=(0.0, None), averaged="mean over edits", both=False)
 )  # fmt: skip
+SHOWN = 5  # changed facts in a notebook
 KNOWN = 0.5  # share of the atlas that a model must answer to be audited with it
 
 
@@ -56,11 +58,18 @@ class Asked:
     pull: float
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, repr=False)
+class Audit(Shown):
     """Every fact of the atlas, those nearest to the edit first."""
 
     facts: tuple[Asked, ...]
+
+    def shown(self) -> tuple[str, Rows]:
+        """How many facts were asked, and the first that have another answer."""
+        changed = self.changed
+        rows = [("asked", f"{len(self.facts):,} facts"), ("changed", f"{len(changed):,}, without those edited")]
+        rows += [("", f"{each.subject}, {each.relation}: {each.before} → {each.after}") for each in changed[:SHOWN]]
+        return "Audit", rows + ([("", f"and {len(changed) - SHOWN:,} more")] if len(changed) > SHOWN else [])
 
     @property
     def changed(self) -> list[Asked]:

@@ -39,6 +39,8 @@ class Architecture:
     # Of a mixture of experts. A block that has no such modules is dense, with a down-projection of its own.
     experts: str | None = None  # holds the down-projections of all experts as one 3-D parameter, `down_proj`
     router: str | None = None  # gives (logits, gates, experts) of each token
+    # What llama.cpp calls the family, where its ffn_down is this down-projection; None elsewhere (edits/gguf.py).
+    llama_cpp: str | None = None
 
     @property
     def attention_output(self) -> str:
@@ -104,6 +106,24 @@ _FALCON = _family(
 _NORM_AFTER = "model.layers.{}.post_feedforward_layernorm"
 _MIXTURE = replace(_LLAMA, experts="model.layers.{}.mlp.experts", router="model.layers.{}.mlp.gate")
 
+# scripts/llamacpp_families.py checks each against llama.cpp's own conversion. It runs no OPT, GPT-J or GPT-Neo, and has
+# the experts of a mixture in other tensors.
+_LLAMA_CPP = {
+    "bloom": "bloom",
+    "falcon": "falcon",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "gpt_neox": "gptneox",
+    "llama": "llama",
+    "mistral": "llama",
+    "olmo2": "olmo2",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+
 for _entry in (
     _GPT2,
     replace(_GPT2, family="gpt_neo"),
@@ -135,7 +155,7 @@ for _entry in (
     ),
     replace(_MIXTURE, family="gpt_oss", router="model.layers.{}.mlp.router"),
 ):
-    register(_entry)
+    register(replace(_entry, llama_cpp=_LLAMA_CPP.get(_entry.family)))
 
 
 def architecture_of(model_type: str) -> Architecture:

@@ -20,6 +20,7 @@ from editkit.models.snapshot import model_digest
 from editkit.models.split import DeviceMap, placement
 from editkit.models.wrapped import unwrapped
 from editkit.nethook import get_module
+from editkit.shown import Rows, Shown
 
 if TYPE_CHECKING:  # transformers is imported when a model is loaded: its import takes longer than torch's
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +30,8 @@ BUNDLED = {"atlas": Path(__file__).parent / "atlas"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class LanguageModel:
+@dataclass(frozen=True, repr=False)
+class LanguageModel(Shown):
     """A Hugging Face causal LM with its tokenizer and its `Architecture`.
 
     `model` is the plain transformers model; nothing is folded or renamed. Of one that is given inside torch.compile's,
@@ -47,6 +48,13 @@ class LanguageModel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
         settle(self.model)
+
+    def shown(self) -> tuple[str, Rows]:
+        """Its name, family, size and device."""
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = self.quantization or str(self.dtype).removeprefix("torch.")
+        rows = [("", self.name), ("family", self.architecture.family), ("blocks", str(self.layers))]
+        return "LanguageModel", [*rows, ("parameters", f"{count:,}, {dtype}"), ("device", str(self.device))]
 
     @property
     def device(self) -> torch.device:

@@ -27,9 +27,11 @@ from editkit.models.offload import values_of, write_values
 from editkit.models.quantized import is_quantized, storage_of, stored_tensors
 from editkit.models.wrapped import plain_name
 from editkit.nethook import get_module, get_parameter, replace_module
+from editkit.shown import Rows, Shown
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+NAMED = 3  # clones that are named in a notebook
 SMALL_MODEL = 2 << 30  # bytes up to which digests of everything are the default
 
 
@@ -146,8 +148,8 @@ class Reversal:
         return self
 
 
-@dataclass
-class Snapshot:
+@dataclass(repr=False)
+class Snapshot(Shown):
     """Clones of named parameters of `model`; with `everything`, also digests of all other tensors.
 
     >>> net = nn.Linear(2, 2)
@@ -162,6 +164,14 @@ class Snapshot:
     others: dict[str, str] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)  # that hold the quantised ones among them, by name
     installed: tuple[Installed, ...] = ()  # what was in force besides weights
+
+    def shown(self) -> tuple[str, Rows]:
+        """How much of the model it holds."""
+        size = sum(clone.numel() * clone.element_size() for clone in self.clones.values())
+        named = [*self.clones][:NAMED] + ["…"] * (len(self.clones) > NAMED)
+        rows = [("clones", f"{len(self.clones)}, {size:,} bytes: {', '.join(named) or 'none'}")]
+        rows += [("digests", f"of {len(self.others)} other tensors")] if self.others else []
+        return "Snapshot", [*rows, *(("installed", str(each)) for each in self.installed)]
 
     @classmethod
     def take(cls, model: nn.Module, names: Iterable[str], *, everything: bool | None = None) -> "Snapshot":

@@ -6,6 +6,7 @@ It imports torch and nothing else, so the folder can be copied into any project.
     trace.py        Trace: capture and change what passes while a body runs
     instrument.py   InstrumentedModel: the same as a list of rules that stays on a model
     callbacks.py    Callbacks: functions called at forward, backward and parameter-gradient events
+    shown.py        how captures look in a notebook
 """
 
 from .callbacks import ActivationStatistics, Callbacks, Event, GradientFlow, Progress, Stop

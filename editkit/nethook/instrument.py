@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .names import HookError, NameNotFound, select_all
+from .shown import Shown
 from .trace import Change, Record, Trace, checked, hookable
 
 OPTIONS = ("edit", "edit_input", "edit_grad")  # what a rule may change, by Trace's names
@@ -31,7 +32,7 @@ class _Standing(Trace):
     _lenient = True
 
 
-class InstrumentedModel:
+class InstrumentedModel(Shown):
     """A model with captures and edits that stay until they are removed. It is used like the model.
 
         with InstrumentedModel(model, retain="transformer.h.*.mlp") as im:
@@ -150,6 +151,18 @@ class InstrumentedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.model)})  # it is used like the model
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.retained
+
+    def _shown(self) -> tuple[str, list[list[str]]]:
+        rules = [f"{rule.name} ({'on' if rule.on else 'off'})" for rule in self.rules]
+        title = f"InstrumentedModel of {type(self.model).__name__}, rules: {', '.join(rules) or 'none'}"
+        rows = {row[0]: row for capture in self._captures for row in capture._rows()}
+        return f"{title}, closed" if self._closed else title, list(rows.values())
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not set yet: a copy or an unpickling under way

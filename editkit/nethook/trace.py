@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import HookError, NameNotFound, get_module
+from .shown import Shown, row_of
 
 Change = Callable[..., Tensor]  # (hidden) -> hidden, or (hidden, site) -> hidden
 Changes = Change | Mapping[str, Change] | None
@@ -90,7 +91,7 @@ class _Readable:
     count: int = _reading("count")  # how often the site ran
 
 
-class Record(_Readable):
+class Record(Shown, _Readable):
     """One run of a site; `t[site]` is the last."""
 
     def __init__(self, site: str, asked: Mapping[str, bool], stored: Callable[[str, Tensor], Tensor]) -> None:
@@ -102,6 +103,9 @@ class Record(_Readable):
 
     def _record(self) -> "Record":
         return self
+
+    def _shown(self) -> tuple[str, list[list[str]]]:
+        return "Record", [row_of(self.site, self._count, self._kept)]
 
     def keep(self, what: str, tensor: Tensor) -> Tensor:
         if self._asked[what]:
@@ -124,7 +128,7 @@ class Record(_Readable):
         return self._kept[what]
 
 
-class Trace(_Readable):
+class Trace(Shown, _Readable):
     """Capture, and if wanted change, what passes through named modules while the body runs the model.
 
         with Trace(model, "transformer.h.5.mlp.c_proj", inputs=True, grads=True) as t:
@@ -231,6 +235,21 @@ class Trace(_Readable):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.sites
+
+    def _shown(self) -> tuple[str, list[list[str]]]:
+        title = f"Trace of {len(self.sites)} site" + "s" * (len(self.sites) > 1)
+        return f"{title}, open" if self._thread is not None else title, self._rows()
+
+    def _rows(self) -> list[list[str]]:
+        """What is shown of each site."""
+        ran = self._records
+        return [
+            row_of(site, ran[site]._count, ran[site]._kept) if site in ran else row_of(site, 0, {})
+            for site in self.sites
+        ]
 
     def _record(self) -> Record:
         if len(self.sites) > 1:

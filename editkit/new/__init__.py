@@ -1,1 +1,1 @@
-"""Packages to start from: `python -m editkit.new method NAME` (or data, family)."""
+"""Packages to start from: `python -m editkit.new method NAME` (or data, metric, family)."""

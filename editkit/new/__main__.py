@@ -1,7 +1,8 @@
-"""Start a package of your own: a method, a data format or a model family.
+"""Start a package of your own: a method, a data format, a metric or a model family.
 
     python -m editkit.new method nudge               # writes ./editkit-nudge, which runs and tests itself
     python -m editkit.new data quiz --into packages/quiz
+    python -m editkit.new metric margin
     python -m editkit.new family gpt_bigcode
 
 Then, in the folder that was written:
@@ -24,7 +25,7 @@ from editkit.commands import Commands
 from editkit.errors import ConfigError
 from editkit.files import write_text
 
-KINDS = ("method", "data", "family")
+KINDS = ("method", "data", "metric", "family")
 SUFFIX = ".in"  # of the files of a package to be: they are no Python before names are filled in
 
 

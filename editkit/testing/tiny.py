@@ -167,15 +167,19 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(family: str, vocab_size: int = 96, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(
+    family: str, vocab_size: int = 96, dtype: torch.dtype = torch.float32, seed: int = 0, **own: Any
+) -> PreTrainedModel:
     """A tiny model of `family`; equal arguments give equal weights, and the global RNG is left alone.
+
+    `own`: fields of its configuration, in place of ours.
 
     Matrices are drawn wide and biases and norms away from 0 and 1, so that a forgotten bias or a swapped
     orientation shows.
     """
     name, options = _CONFIGS[family]
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = getattr(transformers, name)(vocab_size=vocab_size, **tokens, **options)
+    config = getattr(transformers, name)(vocab_size=vocab_size, **tokens, **options | own)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -17,6 +17,7 @@ from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
 from editkit.settings import TraceSettings
+from editkit.shown import Rows, Shown
 from editkit.tracing.corruption import embedding_std
 from editkit.tracing.files import AVERAGE_AXES, AVERAGE_FIELDS, json_of, read_arrays, write_arrays
 from editkit.tracing.prompt import PARTS, Traced, trace
@@ -28,8 +29,8 @@ RESAMPLES = 2000  # bootstrap samples of the facts, for the 95 % intervals
 Skipped = tuple[str, str]  # the text, and the reason
 
 
-@dataclass(frozen=True, eq=False)
-class AverageTrace:
+@dataclass(frozen=True, eq=False, repr=False)
+class AverageTrace(Shown):
     """Indirect effects of many facts, by kind of token (PARTS) and block.
 
     `effect[kind]` is [facts, parts, blocks]: the mean over a prompt's tokens of that kind, NaN where it has none.
@@ -46,6 +47,17 @@ class AverageTrace:
     skipped: tuple[Skipped, ...] = ()
     complete: bool = True  # False if the run was interrupted
     how: dict[str, Any] = field(default_factory=dict)  # model, settings with the σ that was used, seed
+
+    def shown(self) -> tuple[str, Rows]:
+        """How many facts, and of each kind the part and block with the largest effect."""
+        left = "" if self.complete else ", interrupted"
+        rows = [("facts", f"{len(self.texts):,} traced, {len(self.skipped):,} skipped{left}")]
+        rows.append(("total effect", f"{self.total_effect:.4f}"))
+        for kind in self.effect:
+            mean = self.mean(kind).nan_to_num(-1.0)
+            part, block = divmod(int(mean.argmax()), self.layers)
+            rows.append((kind, f"largest {mean.max().item():.4f} at {PARTS[part]}, block {block}"))
+        return "Average trace", rows
 
     @property
     def total_effect(self) -> float:

@@ -16,6 +16,7 @@ from editkit.models.lookup import lookup_position
 from editkit.models.precision import widened
 from editkit.models.tokens import tokenise
 from editkit.settings import TraceSettings
+from editkit.shown import Rows, Shown
 from editkit.tracing.corruption import embedding_std, noised, swapped
 from editkit.tracing.engines import places_of, started
 from editkit.tracing.files import ONE_AXES, ONE_FIELDS, json_of, read_arrays, write_arrays
@@ -34,8 +35,8 @@ PARTS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Traced:
+@dataclass(frozen=True, eq=False, repr=False)
+class Traced(Shown):
     """The trace of one prompt.
 
     `probability[kind]` is [tokens, blocks]: P(answer) with the clean activation of that token and block put back.
@@ -52,6 +53,16 @@ class Traced:
     probability: dict[str, Tensor]
     others: tuple[str, ...] = ()  # the subjects put in this one's place, if corruption="swap"
     how: dict[str, Any] = field(default_factory=dict)  # prompt, model, settings with the σ that was used, seed
+
+    def shown(self) -> tuple[str, Rows]:
+        """The prompt, its answer, and of each kind the place with the largest effect."""
+        rows = [("prompt", "".join(self.starred)), ("answer", self.answer)]
+        rows.append(("P(answer)", f"{self.clean:.4f}, {self.corrupted:.4f} with the subject corrupted"))
+        for kind, table in self.probability.items():
+            token, block = divmod(int(table.argmax()), table.shape[1])
+            where = f"token {token} ({self.starred[token].strip()}), block {block}"
+            rows.append((kind, f"{table.max().item():.4f} with {where} put back"))
+        return "Trace of a prompt", rows
 
     @property
     def total_effect(self) -> float:

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from editkit.errors import EditkitError
+from editkit.shown import Rows, Shown, counted
 from editkit.tracing.average import AverageTrace
 from editkit.tracing.prompt import PARTS
 
 WHERE = PARTS.index("last subject token")
 
 
-@dataclass(frozen=True)
-class Proposal:
+@dataclass(frozen=True, repr=False)
+class Proposal(Shown):
     """Consecutive blocks to edit, for `method.layer` or `method.layers`, with the evidence.
 
     Effects are indirect effects of MLP outputs at the last subject token, averaged over facts.
@@ -30,6 +31,13 @@ class Proposal:
     support: float  # share of bootstrap samples in which these blocks have the largest effect
     total_effect: float
     facts: int
+
+    def shown(self) -> tuple[str, Rows]:
+        """The blocks, their effect, and how sure it is."""
+        rows = [("effect", f"{self.effect:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.total_effect:.3f}")]
+        rows.append(("next best", f"{_named(self.rival)}, {self.margin:.3f} below"))
+        rows.append(("support", f"{self.support:.0%} of bootstrap samples of {counted(self.facts, 'fact')}"))
+        return f"Proposal: {_named(self.layers)}", rows
 
     def __str__(self) -> str:
         share = self.effect / self.total_effect if self.total_effect > 0 else float("nan")
