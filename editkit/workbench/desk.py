@@ -96,7 +96,9 @@ class Desk:
             top = top_next(self.lm, fact.text, looks.NEXT)
             (says,) = generate(self.lm, [fact.text], SAYS)
             scores = score_targets(self.lm, [fact.text] * len(answers), answers)
-        verdict, sentence = looks.knows(fact, top, scores[0] if fact.target_true else None)
+        by_answer = dict(zip(answers, scores, strict=True))
+        rated = by_answer.get(fact.target_true), by_answer.get(fact.target_new)
+        verdict, sentence = looks.knows(fact, top, *rated)
         return {
             "prompt": fact.text,
             "tokens": [fact.text[begin:end] for begin, end in rows.offsets[0]],
@@ -104,7 +106,7 @@ class Desk:
             "says": says,
             "verdict": verdict,
             "sentence": sentence,
-            "probabilities": [[a, score.probability] for a, score in zip(answers, scores, strict=True)],
+            "probabilities": [[answer, score.probability] for answer, score in by_answer.items()],
             "edited": total is not None,
         }
 
@@ -123,8 +125,8 @@ class Desk:
         method = get_method(messages.text(message, "name"))
         resolved = method.settings().resolved(self.lm.name, self.lm.layers)
         rows = [row | {"resolved": _plain(getattr(resolved, row["name"]))} for row in messages.fields(method)]
-        about = (method.function.__doc__ or "").strip().partition("\n\n")[0]
-        return {"name": method.name, "about": " ".join(about.split()), "fields": rows, "blocks": list(resolved.blocks)}
+        about = (method.function.__doc__ or "").strip().partition("\n")[0]
+        return {"name": method.name, "about": about, "fields": rows, "blocks": list(resolved.blocks)}
 
     def compute(self, message: Message, tell: Tell) -> dict[str, Any]:
         """Compute an edit as a draft, on the model with the stack; what it will do is predicted, nothing is applied."""

@@ -132,13 +132,17 @@ def described(lm: LanguageModel, edit: Edit) -> dict[str, Any]:
             "installs": bool(edit.installed)}  # fmt: skip
 
 
-def knows(fact: Fact, top: Sequence[tuple[str, float]], true: TargetScore | None) -> tuple[str, str]:
-    """Does the model know the fact? "yes", "no" or "unsure", and a sentence.
+def knows(
+    fact: Fact, top: Sequence[tuple[str, float]], true: TargetScore | None, new: TargetScore | None
+) -> tuple[str, str]:
+    """Does the model know the fact? "yes", "no" or "unsure", or "new" where it says the new answer; and a sentence.
 
-    `top`: its likeliest next tokens. `true`: how it rates the true answer, where that is known.
+    `top`: its likeliest next tokens. `true`, `new`: how it rates the two answers, where they are known.
     """
     token, share = top[0]
     says = f"“{token.strip() or token}” with {number(share, 3)}"
+    if new is not None and new.greedy:
+        return "new", f"It says the new answer, “{fact.target_new.strip()}”, with {number(new.probability, 3)}."
     if true is None:
         if share >= SURE:
             return "unsure", f"Its next token is {says}: it is confident. No true answer was given to compare with."

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.resources
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -134,7 +135,16 @@ async def _send(socket: WebSocket, out: asyncio.Queue[dict[str, Any]]) -> None:
     while True:
         answer = await out.get()
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the page is gone; the receiver ends this task
-            await socket.send_text(json.dumps(answer, ensure_ascii=False))
+            await socket.send_text(json.dumps(_finite(answer), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _take(text: str, worker: Worker, desk: Desk, send: Callable[[dict[str, Any]], None]) -> None:
