@@ -55,7 +55,8 @@ class Bar(tqdm):  # type: ignore[misc]
 
     def update(self, n: float | None = 1) -> bool | None:
         self._tell(n or 0)
-        return super().update(n)
+        shown: bool | None = super().update(n)
+        return shown
 
     def _tell(self, n: float) -> None:
         self.done += n

@@ -6,6 +6,9 @@
     looks.py    what the model says with and without an edit, and what was predicted
     where.py    causal trace and logit lens of a prompt, as a page draws them
     desk.py     one tab: its stack and its draft. Turns a message into calls of the public functions; knows no HTTP
+    leaving.py  files of a stack, the texts that make it again, and a stack made from such a text
+    history.py  a stack over time: undo and redo
+    handlers.py what a page can ask for, by name
     page.py     the tab's state as one HTML page
     worker.py   one thread, one job at a time; the others wait and are told; any can be stopped
     guard.py    who may connect: host, origin, token

@@ -45,13 +45,6 @@ class Desk:
         self.offered: list[str] = []  # words of files
         self._predicted: dict[tuple[str, float], list[dict[str, Any]]] = {}
 
-    def answer(self, message: Message, tell: Tell) -> dict[str, Any]:
-        """Do what a message asks for; `tell` gets what is there already. Raises EditkitError for a bad message."""
-        name = str(message.get("do"))
-        if name not in HANDLERS:
-            raise EditkitError(f"The workbench does not know the request {name[:40]!r}. Reload the page.")
-        return HANDLERS[name](self, message, tell)
-
     def leave(self) -> None:
         """The tab is gone: delete the files that it was offered."""
         self.bench.withdraw(self.offered)
@@ -286,18 +279,6 @@ class Desk:
         if not self.stack:
             raise EditkitError("The stack is empty.")
         return messages.whole(message, name, 0, len(self.stack) - 1)
-
-
-Handler = Callable[[Desk, Message, Tell], dict[str, Any]]
-HANDLERS: dict[str, Handler] = {
-    name: getattr(Desk, name)
-    for name in (
-        "hello", "search", "ask", "where", "method", "compute", "apply", "discard", "look", "select", "switch",
-        "strength", "move", "remove", "undo", "redo", "say", "health", "audit",
-    )
-}  # fmt: skip
-# Of these a newer one makes an older one that waits superfluous.
-LATEST = frozenset({"search", "ask", "strength", "say", "look", "select", "health", "texts"})
 
 
 def _checked(step: Step, strength: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from editkit.errors import EditkitError
 from editkit.report import html
 from editkit.workbench import messages, recipe
-from editkit.workbench.desk import HANDLERS, Desk, Tell
+from editkit.workbench.desk import Desk, Tell
 from editkit.workbench.messages import Message
 from editkit.workbench.page import page_of
 from editkit.workbench.recipe import Place, Step
@@ -74,6 +74,3 @@ def rebuild(desk: Desk, word: str, tell: Tell) -> list[str]:
     if not differing and (None if total is None else total.digest) != found.total:
         differing.append("the sum of the edits has another digest")
     return [f"Computed again, {each}: another machine or version." for each in differing]
-
-
-HANDLERS.update(texts=texts, file=file, restore=restore)

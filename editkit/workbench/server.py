@@ -17,9 +17,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from editkit.errors import EditkitError
 from editkit.workbench.bench import Bench
-from editkit.workbench.desk import LATEST, Desk
+from editkit.workbench.desk import Desk
 from editkit.workbench.guard import HEADERS, Guard
-from editkit.workbench.leaving import HANDLERS
+from editkit.workbench.handlers import LATEST, answer
 from editkit.workbench.worker import Job, Worker
 
 LONGEST = 1 << 18  # bytes of a message
@@ -114,10 +114,10 @@ async def _socket(guard: Guard, socket: WebSocket) -> None:
     desk, out, loop = Desk(worker.bench), asyncio.Queue[dict[str, Any]](), asyncio.get_running_loop()
     tabs.add(desk)
 
-    def send(answer: dict[str, Any]) -> None:
+    def send(said: dict[str, Any]) -> None:
         """From the worker's thread, or this one."""
         with contextlib.suppress(RuntimeError):  # the server is at its end
-            loop.call_soon_threadsafe(out.put_nowait, answer)
+            loop.call_soon_threadsafe(out.put_nowait, said)
 
     sender = asyncio.create_task(_send(socket, out))
     try:
@@ -133,9 +133,9 @@ async def _socket(guard: Guard, socket: WebSocket) -> None:
 
 async def _send(socket: WebSocket, out: asyncio.Queue[dict[str, Any]]) -> None:
     while True:
-        answer = await out.get()
+        text = json.dumps(_finite(await out.get()), ensure_ascii=False)
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the page is gone; the receiver ends this task
-            await socket.send_text(json.dumps(_finite(answer), ensure_ascii=False))
+            await socket.send_text(text)
 
 
 def _finite(value: Any) -> Any:
@@ -161,7 +161,7 @@ def _take(text: str, worker: Worker, desk: Desk, send: Callable[[dict[str, Any]]
     if name == "stop":
         worker.stop(desk)
         return
-    job = Job(desk, number, name, partial(desk.answer, message), send, latest=name in LATEST and name in HANDLERS)
+    job = Job(desk, number, name, partial(answer, desk, message), send, latest=name in LATEST)
     try:
         worker.submit(job)
     except EditkitError as error:
