@@ -13,7 +13,7 @@ from editkit.edits import Edit, stack
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.lenses import side_effects
-from editkit.methods import get_method
+from editkit.methods.ft_l import FtLSettings, ft_l
 from editkit.models.generate import generate
 from editkit.models.load import LanguageModel, load
 from editkit.models.snapshot import Snapshot
@@ -103,9 +103,8 @@ def test_a_draft_is_predicted_and_not_applied(bench: Bench) -> None:
     desk = Desk(bench)
     found = go(desk, "compute", **QUICK, **TOWER, watch="Big Ben is located in the city of → London\nThe Louvre is in")
     assert not desk.stack and desk.draft is not None
-    method = get_method("ft_l")
     fact = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
-    alone = method(bench.lm, fact, method.settings(steps=2), seed=0, progress=False)
+    alone = ft_l(bench.lm, fact, FtLSettings(steps=2), progress=False)
     assert alone.digest == found["draft"]["digest"]
     rows = {row["prompt"]: row for row in found["predicted"]}
     watched = rows["Big Ben is located in the city of"]

@@ -38,6 +38,12 @@ export function signed(value) {
 
 export const short = (digest) => (digest ? digest.slice(0, 12) : "");
 
+// The action, once after a pause: so that what is dragged or typed does not ask for everything each time.
+export function later(action, pause = 350) {
+  let timer = 0;
+  return (...given) => { clearTimeout(timer); timer = setTimeout(() => action(...given), pause); };
+}
+
 // A token, with spaces that can be seen.
 export const shown = (token) => token.replace(/ /g, "·").replace(/\n/g, "⏎") || "∅";
 

@@ -166,7 +166,7 @@ function frame(found, step, free) {
   show($("compared"), el("div", {class: "card"},
     el("h3", {}, `Before and after: ${step.title}`),
     el("p", {id: "off-note", class: "warn", hidden: true}, "This edit is off: before and after are the same."),
-    el("label", {class: "slider"}, "Strength, a factor of ΔW ", el("output", {id: "slide-out", for: "slide"}), slide),
+    el("label", {class: "slider", for: "slide"}, "Strength, a factor of ΔW ", el("output", {id: "slide-out", for: "slide"}), slide),
     el("div", {id: "next-tokens", class: "columns"}),
     el("div", {class: "scroll"}, el("table", {class: "stacked both"}, el("thead", {}, el("tr", {}, el("th", {}, "prompt"), el("th", {}, "before"), el("th", {}, "after"), el("th", {}, ""))), el("tbody", {id: "rows"}))),
     el("h4", {}, "Ask anything"),

@@ -1,7 +1,7 @@
 // Part 1: the fact. Search the atlas, write a prompt, see what the model says now.
 
 import {app, ask, fact, fill} from "./app.js";
-import {$, el, number, show, shown} from "./dom.js";
+import {$, el, later, number, show, shown} from "./dom.js";
 
 let found = [], active = -1;
 
@@ -10,7 +10,7 @@ export function start() {
   $("search").addEventListener("keydown", keys);
   $("search").addEventListener("blur", () => setTimeout(close, 150));
   $("fact-form").addEventListener("submit", (event) => { event.preventDefault(); asked(); });
-  app.hear("compared", () => $("prompt").value && asked(true));
+  app.hear("compared", later(() => $("prompt").value && asked(true)));
 }
 
 async function search() {

@@ -1,12 +1,12 @@
 // Part 6: leave with it. Files, and the texts that make this very state again.
 
 import {app, ask} from "./app.js";
-import {$, el, short, show} from "./dom.js";
+import {$, el, later, short, show} from "./dom.js";
 
 export function start() {
   for (const button of document.querySelectorAll("[data-file]")) button.addEventListener("click", () => take(button.dataset.file));
   for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
-  app.hear("compared", texts);
+  app.hear("compared", later(texts));
 }
 
 async function take(what) {

@@ -1,7 +1,7 @@
 // Part 5: the stack. Each edit on or off, stronger or weaker, moved, taken off; undo and redo; the alarm.
 
 import {app, ask, change, fill} from "./app.js";
-import {$, el, number, short, show} from "./dom.js";
+import {$, el, later, number, short, show} from "./dom.js";
 
 const FIGURES = [["growth", "‖ΔW‖/‖W‖", "at most"], ["per_fact", "‖ΔW‖/√facts", "at most"], ["perplexity", "perplexity, × unedited", "at most"], ["untouched", "untouched facts that hold", "at least"]];
 
@@ -9,7 +9,7 @@ export function start() {
   $("undo").addEventListener("click", () => change("undo"));
   $("redo").addEventListener("click", () => change("redo"));
   app.hear("stack", draw);
-  app.hear("compared", look);
+  app.hear("compared", later(look));
   draw(app.view);
 }
 
