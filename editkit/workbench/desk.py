@@ -118,7 +118,7 @@ class Desk:
         method = get_method(messages.text(message, "name"))
         resolved = method.settings().resolved(self.lm.name, self.lm.layers)
         rows = [row | {"resolved": _plain(getattr(resolved, row["name"]))} for row in messages.fields(method)]
-        about = (method.function.__doc__ or "").strip().partition("\n")[0].replace("`", "")
+        about = (method.function.__doc__ or "").strip().partition("\n")[0].partition(". ")[0].replace("`", "")
         return {"name": method.name, "about": about, "fields": rows, "blocks": list(resolved.blocks)}
 
     def compute(self, message: Message, tell: Tell) -> dict[str, Any]:

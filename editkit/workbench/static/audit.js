@@ -68,7 +68,7 @@ function tell(i) {
   show($("fact-detail"),
     el("p", {}, row.prompt, " … ", el("b", {}, row.object), el("span", {class: "muted"}, " is true")),
     el("p", {}, "before ", el("b", {}, row.before), " · after ", row.changed ? el("mark", {}, row.after) : el("b", {}, row.after), row.edited ? " (edited)" : row.changed ? "" : " (as before)"),
-    el("p", {class: "muted"}, `Predicted: pull ${number(row.pull)}, cosine of keys ${number(row.cosine)}; the ${row.rank.toLocaleString("en")}. nearest of ${rows.length.toLocaleString("en")} facts to the edit.`));
+    el("p", {class: "muted"}, `Predicted: pull ${number(row.pull)}, cosine of keys ${number(row.cosine)}; number ${row.rank.toLocaleString("en")} of ${rows.length.toLocaleString("en")} facts by nearness to the edit.`));
 }
 
 function keys(event) {

@@ -59,7 +59,7 @@ export function marked(before, after) {
   for (let j = 0; j < b.length; j++) {
     while (i < a.length && a[i].trim() !== b[j].trim() && long[i + 1][j] >= long[i][j + 1] && long[i + 1][j] > 0) i++;
     if (i < a.length && a[i].trim() === b[j].trim()) { parts.push(b[j]); i++; }
-    else parts.push(el("mark", {}, b[j]));
+    else parts.push(el("mark", {}, b[j].trimEnd()), b[j].slice(b[j].trimEnd().length));
   }
   return parts;
 }

@@ -106,7 +106,7 @@ export async function compute() {
 function predicted(rows) {
   const most = Math.max(...rows.map((row) => row.moves), 1e-9);
   return el("div", {}, el("h4", {}, "What it will do, predicted from the model as it is"),
-    el("div", {class: "scroll"}, el("table", {class: "stacked"},
+    el("div", {class: "scroll"}, el("table", {class: "stacked predictions"},
       el("thead", {}, el("tr", {}, el("th", {}, "prompt"), el("th", {}, "output moves by"), el("th", {}, "log p"))),
       el("tbody", {}, grouped(rows, 3, (row) => el("tr", {},
         el("td", {"data-label": "prompt"}, row.prompt, " ", el("b", {}, row.answer)),
