@@ -44,10 +44,10 @@ class Page:
     def __init__(self, socket: WebSocketTestSession) -> None:
         self.socket, self.number, self.badges = socket, 0, list[dict[str, Any]]()
 
-    def ask(self, name: str, **fields: Any) -> dict[str, Any]:
+    def ask(self, request: str, **fields: Any) -> dict[str, Any]:
         """The last word on a request: done, error, stopped or skipped."""
         self.number += 1
-        self.socket.send_json({"id": self.number, "do": name, **fields})
+        self.socket.send_json({"id": self.number, "do": request, **fields})
         return self.end(self.number)
 
     def end(self, number: int) -> dict[str, Any]:
@@ -103,6 +103,7 @@ def test_a_message_that_cannot_be_read_is_one_error(client: TestClient, text: st
     with client.websocket_connect(SOCKET, headers=OURS) as socket:
         socket.send_text(text)
         assert "cannot read" in socket.receive_json()["text"]
+        assert "did you mean 'rome'" in Page(socket).ask("method", name="rmoe")["text"]
         assert Page(socket).ask("nonsense")["text"].startswith("The workbench does not know the request")
 
 

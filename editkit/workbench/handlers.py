@@ -15,8 +15,10 @@ OF_DESK = (
 )  # fmt: skip
 HANDLERS: dict[str, Handler] = {name: getattr(Desk, name) for name in OF_DESK}
 HANDLERS |= {"texts": leaving.texts, "file": leaving.file, "restore": leaving.restore}
+# These ask nothing of the model, and change nothing of the desk: they need not wait.
+AT_ONCE = frozenset({"search", "method"})
 # Of these a newer one makes an older one that waits superfluous.
-LATEST = frozenset({"search", "ask", "strength", "say", "look", "select", "health", "texts"})
+LATEST = frozenset({"ask", "strength", "say", "look", "select", "health", "texts"})
 
 
 def answer(desk: Desk, message: Message, tell: Tell) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from editkit.errors import EditkitError
 from editkit.workbench.bench import Bench
 from editkit.workbench.desk import Desk
 from editkit.workbench.guard import HEADERS, Guard
-from editkit.workbench.handlers import LATEST, answer
-from editkit.workbench.worker import Job, Worker
+from editkit.workbench.handlers import AT_ONCE, LATEST, answer
+from editkit.workbench.worker import Job, Worker, defect
 
 LONGEST = 1 << 18  # bytes of a message
 TABS = 32
@@ -160,6 +160,14 @@ def _take(text: str, worker: Worker, desk: Desk, send: Callable[[dict[str, Any]]
     name = str(message.get("do"))
     if name == "stop":
         worker.stop(desk)
+        return
+    if name in AT_ONCE:
+        try:
+            send({"id": number, "kind": "done", "value": answer(desk, message, lambda part: None), "notes": []})
+        except EditkitError as error:
+            send({"id": number, "kind": "error", "text": str(error)})
+        except Exception as error:
+            send({"id": number, "kind": "error", "text": defect(error)})
         return
     job = Job(desk, number, name, partial(answer, desk, message), send, latest=name in LATEST)
     try:

@@ -146,9 +146,7 @@ class Worker:
         except EditkitError as error:
             job.say("error", text=str(error))
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            job.say("error", text=f"{type(error).__name__} inside the workbench; the terminal shows where. The model "
-                    "is as it was.")  # fmt: skip
+            job.say("error", text=defect(error))
         if self.bench.small:
             self._verify(job.send)
         else:
@@ -174,6 +172,12 @@ class Worker:
             if place + ahead:
                 other = self._running is not None and self._running.tab is not job.tab
                 job.say("waiting", place=place + ahead, other=other)
+
+
+def defect(error: Exception) -> str:
+    """What a page says of an error that is none of the user's; the terminal gets where it came from."""
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__} inside the workbench; the terminal shows where. The model is as it was."
 
 
 def _part(job: Job, part: dict[str, Any]) -> None:
