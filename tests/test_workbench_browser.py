@@ -236,6 +236,7 @@ def test_a_script_in_a_subject_is_text(context: Any, url: str) -> None:
     page.click("#compute")
     page.click("text=Apply it")
     expect(page.locator("#steps .title")).to_contain_text("<script>")
+    expect(page.locator("#python")).to_contain_text("edit.save")
     page.reload()  # and from the link
     expect(page.locator("#steps .title")).to_contain_text("<script>")
     assert (
