@@ -1,7 +1,9 @@
 """The workbench without a browser: a desk's answers, its stack, what it leaves with, and what it refuses."""
 
 import json
+import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from editkit.report.html import render
 from editkit.settings import TraceSettings
 from editkit.testing.tiny import tiny_lm
 from editkit.tracing import proposed_block, trace
+from editkit.workbench import __main__ as command
 from editkit.workbench import leaving, recipe
 from editkit.workbench.bench import Bench
 from editkit.workbench.desk import Desk
+from editkit.workbench.guard import Guard
 from editkit.workbench.handlers import answer
 from editkit.workbench.page import page_of
 
@@ -189,6 +193,26 @@ def test_the_texts_make_the_very_same_edit(edited: Desk, tmp_path: Path, monkeyp
     go(edited, "undo")
 
 
+def test_the_command_makes_the_very_same_edit(
+    edited: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, total = go(edited, "texts"), nothing_or(edited.total())
+    monkeypatch.chdir(tmp_path)
+    program = shlex.split(texts["command"])
+    assert program[:3] == ["python", "-m", "editkit.workbench"]
+    assert command.main(program[3:]) == 0
+    assert Edit.load("edit.safetensors").digest == total.digest and total.digest in capsys.readouterr().out
+    assert command.main([*program[3:5], "--rebuild", "x"]) == 1
+    assert "The link is damaged" in capsys.readouterr().err
+
+
+def test_it_listens_to_this_machine_alone_unless_it_is_asked() -> None:
+    options = command._parser().parse_args([])
+    assert Guard.of(options.host) == Guard("127.0.0.1", "")
+    with command._listen(options.host, 0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+
+
 def test_the_page_is_escaped_and_whole(edited: Desk) -> None:
     evil = Desk(edited.bench)
     go(evil, "compute", **QUICK, prompt="<script>alert(1)</script> is in the city of",
@@ -241,7 +265,11 @@ def test_a_state_of_another_model_is_refused(edited: Desk) -> None:
         go(Desk(edited.bench), "restore", state=recipe.packed(twice))
 
 
-def test_a_file_of_another_place_is_not_offered(bench: Bench, tmp_path: Path) -> None:
+def test_a_file_of_another_place_is_not_offered(bench: Bench, edited: Desk, tmp_path: Path) -> None:
+    step = edited.stack[0].step
+    assert bench.kept(step.made, step.digest) is not None
+    lying = replace(step.made, fact=replace(step.made.fact, target_new="Oslo"))
+    assert bench.kept(lying, step.digest) is None  # a link that names another edit's digest
     assert bench.kept(recipe.Made(Fact("{} is", "x", "y"), "ft_l", {}), "../../" + "a" * 58) is None
     with pytest.raises(EditkitError, match="not in the workbench's folder"):
         bench.offer(tmp_path / "secret", "secret")

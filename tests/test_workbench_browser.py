@@ -7,7 +7,6 @@ import http.server
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 import zipfile
@@ -297,8 +296,3 @@ def test_every_control_has_a_name(context: Any, url: str) -> None:
     )
     assert nameless == []
     assert re.search("lang=.en", page.content()) and page.wrong == []
-
-
-def test_the_socket_is_this_machines() -> None:
-    with _listen("127.0.0.1", 0) as listening:
-        assert listening.getsockname()[0] == "127.0.0.1" and isinstance(listening, socket.socket)

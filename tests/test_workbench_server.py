@@ -231,6 +231,19 @@ def test_a_defect_is_no_traceback_and_a_changed_model_answers_nothing(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_large_model_is_compared_when_nobody_waits(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("editkit.workbench.worker.IDLE", 0.05)
+    worker.bench.small, worker.bench.base = False, SimpleNamespace(digest="d" * 64)  # type: ignore[assignment]
+    heard: Heard = []
+    worker.submit(job("a", 1, heard, lambda tell: {}))
+    for _ in range(500):
+        badges = [said["equal"] for said in heard if said["kind"] == "badge"]
+        if len(badges) == 2:
+            break
+        threading.Event().wait(0.01)
+    assert badges == [None, True]
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 

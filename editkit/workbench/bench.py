@@ -7,7 +7,7 @@ import contextlib
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,17 @@ class Bench:
         return Step(made, edit)
 
     def kept(self, made: Made, digest: str) -> Step | None:
-        """The step of this digest from its file; None where there is no such file, or it is damaged."""
+        """The step of this digest from its file; None where there is no such file, or it is damaged or of another fact
+        or method."""
         if not DIGEST.fullmatch(digest) or not self._edit_file(digest).is_file():
             return None
         try:
             edit = Edit.load(self._edit_file(digest))
         except EditFileError:
             return None
-        return Step(made, edit) if edit.digest == digest else None
+        how = edit.provenance
+        same = how.get("method") == made.method and how.get("facts") == [asdict(made.fact)]
+        return Step(made, edit) if same and edit.digest == digest else None
 
     def _edit_file(self, digest: str) -> Path:
         return self.folder / "edits" / f"{digest}.safetensors"

@@ -108,24 +108,26 @@ class Worker:
     # --- in the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            self._do(job)
-            with self._change:
-                self._running = None
+        while not self._closed:
+            job = self._next()
+            if job is not None:
+                self._do(job)
+                with self._change:
+                    self._running = None
+            elif self._unverified is not None and not self._closed:
+                self._verify(self._unverified)
 
     def _next(self) -> Job | None:
-        """The next job, waited for; None at the end. A large model is compared in a pause."""
+        """The next job, waited for; None at the end, and in a pause in which a large model can be compared."""
         with self._change:
-            while not self._closed:
-                if self._waiting:
-                    self._running = self._waiting.pop(0)
-                    self._tell_places()
-                    return self._running
-                if self._unverified is None:
-                    self._change.wait()
-                elif not self._change.wait(IDLE) and not self._waiting and not self._closed:
-                    self._verify(self._unverified)
-        return None
+            while not self._waiting and not self._closed:
+                if not self._change.wait(None if self._unverified is None else IDLE):
+                    return None
+            if self._closed:
+                return None
+            self._running = self._waiting.pop(0)
+            self._tell_places()
+            return self._running
 
     def _do(self, job: Job) -> None:
         if self._broken:
