@@ -46,18 +46,23 @@ class Commands:
         """Run one command; the exit code. An error is one line, and a traceback where EDITKIT_TRACEBACK is set."""
         options = self._parser.parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = options.command
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"editkit: warning: {message}", file=sys.stderr)
-            try:
-                return command(options)
-            except EditkitError as error:
-                if environ.get("EDITKIT_TRACEBACK"):
-                    traceback.print_exception(error)
-                print(f"editkit: {error}", file=sys.stderr)
-                return error.exit_code
-            except KeyboardInterrupt:
-                print(self._interrupted, file=sys.stderr)
-                return 130
+        return answered(lambda: command(options), self._interrupted)
+
+
+def answered(command: Callable[[], int], interrupted: str) -> int:
+    """Run a command; its exit code, or that of its error. `interrupted`: what Ctrl-C is answered with."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"editkit: warning: {message}", file=sys.stderr)
+        try:
+            return command()
+        except EditkitError as error:
+            if environ.get("EDITKIT_TRACEBACK"):
+                traceback.print_exception(error)
+            print(f"editkit: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr)
+            return 130
 
 
 def model_options(one: argparse.ArgumentParser, about: str, *, required: bool = True) -> None:

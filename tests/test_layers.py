@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "editkit"
 
 # Bottom first; rooms on one line do not know each other.
 LAYERS = [
-    {"editkit", "errors", "nethook", "numbers", "shown", "start"},
+    {"editkit", "errors", "nethook", "numbers", "progress", "shown", "start"},
     {"corpora", "files", "registry", "settings"},
     {"tensorfiles"},
     {"models"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"report"},
     {"plots"},
     {"doctor", "tasks", "testing"},
-    {"config"},
+    {"config", "workbench"},
     {"run"},
     {"__main__"},
 ]

@@ -36,6 +36,8 @@ def test_the_wheel_holds_what_a_run_needs(wheel: Path) -> None:
         assert f"editkit/{name}" in names
     for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md"):
         assert f"editkit/models/atlas/{name}" in names
+    for path in (ROOT / "editkit" / "workbench" / "static").iterdir():
+        assert f"editkit/workbench/static/{path.name}" in names
     assert all(name.startswith("editkit") for name in names)
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from editkit.errors import EditkitError, did_you_mean
 from editkit.files import whole
@@ -24,6 +23,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.tokens import Rows, tokenise
 from editkit.moments import cache_folder
 from editkit.nethook import Trace
+from editkit.progress import Bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -121,7 +121,7 @@ def features(
     with whole(path) as temporary, whole(copy) as mapped, ExitStack() as stack:
         total = len(texts) if isinstance(texts, Sized) else None
         bar = stack.enter_context(
-            tqdm(total=total, unit="text", desc="features", disable=not progress, delay=3, leave=False)
+            Bar(total=total, unit="text", desc="features", disable=not progress, delay=3, leave=False)
         )
         parquet: Any = None
         arrow: Any = None

@@ -5,7 +5,7 @@ from editkit.edits.edit import Applied, Base, Edit, base_of, compressed, relativ
 from editkit.edits.requantized import Requantized, requantized
 from editkit.edits.routing import RoutingChange, routing_change, routing_report
 from editkit.edits.spectra import Spectrum, alignment, spectra
-from editkit.edits.stacked import apply_files, write_checkpoint
+from editkit.edits.stacked import apply_files, stack, write_checkpoint
 
 __all__ = [
     "Applied",
@@ -27,5 +27,6 @@ __all__ = [
     "routing_change",
     "routing_report",
     "spectra",
+    "stack",
     "write_checkpoint",
 ]

@@ -1,10 +1,12 @@
 """Edit files put together: several on one model in the order they were made, and as a checkpoint of their own.
 
-A sum of edits needs them to be of one base (`Edit.__add__`); what was computed one on top of the other needs its order.
+A sum of edits needs them to be of one base (`Edit.__add__`); what was computed one on top of the other needs its order,
+and may be given strengths (`stack`).
 """
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -52,11 +54,43 @@ def apply_files(paths: Sequence[str | Path], lm: LanguageModel) -> Iterator[Appl
         before.append(edit.digest)
         deltas += list(edit.deltas)
         installed += list(edit.installed)
-    weights = {delta.parameter: edited_digest(lm, delta.parameter) for delta in deltas}
-    now = tuple(replace(delta, before=weights[delta.parameter]) for delta in joined(deltas))
     how = {"method": "files", "digests": before}
-    with Edit(now, base, how, installed=tuple(installed)).applied(lm) as applied:
+    with Edit(_on(lm, deltas), base, how, installed=tuple(installed)).applied(lm) as applied:
         yield applied
+
+
+def stack(lm: LanguageModel, edits: Sequence[Edit], factors: Sequence[float] | None = None) -> Edit:
+    """Σ factor · edit as one edit of `lm` as it is now. Each edit may have been computed on top of others, of these or
+    not: it adds its ΔW.
+
+    - `edits`: in the order they go on the model. `factors`: the strength of each; None: 1 for all.
+
+    One edit of `lm` itself at strength 1 is returned as it is, with its digest. Raises EditkitError for no edit, for
+    factors that are not finite or of another number, for an edit of other modules, and for one that is more than a
+    change of weights at another strength than 1.
+    """
+    factors = [1.0] * len(edits) if factors is None else list(factors)
+    if not edits or len(factors) != len(edits) or not all(map(math.isfinite, factors)):
+        raise EditkitError(
+            f"{len(edits)} edits were given with the factors {factors}: give one finite factor for each."
+        )
+    base = base_of(lm)
+    if len(edits) == 1 and factors[0] == 1.0 and edits[0].base.digest == base.digest and not edits[0].parents:
+        return edits[0]
+    deltas = []
+    for edit, factor in zip(edits, factors, strict=True):
+        if factor != 1.0:
+            edit.require_weights(f"A strength of {factor:g}")
+        deltas += [replace(delta, left=factor * delta.left) if factor != 1.0 else delta for delta in edit.deltas]
+    of = [{"factor": f, "digest": e.digest, "provenance": e.provenance} for e, f in zip(edits, factors, strict=True)]
+    installed = tuple(each for edit in edits for each in edit.installed)
+    return Edit(_on(lm, deltas), base, {"method": "stack", "of": of}, installed=installed)
+
+
+def _on(lm: LanguageModel, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
+    """The sum of changes, one for each weight, as changes of the weights of `lm` as they are now."""
+    weights = {delta.parameter: edited_digest(lm, delta.parameter) for delta in deltas}
+    return tuple(replace(delta, before=weights[delta.parameter]) for delta in joined(deltas))
 
 
 MADE_OF = "edits.json"  # in a checkpoint: what was merged into it

@@ -31,7 +31,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from tqdm import tqdm
 
 from editkit.edits import Edit, base_of
 from editkit.errors import EditkitError
@@ -49,6 +48,7 @@ from editkit.models.passes import CannotReplay
 from editkit.models.precision import wide, widened
 from editkit.models.snapshot import installed_meanwhile
 from editkit.nethook import requires_grad
+from editkit.progress import Bar
 from editkit.settings import Constants, WeightlessSettings, require, require_one_of
 
 TOGETHER = 16  # facts whose values are found side by side
@@ -166,7 +166,7 @@ def _values(
     losses: dict[int, list[float]] = {}
     name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
     total = settings.steps * len(facts)
-    bar = tqdm(total=total, desc=f"value for {name}", disable=not progress, leave=False, delay=1)
+    bar = Bar(total=total, desc=f"value for {name}", disable=not progress, leave=False, delay=1)
     with bar, widened(lm), requires_grad(lm.model, only=[]):
         for begin in range(0, len(order), TOGETHER):
             part = order[begin : begin + TOGETHER]

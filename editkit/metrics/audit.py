@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from editkit.corpora import Atlas, AtlasFact, load_atlas
 from editkit.edits.edit import Edit
@@ -31,6 +30,7 @@ from editkit.metrics.metric import AFTER, COUNT, Metric, Protocol, Score, regist
 from editkit.models.experts import keys_of
 from editkit.models.generate import generate_batch
 from editkit.models.load import LanguageModel
+from editkit.progress import Bar
 from editkit.shown import Rows, Shown
 
 BATCH = 128  # prompts side by side
@@ -95,7 +95,7 @@ def answers(lm: LanguageModel, atlas: Atlas | None = None, *, progress: bool = T
     # Side by side are prompts whose answers are about as long: a symbol need not wait for a name.
     order = sorted(range(len(prompts)), key=lambda i: (longest[atlas.facts[i].relation], len(prompts[i])))
     said: dict[int, str] = {}
-    with tqdm(total=len(order), desc="every fact", unit="fact", disable=not progress, delay=1, leave=False) as bar:
+    with Bar(total=len(order), desc="every fact", unit="fact", disable=not progress, delay=1, leave=False) as bar:
         for begin in range(0, len(order), BATCH):
             part = order[begin : begin + BATCH]
             tokens = longest[atlas.facts[part[-1]].relation] + 1

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from editkit.corpora import running_text
 from editkit.errors import ConfigError, EditkitError, OutputError
@@ -28,6 +27,7 @@ from editkit.models.snapshot import uninterrupted
 from editkit.moments.group import LostProcessError
 from editkit.moments.moment import PARTIAL_FILE, SecondMoment
 from editkit.nethook import Trace, get_module
+from editkit.progress import Bar
 from editkit.settings import MomentSettings
 from editkit.tensorfiles import FileKind, explained, read_tensors, write_tensors
 
@@ -250,7 +250,7 @@ def collect(
     behind = share.behind(-(-sums.count // (rows * length)))  # batches of the text; only its last may be smaller
     goal = tokens if together is not None else -(-tokens // share.of)
     due = time.monotonic() + SAVE_EVERY
-    bar = tqdm(
+    bar = Bar(
         total=goal,
         initial=min(sums.count, goal),
         unit="key",
@@ -283,7 +283,7 @@ def collect(
                     sums.count += ids.numel()
                     sums.documents, sums.waiting = blocks.documents, blocks.waiting
                 done = sums.count if together is None else together(sums.count)
-                bar.update(min(done, goal) - bar.n)
+                bar.update(min(done, goal) - bar.done)
                 if save is not None and time.monotonic() >= due:
                     began = time.monotonic()
                     save(sums)

@@ -28,6 +28,7 @@ _PUBLIC = {
     "embedding_std": "corruption",
     "parts_of": "prompt",
     "propose_layers": "proposal",
+    "proposed_block": "proposal",
     "trace": "prompt",
 }
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "embedding_std",
     "parts_of",
     "propose_layers",
+    "proposed_block",
     "trace",
 ]
 
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from editkit.tracing.average import AverageTrace, average_trace
     from editkit.tracing.corruption import embedding_std
     from editkit.tracing.prompt import PARTS, Traced, parts_of, trace
-    from editkit.tracing.proposal import Proposal, propose_layers
+    from editkit.tracing.proposal import Proposal, propose_layers, proposed_block
 
 
 def __getattr__(name: str) -> Any:

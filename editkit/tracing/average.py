@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from editkit.errors import EditkitError, FactError
 from editkit.facts import Fact
 from editkit.models.evalmode import in_eval_mode
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import encode_with_targets, spaced
+from editkit.progress import Bar
 from editkit.settings import TraceSettings
 from editkit.shown import Rows, Shown
 from editkit.tracing.corruption import embedding_std
@@ -197,7 +197,7 @@ def trace_each(
     """
     others = list(dict.fromkeys(fact.subject for fact in facts)) if others is None else others
     count = 0
-    with tqdm(
+    with Bar(
         total=len(facts), initial=len(done), desc="average trace", unit="fact", disable=not progress, delay=1
     ) as bar:
         for number, fact in enumerate(facts):

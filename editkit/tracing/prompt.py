@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from editkit.facts import Fact
 from editkit.models.evalmode import in_eval_mode
@@ -15,6 +14,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.precision import widened
 from editkit.models.tokens import tokenise
+from editkit.progress import Bar
 from editkit.settings import TraceSettings
 from editkit.shown import Rows, Shown
 from editkit.tracing.corruption import embedding_std, noised, swapped
@@ -173,7 +173,7 @@ def trace(
         shape = rows.last(0) + 1, lm.layers
         scores = {kind: torch.full(shape, model.corrupted, dtype=torch.float64) for kind in settings.kinds}
         total = len(settings.kinds) * (shape[0] - first)
-        with tqdm(total=total, desc=f"trace of {fact.subject}", disable=not progress, leave=False, delay=1) as bar:
+        with Bar(total=total, desc=f"trace of {fact.subject}", disable=not progress, leave=False, delay=1) as bar:
             for kind, table in scores.items():
                 places = places_of(kind, lm.layers, window)
                 for token in range(first, shape[0]):

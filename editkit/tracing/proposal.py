@@ -1,4 +1,4 @@
-"""Which blocks to edit, from an average trace, with the evidence."""
+"""Which blocks to edit, from an average trace, with the evidence; or from the trace of one prompt, as a first guess."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 from editkit.errors import EditkitError
 from editkit.shown import Rows, Shown, counted
 from editkit.tracing.average import AverageTrace
-from editkit.tracing.prompt import PARTS
+from editkit.tracing.prompt import PARTS, Traced
 
 WHERE = PARTS.index("last subject token")
 
@@ -88,6 +88,20 @@ def propose_layers(average: AverageTrace, n: int = 1) -> Proposal:
         total_effect=average.total_effect,
         facts=len(average.texts),
     )
+
+
+def proposed_block(traced: Traced) -> int:
+    """The block whose MLP output at the last subject token has the largest indirect effect; the last block is left out.
+
+    One prompt says less than an average (`propose_layers`). Raises EditkitError where the trace has no "mlp", or the
+    model one block.
+    """
+    if "mlp" not in traced.probability:
+        raise EditkitError(f"A proposal is made from the kind 'mlp'; the trace has {', '.join(traced.probability)}.")
+    effect = traced.indirect_effect("mlp")[traced.subject[1], :-1]
+    if not len(effect):
+        raise EditkitError("The model has one block: nothing to choose.")
+    return int(effect.argmax())
 
 
 def _named(layers: tuple[int, ...]) -> str:

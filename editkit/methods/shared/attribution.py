@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from editkit.methods.shared.engine import Batch, Engine, FactRows, FullDepth, Replayed
 from editkit.models.architecture import as_matrix, experts_in, orientation, weight_name
@@ -33,6 +32,7 @@ from editkit.models.products import quick_products
 from editkit.models.replay import Replay, replay
 from editkit.models.tokens import Rows, Scored, unflatten
 from editkit.nethook import Trace, get_module, requires_grad
+from editkit.progress import Bar
 
 ROWS = 256  # points × prompts of a run, about
 
@@ -70,7 +70,7 @@ def attributed(
     with widened(lm), requires_grad(lm.model, only=[]):
         runs = _started(lm, layers, rows, at, engine)
         found = {}
-        for layer in tqdm(layers, desc=f"units for {name}", disable=not progress, leave=False, delay=1):
+        for layer in Bar(layers, desc=f"units for {name}", disable=not progress, leave=False, delay=1):
             found[layer] = _of_block(lm, layer, runs, tokens, steps)
         return found
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from tqdm import tqdm
 
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import Scored, encode_with_targets, spaced
+from editkit.progress import Bar
 from editkit.settings import TuningSettings
 
 
@@ -73,7 +73,7 @@ def descend(
         batches = fixed.copy
     losses: list[dict[str, float]] = []
     name = facts[0].subject if len(facts) == 1 else f"{len(facts)} facts"
-    with tqdm(range(settings.steps), desc=f"tuning for {name}", disable=not progress, leave=False, delay=1) as bar:
+    with Bar(range(settings.steps), desc=f"tuning for {name}", disable=not progress, leave=False, delay=1) as bar:
         for number in bar:
             total = 0.0
             for scored in batches():

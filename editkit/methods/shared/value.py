@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div, log_softmax
-from tqdm import tqdm
 
 from editkit.facts import Fact
 from editkit.methods.shared.engine import AtLookup, Batch, Engine, FactRows, FullDepth, Replayed, bytes_of
@@ -29,6 +28,7 @@ from editkit.models.load import LanguageModel
 from editkit.models.passes import CannotReplay
 from editkit.models.precision import widened
 from editkit.nethook import requires_grad
+from editkit.progress import Bar
 from editkit.settings import ValueSettings
 
 CPU_BYTES = 2**29  # a batch's share of memory: about what one fact takes at full depth; a larger one is no faster
@@ -152,7 +152,7 @@ class _Bar:
     def __init__(self, name: str, facts: int, steps: int, progress: bool) -> None:
         self._single = facts == 1
         total = steps if self._single else facts
-        self._bar = tqdm(total=total, desc=f"value for {name}", disable=not progress, leave=False)
+        self._bar = Bar(total=total, desc=f"value for {name}", disable=not progress, leave=False)
 
     def __enter__(self) -> "_Bar":
         return self

@@ -1,0 +1,148 @@
+"""How long a page of the workbench waits: from a request on its socket to the answer. Median of some repeats.
+
+    python scripts/workbench_times.py --json experiments/workbench/times.json
+    python scripts/workbench_times.py --shapes gpt2-small --audits 1
+
+The atlas model, and models of real sizes with random weights (shapes.py), which know no facts: the audit of one is what
+it takes to ask every fact once, after which the workbench says that it does not know this world.
+
+    answer   what the model says of a fact: next tokens, twelve tokens of text, both answers
+    picture  from the request for a trace to its first map (MLP)
+    trace    to all three maps
+    edit     r_rome, computed and its side effects predicted; second moments and contexts are there
+    slider   another strength: the prompts of the edit asked before and after
+    say      24 tokens of free text, without the edits and with them
+    audit    every fact of the atlas with the edits in force
+
+The first of each is left out, but named (`first`): it collects second moments, draws contexts, or asks the unedited
+model.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import uvicorn
+from machine import commit, processor
+from shapes import model_of
+from tqdm import tqdm
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
+
+from editkit.files import write_text
+from editkit.models.load import LanguageModel
+from editkit.workbench.__main__ import _listen
+from editkit.workbench.bench import Bench
+from editkit.workbench.guard import Guard
+from editkit.workbench.server import application
+
+FACT = {"prompt": "The Eiffel Tower is located in the city of", "subject": "The Eiffel Tower"}
+FACT |= {"new": "Rome", "true": "Paris"}
+
+
+class Page:
+    """What a page does with its socket, and when it hears what."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket, self.number = socket, 0
+
+    def ask(self, name: str, **fields: Any) -> tuple[float, float]:
+        """Seconds to the first map of a trace (or the end), and to the end. An error that is said is an end too."""
+        self.number += 1
+        began, first = time.perf_counter(), 0.0
+        self.socket.send(json.dumps({"id": self.number, "do": name, **fields}))
+        while True:
+            said = json.loads(self.socket.recv())
+            now = time.perf_counter() - began
+            if said.get("id") != self.number:
+                continue
+            if said["kind"] == "part" and "trace" in said["value"] and not first:
+                first = now
+            if said["kind"] in ("done", "error"):
+                return first or now, now
+
+
+def measure(page: Page, layer: int, repeats: int, audits: int) -> dict[str, Any]:
+    """Seconds of each request: the first, and the median, least and most of the repeats."""
+    edit = {"method": "r_rome", "settings": {"layer": layer}, **FACT}
+    found: dict[str, Any] = {}
+
+    def time_of(name: str, ask: Callable[[int], tuple[float, float]], count: int) -> None:
+        first = ask(0)
+        times = [ask(1 + i) for i in tqdm(range(count), desc=name, leave=False, delay=1)]
+        for which, of in (("picture", 0), ("trace", 1)) if name == "trace" else ((name, 1),):
+            own = sorted(each[of] for each in times)
+            row = {"n": count, "median": statistics.median(own) if own else None, "runs": own}
+            found[which] = {"first": first[of], **row}
+
+    time_of("answer", lambda i: page.ask("ask", **FACT), repeats)
+    time_of("trace", lambda i: page.ask("where", seed=i, **FACT), repeats)
+    time_of("edit", lambda i: page.ask("compute", seed=0, **edit), repeats)
+    page.ask("apply")
+    time_of("slider", lambda i: page.ask("strength", number=0, value=0.5 + 0.05 * i), repeats)
+    time_of("say", lambda i: page.ask("say", prompt=FACT["prompt"], tokens=24), repeats)
+    time_of("audit", lambda i: page.ask("audit"), audits)
+    return found
+
+
+def served(lm: LanguageModel, layer: int, repeats: int, audits: int) -> dict[str, Any]:
+    """Serve the model to a page of this process, and measure."""
+    ready, listening = threading.Event(), _listen("127.0.0.1", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        app = application(Bench(lm, Path(folder)), Guard(), ready.set)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="websockets-sansio"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        ready.wait()
+        origin = Origin(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        with connect(f"ws{origin[4:]}/socket", origin=origin, max_size=None, ping_timeout=None) as socket:
+            page = Page(socket)
+            page.ask("hello")
+            found = measure(page, layer, repeats, audits)
+        server.should_exit = True
+        thread.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="atlas,gpt2-small", help="atlas, or names of shapes.py")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--audits", type=int, default=10, help="repeats of the audit, which takes longest")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    load_average = Path("/proc/loadavg")
+    about = {
+        "command": " ".join(["python", "scripts/workbench_times.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "cpu": processor(),
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
+        "threads": torch.get_num_threads(),
+        "load_before": load_average.read_text(encoding="ascii").split()[0] if load_average.exists() else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    path: Path | None = options.json
+    times = json.loads(path.read_text(encoding="utf-8"))["models"] if path is not None and path.exists() else {}
+    for name in options.shapes.split(","):
+        lm, layer = model_of(name, options.device)
+        times[name] = {"about": about, "seconds": served(lm, layer, options.repeats, options.audits)}
+        for what, row in times[name]["seconds"].items():
+            median = "–" if row["median"] is None else f"{row['median']:.2f} s"
+            print(f"{name:<12}{what:<9}{median:>10}   n {row['n']:<3} first {row['first']:.2f} s", flush=True)
+        if path is not None:
+            write_text(path, json.dumps({"models": times}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
