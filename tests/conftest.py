@@ -110,11 +110,20 @@ def surroundings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
+class RealRuns(dict[str, Path]):
+    """The folder of each task, by its name; the task runs when its folder is first asked for."""
+
+    def __init__(self, parent: Path) -> None:
+        self.parent = parent
+
+    def __missing__(self, task: str) -> Path:
+        return self.setdefault(task, really_run(self.parent / task, *TASKS[task]))
+
+
 @pytest.fixture(scope="session")
 def real_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of each task, really run once on the atlas model. Copy a folder to change it."""
-    parent = tmp_path_factory.mktemp("runs")
-    return {name: really_run(parent / name, *overrides) for name, overrides in TASKS.items()}
+    return RealRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
