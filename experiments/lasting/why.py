@@ -45,11 +45,14 @@ def run(folder: Path) -> None:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """Where each cell broke, and what it was like there."""
+    """Where each cell that has ended broke, and what it was like there."""
     found = []
     for method in METHODS:
         for facts in FACTS:
-            record = json.loads((folder / f"{method}-{facts}" / names.RECORD).read_text(encoding="utf-8"))
+            path = folder / f"{method}-{facts}" / names.RECORD
+            if not path.exists():
+                continue
+            record = json.loads(path.read_text(encoding="utf-8"))
             last = record["series"][-1]
             broken = record["data"].get("collapse")
             found.append(
