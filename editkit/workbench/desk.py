@@ -43,6 +43,7 @@ class Desk:
         self.audited: Audit | None = None
         self.compared: dict[str, Any] | None = None
         self.offered: list[str] = []  # words of files
+        self._before: tuple[Any, looks.Said] | None = None
         self._predicted: dict[tuple[str, float], list[dict[str, Any]]] = {}
 
     def leave(self) -> None:
@@ -257,13 +258,15 @@ class Desk:
         below = recipe.total_of(self.lm, [(self.history.known[d], s) for d, s in place.step.made.on_top])
         with self.bench.applied(without):
             probes = looks.probes_of(self.bench, fact, self.watched)
-            before = looks.Said.now(self.lm, probes)
+            key = None if without is None else without.digest, tuple(probes)
+            if self._before is None or self._before[0] != key:  # it is the same wherever the slider is
+                self._before = key, looks.Said.now(self.lm, probes)
         with self.bench.applied(total):
             after = looks.Said.now(self.lm, probes)
         with self.bench.applied(below):
             predicted, _ = self._predict(place.step, strength)
         about = {"step": self.stack.index(place), "strength": place.strength, "on": place.on, "fact": _fact_json(fact)}
-        return looks.compared(probes, before, after, predicted) | about
+        return looks.compared(probes, self._before[1], after, predicted) | about
 
     def _predict(self, step: Step, strength: float) -> tuple[list[dict[str, Any]] | None, str]:
         """What the step will do to its prompts, or why that cannot be said; on the model that it was computed on."""
