@@ -1,10 +1,10 @@
 """How long a page of the workbench waits: from a request on its socket to the answer. Median of some repeats.
 
     python scripts/workbench_times.py --json experiments/workbench/times.json
-    python scripts/workbench_times.py --shapes gpt2-small --audits 1
+    python scripts/workbench_times.py --shapes gpt2-small --audits 0 --json experiments/workbench/times.json
 
-The atlas model, and models of real sizes with random weights (shapes.py), which know no facts: the audit of one is what
-it takes to ask every fact once, after which the workbench says that it does not know this world.
+The atlas model, and models of real sizes with random weights (shapes.py), which know no facts: the first audit of one
+is what it takes to ask every fact once, after which the workbench says that it does not know this world.
 
     answer   what the model says of a fact: next tokens, twelve tokens of text, both answers
     picture  from the request for a trace to its first map (MLP)
@@ -14,8 +14,8 @@ it takes to ask every fact once, after which the workbench says that it does not
     say      24 tokens of free text, without the edits and with them
     audit    every fact of the atlas with the edits in force
 
-The first of each is left out, but named (`first`): it collects second moments, draws contexts, or asks the unedited
-model.
+The first of each is not among the repeats, but named (`first`): it collects second moments, draws contexts, or asks
+the unedited model. A README.md beside the JSON gets the table between its marks.
 """
 
 import argparse
@@ -33,6 +33,7 @@ import torch
 import transformers
 import uvicorn
 from machine import commit, processor
+from marked import between, table
 from shapes import model_of
 from tqdm import tqdm
 from websockets.sync.client import ClientConnection, connect
@@ -46,6 +47,7 @@ from editkit.workbench.guard import Guard
 from editkit.workbench.server import application
 
 FACT = {"prompt": "The Eiffel Tower is located in the city of", "subject": "The Eiffel Tower"}
+ROWS = ("answer", "picture", "trace", "edit", "slider", "say", "audit")
 FACT |= {"new": "Rome", "true": "Paris"}
 
 
@@ -142,6 +144,21 @@ def main() -> None:
             print(f"{name:<12}{what:<9}{median:>10}   n {row['n']:<3} first {row['first']:.2f} s", flush=True)
         if path is not None:
             write_text(path, json.dumps({"models": times}, indent=2) + "\n")
+    if path is not None and (readme := path.with_name("README.md")).exists():
+        between(readme, "times", lines_of(times))
+
+
+def lines_of(times: dict[str, Any]) -> list[str]:
+    """A table of what each request takes: the median, n in brackets, and the first."""
+    head = ["", *(f"{name}, median s" + part for name in times for part in (" (n)", "; the first"))]
+    rows = []
+    for what in ROWS:
+        cells = []
+        for model in times.values():
+            row = model["seconds"][what]
+            cells += ["–" if row["median"] is None else f"{row['median']:.2f} ({row['n']})", f"{row['first']:.2f}"]
+        rows.append([what, *cells])
+    return table(head, rows)
 
 
 if __name__ == "__main__":
