@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,30 +74,45 @@ class Page:
                 return first or now, now
 
 
-def measure(page: Page, layer: int, repeats: int, audits: int) -> dict[str, Any]:
-    """Seconds of each request: the first, and the median, least and most of the repeats."""
-    edit = {"method": "r_rome", "settings": {"layer": layer}, **FACT}
-    found: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Limits:
+    """How often each request is repeated; a row ends early when its repeats have taken `budget` seconds."""
 
-    def time_of(name: str, ask: Callable[[int], tuple[float, float]], count: int) -> None:
+    repeats: int
+    audits: int
+    budget: float
+
+
+def measure(page: Page, layer: int, limits: Limits, found: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Put into `found` the seconds of each request: the first, and the median and all of the repeats. `keep` is called
+    after each row."""
+    edit = {"method": "r_rome", "settings": {"layer": layer}, **FACT}
+
+    def time_of(name: str, ask: Callable[[int], tuple[float, float]], most: int = limits.repeats) -> None:
         first = ask(0)
-        times = [ask(1 + i) for i in tqdm(range(count), desc=name, leave=False, delay=1)]
+        times, began = list[tuple[float, float]](), time.perf_counter()
+        for i in tqdm(range(most), desc=name, leave=False, delay=1):
+            times.append(ask(1 + i))
+            if time.perf_counter() - began > limits.budget:
+                break
         for which, of in (("picture", 0), ("trace", 1)) if name == "trace" else ((name, 1),):
             own = sorted(each[of] for each in times)
-            row = {"n": count, "median": statistics.median(own) if own else None, "runs": own}
+            row = {"n": len(own), "median": statistics.median(own) if own else None, "runs": own}
             found[which] = {"first": first[of], **row}
+            median = "–" if row["median"] is None else f"{row['median']:.2f} s"
+            print(f"{which:<9}{median:>10}   n {row['n']:<3} first {first[of]:.2f} s", flush=True)
+        keep()
 
-    time_of("answer", lambda i: page.ask("ask", **FACT), repeats)
-    time_of("trace", lambda i: page.ask("where", seed=i, **FACT), repeats)
-    time_of("edit", lambda i: page.ask("compute", seed=0, **edit), repeats)
+    time_of("answer", lambda i: page.ask("ask", **FACT))
+    time_of("trace", lambda i: page.ask("where", seed=i, **FACT))
+    time_of("edit", lambda i: page.ask("compute", seed=0, **edit))
     page.ask("apply")
-    time_of("slider", lambda i: page.ask("strength", number=0, value=0.5 + 0.05 * i), repeats)
-    time_of("say", lambda i: page.ask("say", prompt=FACT["prompt"], tokens=24), repeats)
-    time_of("audit", lambda i: page.ask("audit"), audits)
-    return found
+    time_of("slider", lambda i: page.ask("strength", number=0, value=0.5 + 0.05 * i))
+    time_of("say", lambda i: page.ask("say", prompt=FACT["prompt"], tokens=24))
+    time_of("audit", lambda i: page.ask("audit"), limits.audits)
 
 
-def served(lm: LanguageModel, layer: int, repeats: int, audits: int) -> dict[str, Any]:
+def served(lm: LanguageModel, layer: int, limits: Limits, found: dict[str, Any], keep: Callable[[], None]) -> None:
     """Serve the model to a page of this process, and measure."""
     ready, listening = threading.Event(), _listen("127.0.0.1", 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,10 +125,9 @@ def served(lm: LanguageModel, layer: int, repeats: int, audits: int) -> dict[str
         with connect(f"ws{origin[4:]}/socket", origin=origin, max_size=None, ping_timeout=None) as socket:
             page = Page(socket)
             page.ask("hello")
-            found = measure(page, layer, repeats, audits)
+            measure(page, layer, limits, found, keep)
         server.should_exit = True
         thread.join()
-    return found
 
 
 def main() -> None:
@@ -120,6 +135,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="atlas,gpt2-small", help="atlas, or names of shapes.py")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--audits", type=int, default=10, help="repeats of the audit, which takes longest")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds after which a row's repeats end early")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -138,12 +154,15 @@ def main() -> None:
     times = json.loads(path.read_text(encoding="utf-8"))["models"] if path is not None and path.exists() else {}
     for name in options.shapes.split(","):
         lm, layer = model_of(name, options.device)
-        times[name] = {"about": about, "seconds": served(lm, layer, options.repeats, options.audits)}
-        for what, row in times[name]["seconds"].items():
-            median = "–" if row["median"] is None else f"{row['median']:.2f} s"
-            print(f"{name:<12}{what:<9}{median:>10}   n {row['n']:<3} first {row['first']:.2f} s", flush=True)
-        if path is not None:
-            write_text(path, json.dumps({"models": times}, indent=2) + "\n")
+        times[name] = {"about": about, "seconds": {}}
+
+        def keep() -> None:
+            if path is not None:
+                write_text(path, json.dumps({"models": times}, indent=2) + "\n")
+
+        print(name, flush=True)
+        limits = Limits(options.repeats, options.audits, options.budget)
+        served(lm, layer, limits, times[name]["seconds"], keep)
     if path is not None and (readme := path.with_name("README.md")).exists():
         between(readme, "times", lines_of(times))
 
@@ -155,7 +174,7 @@ def lines_of(times: dict[str, Any]) -> list[str]:
     for what in ROWS:
         cells = []
         for model in times.values():
-            row = model["seconds"][what]
+            row = model["seconds"].get(what, {"first": float("nan"), "median": None})
             cells += ["–" if row["median"] is None else f"{row['median']:.2f} ({row['n']})", f"{row['first']:.2f}"]
         rows.append([what, *cells])
     return table(head, rows)
