@@ -1,7 +1,7 @@
 """How long a page of the workbench waits: from a request on its socket to the answer. Median of some repeats.
 
     python scripts/workbench_times.py --json experiments/workbench/times.json
-    python scripts/workbench_times.py --shapes gpt2-small --audits 0 --json experiments/workbench/times.json
+    python scripts/workbench_times.py --shapes gpt2-small --budget 60
 
 The atlas model, and models of real sizes with random weights (shapes.py), which know no facts: the first audit of one
 is what it takes to ask every fact once, after which the workbench says that it does not know this world.
@@ -56,7 +56,7 @@ class Page:
     """What a page does with its socket, and when it hears what."""
 
     def __init__(self, socket: ClientConnection) -> None:
-        self.socket, self.number = socket, 0
+        self.socket, self.number, self.refused = socket, 0, False
 
     def ask(self, name: str, **fields: Any) -> tuple[float, float]:
         """Seconds to the first map of a trace (or the end), and to the end. An error that is said is an end too."""
@@ -71,6 +71,7 @@ class Page:
             if said["kind"] == "part" and "trace" in said["value"] and not first:
                 first = now
             if said["kind"] in ("done", "error"):
+                self.refused = said["kind"] == "error"
                 return first or now, now
 
 
@@ -91,7 +92,7 @@ def measure(page: Page, layer: int, limits: Limits, found: dict[str, Any], keep:
     def time_of(name: str, ask: Callable[[int], tuple[float, float]], most: int = limits.repeats) -> None:
         first = ask(0)
         times, began = list[tuple[float, float]](), time.perf_counter()
-        for i in tqdm(range(most), desc=name, leave=False, delay=1):
+        for i in tqdm(range(0 if page.refused else most), desc=name, leave=False, delay=1):
             times.append(ask(1 + i))
             if time.perf_counter() - began > limits.budget:
                 break
