@@ -7,7 +7,7 @@ The atlas model, and models of real sizes with random weights (shapes.py), which
 is what it takes to ask every fact once, after which the workbench says that it does not know this world.
 
     answer   what the model says of a fact: next tokens, twelve tokens of text, both answers
-    picture  from the request for a trace to its first map (MLP)
+    picture  from the request for a trace, with 10 samples of noise, to its first map (MLP)
     trace    to all three maps
     edit     r_rome, computed and its side effects predicted; second moments and contexts are there
     slider   another strength: the prompts of the edit asked before and after

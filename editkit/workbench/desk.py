@@ -16,6 +16,7 @@ from editkit.metrics.scoring import score_targets, top_next
 from editkit.models.generate import generate
 from editkit.models.offload import values_of
 from editkit.models.tokens import tokenise
+from editkit.settings import TraceSettings
 from editkit.tracing import Traced
 from editkit.workbench import looks, messages, recipe, where
 from editkit.workbench.bench import Bench
@@ -107,9 +108,10 @@ class Desk:
     def where(self, message: Message, tell: Tell) -> dict[str, Any]:
         """The logit lens and the causal trace of the fact's prompt, on the model with the stack."""
         fact, seed = messages.fact(message, asked_only=True), messages.whole(message, "seed", *SEEDS)
+        samples = messages.whole(message, "samples", 1, 100) if "samples" in message else TraceSettings().samples
         with self.bench.applied(self.total()):
             tell({"lens": where.lens(self.lm, fact)})
-            self.traced = where.traced(self.lm, fact, seed, tell)
+            self.traced = where.traced(self.lm, fact, samples, seed, tell)
         return {}
 
     # --- edit ---------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ async function begin() {
   app.model = hello.model;
   const {name, parameters, dtype, device} = hello.model;
   $("model").textContent = `${name} · ${(parameters / 1e6).toFixed(1)} M parameters · ${dtype} on ${device}`;
+  if (!hello.model.small) $("samples").value = "4";  // the paper's 10 take their time
   edit.start(hello);
   factPart.start();
   where.start();

@@ -15,7 +15,7 @@ export function start() {
 export async function traced() {
   $("map").setAttribute("aria-busy", "true");
   at = null;
-  await ask("where", {...fact(), seed: seed()}, (part) => {
+  await ask("where", {...fact(), seed: seed(), samples: Number($("samples").value) || 10}, (part) => {
     if (part.lens) lens(part.lens);
     if (part.trace) { trace = part.trace; if (!trace.values[kind]) kind = "mlp"; draw(); }
   });
