@@ -31,7 +31,8 @@ function draw(shows) {
   const groups = new Map();
   rows.forEach((row, i) => groups.set(row.relation, [...(groups.get(row.relation) ?? []), i]));
   const changes = (members) => members.filter((i) => moved(rows[i])).length;
-  const sorted = [...groups].sort(([a, mine], [b, theirs]) => changes(theirs) - changes(mine) || a.localeCompare(b));
+  const other = (members) => members.filter((i) => rows[i].changed || rows[i].edited).length;
+  const sorted = [...groups].sort(([a, mine], [b, theirs]) => other(theirs) - other(mine) || a.localeCompare(b));
   order = sorted.flatMap(([, members]) => members);
   at = Math.max(order.findIndex((i) => rows[i].changed), 0);
 
