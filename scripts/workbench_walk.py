@@ -5,6 +5,7 @@ and one at 400 and dark; with --all FOLDER gets each step at both widths in both
 """
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -78,9 +79,8 @@ def picture(page: Any, step: str, path: Path) -> None:
         with Image.open(part) as image:
             parts.append(image.convert("RGB"))
         part.unlink()
-    whole = Image.new(
-        "RGB", (max(part.width for part in parts), sum(part.height for part in parts)), parts[0].getpixel((0, 0))
-    )  # type: ignore[arg-type]
+    size = max(part.width for part in parts), sum(part.height for part in parts)
+    whole = Image.new("RGB", size, parts[0].getpixel((0, 0)))
     top = 0
     for each in parts:
         whole.paste(each, (0, top))
@@ -94,8 +94,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent.parent / "docs" / "howto")
     parser.add_argument("--all", action="store_true", help="every step at both widths in both themes")
     options = parser.parse_args()
-    from playwright.sync_api import sync_playwright
-
+    sync_playwright: Any = importlib.import_module("playwright.sync_api").sync_playwright  # it need not be installed
     ways = [(1280, "light"), (400, "dark")] + ([(1280, "dark"), (400, "light")] if options.all else [])
     chromium = os.environ.get("EDITKIT_CHROMIUM") or shutil.which("chromium")
     options.folder.mkdir(parents=True, exist_ok=True)

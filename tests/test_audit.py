@@ -12,7 +12,7 @@ from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.methods.r_rome import RRomeSettings
 from editkit.metrics.audit import Audit, answers, audit, nearness, written_by
-from editkit.models.generate import generate
+from editkit.models.generate import generate, generate_batch
 from editkit.models.load import LanguageModel
 from editkit.models.lookup import lookup_position
 from editkit.models.tokens import tokenise
@@ -125,3 +125,23 @@ def test_a_sibling_with_the_same_answer_is_not_the_edited_fact(atlas_lm: Languag
     by_answer = replace(edit, provenance=edit.provenance | {"facts": [asdict(replace(FACT, prompt="See {} in"))]})
     found = audit(atlas_lm, by_answer, before=["Paris", "Paris"], atlas=Atlas(facts, relations), progress=False)
     assert all(fact.edited for fact in found.facts)  # phrased as no relation of the atlas is
+
+
+def test_answers_known_before_are_the_same_sooner(
+    atlas_lm: LanguageModel, edit: Edit, atlas: Atlas, audited: Audited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what may have changed is asked freely; every answer is that of asking everything freely."""
+    before, found = audited
+    with (edit * 3.0).applied(atlas_lm):  # strong, so that many change
+        asked = answers(atlas_lm, atlas, progress=False)
+        free: list[str] = []
+        run = generate_batch
+
+        def counted(lm: LanguageModel, prompts: list[str], tokens: int) -> list[str]:
+            free.extend(prompts)
+            return run(lm, prompts, tokens)
+
+        monkeypatch.setattr("editkit.metrics.audit.generate_batch", counted)
+        assert answers(atlas_lm, atlas, before=before, progress=False) == asked
+    changed = sum(a != b for a, b in zip(before, asked, strict=True))
+    assert len(found.changed) <= changed <= len(free) < len(asked) // 2

@@ -92,10 +92,10 @@ def test_what_the_model_says_in_clear_words(atlas_bench: Bench) -> None:
 
 def test_a_trace_in_parts_is_the_trace(bench: Bench) -> None:
     desk, parts = Desk(bench), list[dict[str, Any]]()
-    answer(desk, {"do": "where", "seed": 3, **TOWER}, parts.append)
+    answer(desk, {"do": "where", "seed": 3, "samples": 4, **TOWER}, parts.append)
     assert [*parts[0]] == ["lens"] and [len(part["trace"]["values"]) for part in parts[1:]] == [1, 2, 3]
     fact = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
-    whole = trace(bench.lm, fact, TraceSettings(kinds=("mlp",)), seed=3, progress=False)
+    whole = trace(bench.lm, fact, TraceSettings(kinds=("mlp",), samples=4), seed=3, progress=False)
     last = parts[-1]["trace"]
     assert torch.equal(torch.tensor(last["values"]["mlp"], dtype=torch.float64), whole.probability["mlp"])
     effect = whole.probability["mlp"][whole.subject[1]].tolist()

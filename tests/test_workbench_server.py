@@ -236,6 +236,7 @@ def test_a_large_model_is_compared_when_nobody_waits(worker: Worker, monkeypatch
     worker.bench.small, worker.bench.base = False, SimpleNamespace(digest="d" * 64)  # type: ignore[assignment]
     heard: Heard = []
     worker.submit(job("a", 1, heard, lambda tell: {}))
+    badges = list[Any]()
     for _ in range(500):
         badges = [said["equal"] for said in heard if said["kind"] == "badge"]
         if len(badges) == 2:

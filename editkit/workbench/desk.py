@@ -16,6 +16,7 @@ from editkit.metrics.scoring import score_targets, top_next
 from editkit.models.generate import generate
 from editkit.models.offload import values_of
 from editkit.models.tokens import tokenise
+from editkit.settings import TraceSettings
 from editkit.tracing import Traced
 from editkit.workbench import looks, messages, recipe, where
 from editkit.workbench.bench import Bench
@@ -43,6 +44,7 @@ class Desk:
         self.audited: Audit | None = None
         self.compared: dict[str, Any] | None = None
         self.offered: list[str] = []  # words of files
+        self._before: tuple[Any, looks.Said] | None = None
         self._predicted: dict[tuple[str, float], list[dict[str, Any]]] = {}
 
     def leave(self) -> None:
@@ -106,9 +108,10 @@ class Desk:
     def where(self, message: Message, tell: Tell) -> dict[str, Any]:
         """The logit lens and the causal trace of the fact's prompt, on the model with the stack."""
         fact, seed = messages.fact(message, asked_only=True), messages.whole(message, "seed", *SEEDS)
+        samples = messages.whole(message, "samples", 1, 100) if "samples" in message else TraceSettings().samples
         with self.bench.applied(self.total()):
             tell({"lens": where.lens(self.lm, fact)})
-            self.traced = where.traced(self.lm, fact, seed, tell)
+            self.traced = where.traced(self.lm, fact, samples, seed, tell)
         return {}
 
     # --- edit ---------------------------------------------------------------------------------------------------
@@ -257,13 +260,15 @@ class Desk:
         below = recipe.total_of(self.lm, [(self.history.known[d], s) for d, s in place.step.made.on_top])
         with self.bench.applied(without):
             probes = looks.probes_of(self.bench, fact, self.watched)
-            before = looks.Said.now(self.lm, probes)
+            key = None if without is None else without.digest, tuple(probes)
+            if self._before is None or self._before[0] != key:  # it is the same wherever the slider is
+                self._before = key, looks.Said.now(self.lm, probes)
         with self.bench.applied(total):
             after = looks.Said.now(self.lm, probes)
         with self.bench.applied(below):
             predicted, _ = self._predict(place.step, strength)
         about = {"step": self.stack.index(place), "strength": place.strength, "on": place.on, "fact": _fact_json(fact)}
-        return looks.compared(probes, before, after, predicted) | about
+        return looks.compared(probes, self._before[1], after, predicted) | about
 
     def _predict(self, step: Step, strength: float) -> tuple[list[dict[str, Any]] | None, str]:
         """What the step will do to its prompts, or why that cannot be said; on the model that it was computed on."""

@@ -19,11 +19,12 @@ assert set(KINDS) <= set(TRACE_KINDS)
 Tell = Callable[[dict[str, Any]], None]
 
 
-def traced(lm: LanguageModel, fact: Fact, seed: int, tell: Tell) -> Traced:
-    """The causal trace of a prompt on the model as it is now; `tell` gets each kind as soon as it is there."""
+def traced(lm: LanguageModel, fact: Fact, samples: int, seed: int, tell: Tell) -> Traced:
+    """The causal trace of a prompt on the model as it is now, with so many samples of noise; `tell` gets each kind as
+    soon as it is there."""
     whole: Traced | None = None
     for kind in KINDS:
-        one = trace(lm, fact, TraceSettings(kinds=(kind,)), seed=seed, progress=False)
+        one = trace(lm, fact, TraceSettings(kinds=(kind,), samples=samples), seed=seed, progress=False)
         whole = one if whole is None else replace(whole, probability=whole.probability | one.probability)
         tell({"trace": as_json(lm, fact, whole)})
     assert whole is not None

@@ -72,11 +72,29 @@ export function cividis(part) {
   return "rgb(" + CIVIDIS[i].map((low, c) => Math.round(low + (CIVIDIS[i + 1][c] - low) * (at - i))).join(",") + ")";
 }
 
+export const swatches = () =>
+  el("span", {class: "scale"}, Array.from({length: 24}, (_, i) =>
+    el("i", {style: {"background-color": cividis(i / 23)}})));
+
+// A table that scrolls by itself where it is too wide.
+export const table = (kind, heads, rows, id) => el("div", {class: "scroll"}, el("table", {class: kind},
+  el("thead", {}, el("tr", {}, heads.map((head) => el("th", {}, head)))), el("tbody", {id}, rows)));
+
+// A cell; on a narrow page its name stands before it.
+export const cell = (name, properties, ...children) => el("td", {"data-label": name, ...properties}, children);
+
+// Names and values, one below the other; the whole value where the mouse rests.
+export const pairs = (rows) => el("dl", {}, rows.filter(Boolean).map(([name, value, whole, kind]) =>
+  el("div", {class: kind}, el("dt", {}, name), el("dd", {title: whole}, value))));
+
+export const bar = (part, kind = "") => el("span", {class: `bar ${kind}`, style: {"--part": part}});
+export const note = (...children) => el("span", {class: "small muted"}, children);
+
 // A row of buttons of which one is chosen. Arrow keys move, as in radio buttons.
 export function choice(place, options, chosen, pick) {
   const buttons = options.map(([value, name]) =>
-    el("button", {type: "button", role: "radio", "aria-checked": String(value === chosen), tabindex: value === chosen ? 0 : -1,
-      onclick: () => choose(value)}, name));
+    el("button", {type: "button", role: "radio", "aria-checked": String(value === chosen),
+      tabindex: value === chosen ? 0 : -1, onclick: () => choose(value)}, name));
   const choose = (value) => {
     buttons.forEach((button, i) => {
       button.setAttribute("aria-checked", String(options[i][0] === value));

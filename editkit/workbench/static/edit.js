@@ -1,11 +1,13 @@
 // Part 3: the edit. Method and settings, the draft with what it is predicted to do, then before and after.
 
-import {app, ask, change, complain, fact, fill, seed} from "./app.js";
-import {$, el, marked, number, show, short, signed} from "./dom.js";
+import {app, ask, change, complain, fact, seed} from "./app.js";
+import {$, bar, cell, el, marked, note, number, pairs, short, show, signed, table} from "./dom.js";
 import {bars} from "./fact.js";
 
 const MAIN = ["layer", "layers", "fact_token"];
-const TOKENS = {subject_last: "subject's last token", subject_first: "subject's first token", subject_first_after_last: "token after the subject", last: "last token"};
+const NAMES = {layer: "Block", layers: "Blocks", fact_token: "Token"};
+const TOKENS = {subject_last: "subject's last token", subject_first: "subject's first token",
+  subject_first_after_last: "token after the subject", last: "last token"};
 let method = null;
 
 export function start(hello) {
@@ -40,15 +42,16 @@ const input = (name) => $(`set-${name}`);
 
 function labelled(field) {
   const value = field.resolved ?? field.default, id = `set-${field.name}`;
-  let control;
-  if (field.name === "layer") control = el("select", {id}, Array.from({length: app.model.blocks}, (_, i) => el("option", {value: String(i)}, `block ${i}`)));
-  else if (field.choices.length) control = el("select", {id}, field.choices.map((one) => el("option", {value: one}, TOKENS[one] ?? one)));
-  else if (field.kind === "bool") control = el("select", {id}, ["true", "false"].map((one) => el("option", {value: one}, one)));
-  else control = el("input", {id, autocomplete: "off", spellcheck: "false", inputmode: field.kind === "int" || field.kind === "float" ? "decimal" : undefined});
+  const chosen = (options) => el("select", {id}, options.map(([one, name]) => el("option", {value: one}, name)));
+  const typed = ["int", "float"].includes(field.kind) ? "decimal" : undefined;
+  const blocks = Array.from({length: app.model.blocks}, (_, i) => [String(i), `block ${i}`]);
+  const control = field.name === "layer" ? chosen(blocks)
+    : field.choices.length ? chosen(field.choices.map((one) => [one, TOKENS[one] ?? one]))
+    : field.kind === "bool" ? chosen([["true", "true"], ["false", "false"]])
+    : el("input", {id, autocomplete: "off", spellcheck: "false", inputmode: typed});
   control.value = Array.isArray(value) ? value.join(", ") : value === null ? "" : String(value);
   control.dataset.first = control.value;
-  const name = {layer: "Block", layers: "Blocks", fact_token: "Token"}[field.name] ?? field.name;
-  return el("label", {}, name, control);
+  return el("label", {}, NAMES[field.name] ?? field.name, control);
 }
 
 // The settings that differ from the method's own for this model, and the block, which is always said.
@@ -78,7 +81,9 @@ function picked({block, token, word}) {
   else return complain(`${method.name} chooses its blocks itself: it has no setting for one.`);
   if (token && input("fact_token")) input("fact_token").value = token;
   chosen();
-  if (!token && input("fact_token")) complain(`Block ${block} is set. No method reads at “${word}”: it can be the subject's first or last token, the one after it, or the last.`);
+  if (!token && input("fact_token"))
+    complain(`Block ${block} is set. No method reads at “${word}”: it can be the subject's first or last token, `
+      + "the one after it, or the last.");
 }
 
 // --- the draft --------------------------------------------------------------------------------------------------
@@ -86,33 +91,37 @@ function picked({block, token, word}) {
 export async function compute() {
   $("error").hidden = true;
   $("compute").disabled = true;
-  const found = await ask("compute", {...fact(), method: method.name, settings: settings(), seed: seed(), watch: $("watch").value});
+  const asked = {...fact(), method: method.name, settings: settings(), seed: seed(), watch: $("watch").value};
+  const found = await ask("compute", asked);
   $("compute").disabled = false;
   if (!found) return;
-  const strength = el("input", {type: "number", id: "strength", value: "1", step: "0.05", min: "-4", max: "4", disabled: found.draft.installs});
+  const draft = found.draft;
+  const strength = el("input", {type: "number", id: "strength", value: "1", step: "0.05", min: "-4", max: "4",
+    disabled: draft.installs});
   const apply = el("button", {type: "button", class: "main", onclick: () => applied(strength)}, "Apply it");
+  const discard = async () => { await ask("discard"); show($("draft")); };
   show($("draft"), el("div", {class: "card"},
     el("h3", {}, "Computed, not applied yet"),
-    el("dl", {}, found.draft.rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
-      el("div", {}, el("dt", {}, "size"), el("dd", {}, `‖ΔW‖/‖W‖ ${number(found.draft.size)}`)), el("div", {}, el("dt", {}, "digest"), el("dd", {}, el("code", {}, short(found.draft.digest))))),
-    found.draft.notes.map((note) => el("p", {class: "warn"}, "⚠ ", note)),
+    pairs([...draft.rows, ["size", `‖ΔW‖/‖W‖ ${number(draft.size)}`], ["digest", short(draft.digest), draft.digest]]),
+    draft.notes.map((text) => el("p", {class: "warn"}, "⚠ ", text)),
     found.predicted ? predicted(found.predicted) : el("p", {class: "muted"}, found.why),
     el("p", {class: "row"}, el("label", {class: "inline"}, "Strength ", strength), apply,
-      el("button", {type: "button", onclick: async () => { await ask("discard"); show($("draft")); }}, "Discard"))));
+      el("button", {type: "button", onclick: discard}, "Discard"))));
   apply.focus();
   $("draft").scrollIntoView({block: "nearest", behavior: "smooth"});
 }
 
 function predicted(rows) {
   const most = Math.max(...rows.map((row) => row.moves), 1e-9);
+  const line = (row) => el("tr", {},
+    cell("prompt", {}, row.prompt, " ", el("b", {}, row.answer)),
+    cell("output moves by", {}, bar(row.moves / most, row.stays ? "s1" : ""),
+      el("span", {class: "num"}, number(row.moves))),
+    cell("log p", {class: "num"}, signed(row.change)));
   return el("div", {}, el("h4", {}, "What it will do, predicted from the model as it is"),
-    el("div", {class: "scroll"}, el("table", {class: "stacked predictions"},
-      el("thead", {}, el("tr", {}, el("th", {}, "prompt"), el("th", {}, "output moves by"), el("th", {}, "log p"))),
-      el("tbody", {}, grouped(rows, 3, (row) => el("tr", {},
-        el("td", {"data-label": "prompt"}, row.prompt, " ", el("b", {}, row.answer)),
-        el("td", {"data-label": "output moves by"}, el("span", {class: "bar" + (row.stays ? " s1" : ""), style: {"--part": row.moves / most}}), el("span", {class: "num"}, number(row.moves))),
-        el("td", {"data-label": "log p", class: "num"}, signed(row.change))))))),
-    el("p", {class: "small muted"}, "“Output moves by”: ‖ΔW k′‖ relative to what the edited weights put out. “log p”: its change for the answer that is wanted, to first order."));
+    table("stacked predictions", ["prompt", "output moves by", "log p"], grouped(rows, 3, line)),
+    el("p", {class: "small muted"}, "“Output moves by”: ‖ΔW k′‖ relative to what the edited weights put out. “log p”: "
+      + "its change for the answer that is wanted, to first order."));
 }
 
 async function applied(strength) {
@@ -135,43 +144,55 @@ function compared(found) {
   if (document.activeElement !== $("slide")) $("slide").value = String(found.strength);
   $("off-note").hidden = found.on;
   show($("next-tokens"),
-    el("div", {}, el("h4", {}, "Before"), bars(found.next.before)), el("div", {}, el("h4", {}, "After"), bars(found.next.after, found.next.before)));
+    el("div", {}, el("h4", {}, "Before"), bars(found.next.before)),
+    el("div", {}, el("h4", {}, "After"), bars(found.next.after, found.next.before)));
   show($("rows"), grouped(found.rows, 4, line));
   if ($("free").value.trim()) free_text();
 }
 
 // Rows of a table, with a title wherever another kind of prompt begins.
 function grouped(rows, columns, line) {
-  return rows.flatMap((row, i) => [
-    ...(i && rows[i - 1].heading === row.heading ? [] : [el("tr", {class: "group"}, el("th", {colspan: columns, scope: "rowgroup"}, row.heading))]),
-    line(row)]);
+  const title = (row) => el("tr", {class: "group"}, el("th", {colspan: columns, scope: "rowgroup"}, row.heading));
+  return rows.flatMap((row, i) => i && rows[i - 1].heading === row.heading ? [line(row)] : [title(row), line(row)]);
 }
 
 function line(row) {
   const wanted = row.stays ? row.true : row.new;
   const has = (said) => said.trim().toLowerCase().startsWith(wanted.trim().toLowerCase());
-  const good = has(row.after.said), mark = row.stays ? (good ? "✓ stays" : has(row.before.said) ? "✗ moved" : "· not known") : good ? "✓ new" : "✗ not yet";
-  const chips = (side) => el("span", {class: "small muted"}, row.true ? `${row.true} ${number(side.p_true)} · ` : "", `${row.new} ${number(side.p_new)}`);
-  return el("tr", {class: good ? "" : row.stays ? "moved" : ""},
-    el("td", {"data-label": "prompt"}, row.prompt),
-    el("td", {"data-label": "before"}, el("span", {class: "said"}, row.before.said), chips(row.before)),
-    el("td", {"data-label": "after"}, el("span", {class: "said"}, marked(row.before.said, row.after.said)), chips(row.after)),
-    el("td", {"data-label": "log p", class: "change"}, el("b", {class: good ? "good" : "bad"}, mark), el("span", {class: "small muted"}, `log p ${signed(row.happened)}`, row.predicted === undefined ? "" : `, predicted ${signed(row.predicted)}`)));
+  const good = has(row.after.said), lost = row.stays && !good && has(row.before.said);
+  const mark = !row.stays ? (good ? "✓ new" : "✗ not yet") : good ? "✓ stays" : lost ? "✗ moved" : "· not known";
+  const chips = (side) => note(
+    row.true ? `${row.true} ${number(side.p_true)} · ` : "", `${row.new} ${number(side.p_new)}`);
+  const predicted = row.predicted === undefined ? "" : `, predicted ${signed(row.predicted)}`;
+  return el("tr", {class: lost ? "moved" : ""},
+    cell("prompt", {}, row.prompt),
+    cell("before", {}, el("span", {class: "said"}, row.before.said), chips(row.before)),
+    cell("after", {}, el("span", {class: "said"}, marked(row.before.said, row.after.said)), chips(row.after)),
+    cell("log p", {}, el("b", {class: good ? "good" : "bad"}, mark), note(`log p ${signed(row.happened)}`, predicted)));
 }
 
+// The parts that stay while the slider moves.
 function frame(found, step, free) {
   $("compared").dataset.digest = step.digest;
-  const slide = el("input", {type: "range", id: "slide", min: "-1", max: "2", step: "0.05", value: String(found.strength), disabled: step.fixed,
-    oninput: () => { $("slide-out").textContent = Number(slide.value).toFixed(2); change("strength", {number: app.compared.step, value: Number(slide.value)}); }});
+  const slid = () => {
+    $("slide-out").textContent = Number(slide.value).toFixed(2);
+    change("strength", {number: app.compared.step, value: Number(slide.value)});
+  };
+  const slide = el("input", {type: "range", id: "slide", min: "-1", max: "2", step: "0.05", disabled: step.fixed,
+    value: String(found.strength), oninput: slid});
+  const asked = el("input", {id: "free", value: free, autocomplete: "off", spellcheck: "false", oninput: free_text});
+  const said = (title, id) => el("div", {}, el("h4", {}, title), el("p", {id, class: "said"}));
   show($("compared"), el("div", {class: "card"},
     el("h3", {}, `Before and after: ${step.title}`),
     el("p", {id: "off-note", class: "warn", hidden: true}, "This edit is off: before and after are the same."),
-    el("label", {class: "slider", for: "slide"}, "Strength, a factor of ΔW ", el("output", {id: "slide-out", for: "slide"}), slide),
+    el("label", {class: "slider", for: "slide"},
+      "Strength, a factor of ΔW ", el("output", {id: "slide-out", for: "slide"}), slide),
     el("div", {id: "next-tokens", class: "columns"}),
-    el("div", {class: "scroll"}, el("table", {class: "stacked both"}, el("thead", {}, el("tr", {}, el("th", {}, "prompt"), el("th", {}, "before"), el("th", {}, "after"), el("th", {}, ""))), el("tbody", {id: "rows"}))),
+    table("stacked both", ["prompt", "before", "after", ""], [], "rows"),
     el("h4", {}, "Ask anything"),
-    el("label", {class: "wide"}, "Prompt ", el("input", {id: "free", value: free, autocomplete: "off", spellcheck: "false", oninput: free_text})),
-    el("div", {class: "columns"}, el("div", {}, el("h4", {}, "Unedited"), el("p", {id: "free-before", class: "said"})), el("div", {}, el("h4", {}, "With all edits in force"), el("p", {id: "free-after", class: "said"})))));
+    el("label", {class: "wide"}, "Prompt ", asked),
+    el("div", {class: "columns"},
+      said("Unedited", "free-before"), said("With all edits in force", "free-after"))));
 }
 
 async function free_text() {

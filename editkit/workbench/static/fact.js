@@ -1,7 +1,7 @@
 // Part 1: the fact. Search the atlas, write a prompt, see what the model says now.
 
 import {app, ask, fact, fill} from "./app.js";
-import {$, el, later, number, show, shown} from "./dom.js";
+import {$, bar, el, later, number, show, shown} from "./dom.js";
 
 let found = [], active = -1;
 
@@ -22,10 +22,14 @@ async function search() {
 }
 
 function draw() {
-  const none = $("search").value.trim() && !found.length ? [el("li", {class: "muted none"}, "No fact of the atlas has these words. Write a prompt below.")] : [];
-  show($("found"), found.map((row, i) => el("li", {role: "option", id: `found-${i}`, "aria-selected": String(i === active), onmousedown: (event) => { event.preventDefault(); pick(i); }},
-    el("b", {}, row.subject), " ", el("span", {class: "muted"}, row.relation.replace(/^\S+ /, "")), " ", row.true)), none);
-  $("found").hidden = !found.length && !none.length;
+  const none = $("search").value.trim() && !found.length;
+  const clicked = (event, i) => { event.preventDefault(); pick(i); };
+  show($("found"),
+    found.map((row, i) => el("li", {role: "option", id: `found-${i}`, "aria-selected": String(i === active),
+      onmousedown: (event) => clicked(event, i)},
+      el("b", {}, row.subject), " ", el("span", {class: "muted"}, row.relation.replace(/^\S+ /, "")), " ", row.true)),
+    none ? el("li", {class: "muted none"}, "No fact of the atlas has these words. Write a prompt below.") : null);
+  $("found").hidden = !found.length && !none;
   $("search").setAttribute("aria-expanded", String(!$("found").hidden));
   $("search").setAttribute("aria-activedescendant", active >= 0 ? `found-${active}` : "");
   $(`found-${active}`)?.scrollIntoView({block: "nearest"});
@@ -58,13 +62,16 @@ function pick(i) {
 export async function asked(quiet = false) {
   const said = await ask("ask", fact(), null, quiet);
   if (!said) return;
-  const word = {yes: "knows it", no: "does not know it", unsure: "cannot be told", new: "says the new answer"}[said.verdict];
+  const words = {yes: "knows it", no: "does not know it", unsure: "cannot be told", new: "says the new answer"};
   show($("answer"),
-    el("p", {class: `verdict ${said.verdict}`}, el("b", {}, word), " ", said.sentence),
+    el("p", {class: `verdict ${said.verdict}`}, el("b", {}, words[said.verdict]), " ", said.sentence),
     el("div", {class: "columns"},
-      el("div", {}, el("h3", {}, said.edited ? "Next tokens, with the edits in force" : "Next tokens"), bars(said.next)),
-      el("div", {}, el("h3", {}, "It goes on"), el("p", {class: "said"}, said.prompt, el("b", {}, said.says)),
-        said.probabilities.map(([answer, p]) => el("p", {class: "small"}, "P(", el("b", {}, answer), `) = ${number(p)}`)))));
+      el("div", {},
+        el("h3", {}, said.edited ? "Next tokens, with the edits in force" : "Next tokens"), bars(said.next)),
+      el("div", {},
+        el("h3", {}, "It goes on"), el("p", {class: "said"}, said.prompt, el("b", {}, said.says)),
+        said.probabilities.map(([word, p]) =>
+          el("p", {class: "small"}, "P(", el("b", {}, word), `) = ${number(p)}`)))));
 }
 
 // Likeliest tokens with their probabilities as bars; those that `other` lacks are marked.
@@ -72,5 +79,5 @@ export function bars(rows, other = null) {
   const known = other && new Set(other.map(([token]) => token));
   return el("table", {class: "bars"}, el("tbody", {}, rows.map(([token, p]) => el("tr", {},
     el("th", {scope: "row"}, known && !known.has(token) ? el("mark", {}, shown(token)) : shown(token)),
-    el("td", {}, el("span", {class: "bar", style: {"--part": p}})), el("td", {class: "num"}, number(p))))));
+    el("td", {}, bar(p)), el("td", {class: "num"}, number(p))))));
 }

@@ -4,8 +4,10 @@ import {app, ask} from "./app.js";
 import {$, el, later, short, show} from "./dom.js";
 
 export function start() {
-  for (const button of document.querySelectorAll("[data-file]")) button.addEventListener("click", () => take(button.dataset.file));
-  for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
+  const each = (what, action) => document.querySelectorAll(what).forEach((button) =>
+    button.addEventListener("click", () => action(button)));
+  each("[data-file]", (button) => take(button.dataset.file));
+  each("[data-copy]", copy);
   app.hear("compared", later(texts));
 }
 
@@ -16,7 +18,8 @@ async function take(what) {
   document.body.append(anchor);
   anchor.click();
   anchor.remove();
-  show($("fetched"), `${found.name}, ${(found.bytes / 1024).toFixed(0)} KiB · edit `, el("code", {title: found.digest}, short(found.digest)));
+  show($("fetched"), `${found.name}, ${(found.bytes / 1024).toFixed(0)} KiB · edit `,
+    el("code", {title: found.digest}, short(found.digest)));
 }
 
 async function texts() {

@@ -26,10 +26,11 @@ export class Link extends EventTarget {
 
   tell(name, detail) { this.dispatchEvent(new CustomEvent(name, {detail})); }
 
-  // Ask for something. `part` is given what is there before the end. Resolves to null where a newer request took over or
-  // it was stopped.
+  // Ask for something. `part` is given what is there before the end. Resolves to null where a newer request took over
+  // or it was stopped.
   ask(name, fields = {}, part = null, quiet = false) {
-    if (this.socket.readyState !== WebSocket.OPEN) return Promise.reject(new Refused("The workbench is gone. Reload the page."));
+    if (this.socket.readyState !== WebSocket.OPEN)
+      return Promise.reject(new Refused("The workbench is gone. Reload the page."));
     const id = ++this.number;
     this.socket.send(JSON.stringify({...fields, id, do: name}));
     return new Promise((resolve, reject) => {
@@ -60,6 +61,7 @@ export class Link extends EventTarget {
   // What to say of the requests that are not done: the one that runs, else the first that waits.
   get busy() {
     const open = [...this.waiting.values()].filter((request) => !request.quiet);
-    return open.find((request) => request.state?.kind === "progress") ?? open.find((request) => request.state) ?? open[0];
+    const running = open.find((request) => request.state?.kind === "progress");
+    return running ?? open.find((request) => request.state) ?? open[0];
   }
 }

@@ -1,7 +1,7 @@
 // Part 2: where. The causal trace as a map of cells, and the logit lens beside it.
 
 import {app, ask, fact, seed} from "./app.js";
-import {$, choice, cividis, el, number, show, shown} from "./dom.js";
+import {$, bar, choice, cividis, el, number, show, shown, swatches, table} from "./dom.js";
 
 const NAMES = {mlp: "MLP", state: "Residual stream", attention: "Attention"};
 const WIDE = 16;  // blocks up to which cells show their numbers
@@ -15,7 +15,7 @@ export function start() {
 export async function traced() {
   $("map").setAttribute("aria-busy", "true");
   at = null;
-  await ask("where", {...fact(), seed: seed()}, (part) => {
+  await ask("where", {...fact(), seed: seed(), samples: Number($("samples").value) || 10}, (part) => {
     if (part.lens) lens(part.lens);
     if (part.trace) { trace = part.trace; if (!trace.values[kind]) kind = "mlp"; draw(); }
   });
@@ -29,37 +29,58 @@ function draw() {
 }
 
 function map() {
-  const values = trace.values[kind], blocks = values[0].length, low = trace.corrupted, high = trace.clean;
-  const numbers = blocks <= WIDE, [first, last] = trace.subject, answer = trace.answer.trim();
+  const values = trace.values[kind], blocks = values[0].length, [first, last] = trace.subject;
+  const low = trace.corrupted, high = trace.clean, answer = trace.answer.trim();
+  const numbers = blocks <= WIDE, inSubject = (token) => token >= first && token <= last;
   at ??= [last, trace.proposed ?? 0];
+
+  // 1) What the cell says that is pointed at, or where the keyboard is.
   const readout = el("p", {class: "readout", "aria-live": "polite"});
   const tell = (token, block) => {
     const p = values[token][block];
-    readout.textContent = `“${trace.tokens[token].trim()}”, block ${block}: P(${answer}) = ${number(p)}, ${number(p - low)} of the ${number(high - low)} that were taken`;
+    readout.textContent = `“${trace.tokens[token].trim()}”, block ${block}: P(${answer}) = ${number(p)}, `
+      + `${number(p - low)} of the ${number(high - low)} that were taken`;
   };
-  const cell = (token, block) => {
+
+  // 2) The cells: a row a token, a column a block.
+  const made = (token, block) => {
     const p = values[token][block], part = (p - low) / (high - low || 1);
+    const chosen = app.block === block && isToken(token);
     return el("td", {role: "gridcell", tabindex: token === at[0] && block === at[1] ? 0 : -1,
-      class: [app.block === block && isToken(token) ? "chosen" : "", part > 0.55 ? "light" : ""].join(" "),
-      style: {"background-color": cividis(part)}, "data-token": token, "data-block": block,
-      "aria-label": `${trace.tokens[token].trim()}, block ${block}, ${number(p)}`}, numbers ? p.toFixed(2).replace(/^0/, "") : "");
+      class: `${chosen ? "chosen" : ""} ${part > 0.55 ? "light" : ""}`, style: {"background-color": cividis(part)},
+      "data-token": token, "data-block": block,
+      "aria-label": `${trace.tokens[token].trim()}, block ${block}, ${number(p)}`},
+      numbers ? p.toFixed(2).replace(/^0/, "") : "");
   };
-  const head = el("tr", {}, el("th", {}), Array.from({length: blocks}, (_, block) =>
-    el("th", {scope: "col", class: block === trace.proposed ? "proposed" : "", title: block === trace.proposed ? "proposed: the MLP with the largest effect at the subject's last token" : undefined},
-      block === trace.proposed ? `${block}★` : numbers || block % 4 === 0 ? String(block) : "")));
-  const body = values.map((row, token) => el("tr", {},
-    el("th", {scope: "row", class: token >= first && token <= last ? "subject" : ""}, shown(trace.tokens[token]) + (token >= first && token <= last ? "*" : "")),
-    row.map((_, block) => cell(token, block))));
-  const table = el("table", {class: "heat" + (numbers ? "" : " dense"), role: "grid", "aria-label": `P(${answer}) by token and block`}, el("thead", {}, head), el("tbody", {}, body));
-  table.addEventListener("pointerover", (event) => of(event.target, tell));
-  table.addEventListener("focusin", (event) => of(event.target, (token, block) => { at = [token, block]; tell(token, block); }));
-  table.addEventListener("click", (event) => of(event.target, pick));
-  table.addEventListener("keydown", (event) => keys(event, table, values.length, blocks));
-  const legend = el("p", {class: "legend"}, number(low), " corrupted ", el("span", {class: "scale"}, Array.from({length: 24}, (_, i) => el("i", {style: {"background-color": cividis(i / 23)}}))), " clean ", number(high));
-  const proposed = trace.proposed === null ? null : el("p", {}, el("b", {}, `★ block ${trace.proposed}`), " is proposed: there the MLP at the subject's last token brings most back. ",
-    app.block !== trace.proposed && el("button", {type: "button", onclick: () => pick(last, trace.proposed)}, `Edit block ${trace.proposed}`));
+  const heads = Array.from({length: blocks}, (_, block) => block === trace.proposed
+    ? el("th", {scope: "col", class: "proposed", title: "proposed: the largest effect of an MLP there"}, `${block}★`)
+    : el("th", {scope: "col"}, numbers || block % 4 === 0 ? String(block) : ""));
+  const rows = values.map((row, token) => el("tr", {},
+    el("th", {scope: "row", class: inSubject(token) ? "subject" : ""},
+      shown(trace.tokens[token]) + (inSubject(token) ? "*" : "")),
+    row.map((_, block) => made(token, block))));
+  const grid = el("table", {class: "heat" + (numbers ? "" : " dense"), role: "grid",
+    "aria-label": `P(${answer}) by token and block`},
+    el("thead", {}, el("tr", {}, el("th", {}), heads)), el("tbody", {}, rows));
+
+  // 3) Mouse and keyboard.
+  grid.addEventListener("pointerover", (event) => of(event.target, tell));
+  grid.addEventListener("focusin", (event) => of(event.target, (...place) => { at = place; tell(...place); }));
+  grid.addEventListener("click", (event) => of(event.target, pick));
+  grid.addEventListener("keydown", (event) => keys(event, grid, values.length, blocks));
   tell(...at);
-  show($("map"), legend, el("div", {class: "scroll"}, table), readout, el("p", {class: "small muted"}, "* subject · rows are tokens, columns are blocks" + (trace.window > 1 ? ` · MLP and attention in windows of ${trace.window} blocks` : "")), proposed);
+
+  // 4) Around it: the scale, how to read it, the proposal.
+  const windows = trace.window > 1 ? ` · MLP and attention in windows of ${trace.window} blocks` : "";
+  show($("map"),
+    el("p", {class: "legend"}, number(low), " corrupted ", swatches(), " clean ", number(high)),
+    el("div", {class: "scroll"}, grid), readout,
+    el("p", {class: "small muted"}, "* subject · rows are tokens, columns are blocks" + windows),
+    trace.proposed === null ? null : el("p", {},
+      el("b", {}, `★ block ${trace.proposed}`),
+      " is proposed: there the MLP at the subject's last token brings most back. ",
+      app.block === trace.proposed ? null
+        : el("button", {type: "button", onclick: () => pick(last, trace.proposed)}, `Edit block ${trace.proposed}`)));
 }
 
 const isToken = (token) => (trace.lookups[token] ?? []).includes(app.token);
@@ -73,20 +94,22 @@ function of(target, action) {
 function pick(token, block) {
   const names = trace.lookups[token] ?? [];
   at = [token, block];
-  app.tell("pick", {block, token: names.includes("subject_last") ? "subject_last" : names[0] ?? null, word: trace.tokens[token].trim()});
+  const name = names.includes("subject_last") ? "subject_last" : names[0] ?? null;
+  app.tell("pick", {block, token: name, word: trace.tokens[token].trim()});
   draw();
   focusCell($("map"), at);
 }
 
-function keys(event, table, tokens, blocks) {
-  const moves = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -blocks], End: [0, blocks]};
+function keys(event, grid, tokens, blocks) {
+  const moves = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
+    Home: [0, -blocks], End: [0, blocks]};
   if (event.key === "Enter" || event.key === " ") { event.preventDefault(); of(event.target, pick); return; }
   if (!moves[event.key]) return;
   event.preventDefault();
   const [down, right] = moves[event.key];
   const clamp = (value, most) => Math.min(Math.max(value, 0), most - 1);
   at = [clamp(at[0] + down, tokens), clamp(at[1] + right, blocks)];
-  focusCell(table, at);
+  focusCell(grid, at);
 }
 
 function focusCell(place, [token, block]) {
@@ -97,9 +120,11 @@ function focusCell(place, [token, block]) {
 }
 
 function lens(found) {
-  const rows = found.said.map((said, depth) => el("tr", {}, el("th", {scope: "row"}, depth === 0 ? "embedding" : `block ${depth - 1}`),
+  const rows = found.said.map((said, depth) => el("tr", {},
+    el("th", {scope: "row"}, depth === 0 ? "embedding" : `block ${depth - 1}`),
     el("td", {class: "token"}, shown(said)),
-    found.probability[depth].map((p, w) => el("td", {}, el("span", {class: `bar s${w}`, style: {"--part": p}, title: `${found.words[w]}: ${number(p)}`}), el("span", {class: "num"}, number(p))))));
-  show($("lens"), el("h3", {}, "Logit lens"), el("p", {class: "small muted"}, "What the last token would say after each block."),
-    el("div", {class: "scroll"}, el("table", {class: "lens"}, el("thead", {}, el("tr", {}, el("th", {}), el("th", {}, "says"), found.words.map((word) => el("th", {}, `P(${word})`)))), el("tbody", {}, rows))));
+    found.probability[depth].map((p, w) => el("td", {}, bar(p, `s${w}`), el("span", {class: "num"}, number(p))))));
+  show($("lens"), el("h3", {}, "Logit lens"),
+    el("p", {class: "small muted"}, "What the last token would say after each block."),
+    table("lens", ["", "says", ...found.words.map((word) => `P(${word})`)], rows));
 }
