@@ -208,11 +208,11 @@ class _Later(ModuleType):
         else:  # a stand-in that somebody kept
             act()
 
-    def _disable(
-        self, fn: Any = None, recursive: bool = True, *, reason: str | None = None, wrapping: bool = True
-    ) -> Any:
-        """torch.compiler.disable: the function as it is, and what the real one makes of it once that is there."""
-        options: dict[str, Any] = {"recursive": recursive, "reason": reason, "wrapping": wrapping}
+    def _disable(self, fn: Any = None, recursive: bool = True, **options: Any) -> Any:
+        """torch.compiler.disable: the function as it is, and what the real one makes of it once that is there.
+
+        `options` are passed on as they are given: each torch knows others."""
+        options["recursive"] = recursive
         if fn is None:
             return functools.partial(self._disable, **options)
         if not inspect.isfunction(fn):  # a module or a class is wrapped in ways of its own

@@ -57,7 +57,8 @@ def key_of(family: str, config: Any, experts: nn.Module, e: int, x: Tensor) -> T
     if family == "gpt_oss":
         both = x @ weight + experts.get_parameter("gate_up_proj_bias")[e]
         gate, up = both[0::2], both[1::2]  # in turns
-        gate, up = gate.clamp(max=config.swiglu_limit), up.clamp(-config.swiglu_limit, config.swiglu_limit)
+        limit = getattr(config, "swiglu_limit", 7.0)  # transformers before 5.18 has it in the code
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return (up + 1) * gate * torch.sigmoid(config.swiglu_alpha * gate)
     both = weight @ x
     gate, up = both[: len(both) // 2], both[len(both) // 2 :]
