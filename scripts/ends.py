@@ -1,6 +1,6 @@
 """The requirements of pyproject.toml at one end of their ranges, for pip.
 
-python scripts/ends.py oldest    # torch==2.6 transformers==5.0 …
+python scripts/ends.py oldest    # torch==2.6 transformers==5.17 …
 python scripts/ends.py newest    # torch transformers …, whatever is the latest
 """
 

@@ -59,7 +59,7 @@ def key_of(family: str, config: Any, experts: nn.Module, e: int, x: Tensor) -> T
         gate, up = both[0::2], both[1::2]  # in turns
         limit = getattr(config, "swiglu_limit", 7.0)  # transformers before 5.18 has it in the code
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return (up + 1) * gate * torch.sigmoid(config.swiglu_alpha * gate)
+        return (up + 1) * gate * torch.sigmoid(getattr(config, "swiglu_alpha", 1.702) * gate)
     both = weight @ x
     gate, up = both[: len(both) // 2], both[len(both) // 2 :]
     return gate / (1 + torch.exp(-gate)) * up
