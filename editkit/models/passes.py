@@ -121,7 +121,7 @@ def earlier(lm: LanguageModel, texts: Sequence[Sequence[int]], most: int) -> tup
 
     tree = Tree.of(texts, most)
     found: Any = DynamicCache()
-    lm.model.base_model(**tree.inputs(lm), past_key_values=found, use_cache=True)
+    lm.model.base_model(**tree.inputs(lm), **_with_cache(lm, found))
     for layer, each in enumerate(found.layers):
         cache.update(tree.of_texts(each.keys), tree.of_texts(each.values), layer)
     tokens = torch.arange(tree.nodes.shape[1])
@@ -137,7 +137,7 @@ def first_pass(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[Tenso
     if not ids.shape[1]:
         return which, seen, None
     given = _inputs(lm, ids, seen, (seen.cumsum(1) - 1).clamp_min(0))
-    output = lm.model.base_model(**given, past_key_values=_recorded_cache()(lm.model), use_cache=True)
+    output = lm.model.base_model(**given, **_with_cache(lm, _recorded_cache()(lm.model)))
     if not getattr(getattr(output, "past_key_values", None), "seen", None):
         raise CannotReplay("it keeps no keys and values of earlier tokens")
     return which, seen, output
@@ -163,8 +163,14 @@ def second_pass(
     ids, live = _padded(parts)
     positions = torch.tensor(first)[:, None] + (live.cumsum(1) - 1).clamp_min(0)  # padding stays within the model's
     given = _inputs(lm, ids, torch.cat((seen, live), 1), positions)
-    final: Tensor = lm.model.base_model(**given, past_key_values=cache, use_cache=True).last_hidden_state
+    final: Tensor = lm.model.base_model(**given, **_with_cache(lm, cache)).last_hidden_state
     return final.to(lm.device)  # of a split model
+
+
+def _with_cache(lm: LanguageModel, cache: Any) -> dict[str, Any]:
+    """The arguments of a forward with this cache: transformers 5.24 has renamed `past_key_values` to `cache`."""
+    known = inspect.signature(type(lm.model.base_model).forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
 
 
 def _inputs(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:

@@ -203,7 +203,8 @@ class Trace(Shown, _Readable):
         self._records, self._first = {}, ""
 
         def refuse_cache(called: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            given = kwargs.get("past_key_values") is not None or any(hasattr(x, "get_seq_length") for x in args)
+            named = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+            given = named or any(hasattr(x, "get_seq_length") for x in args)
             if given and called is self._model and self._thread == threading.get_ident():
                 raise HookError("stop=True would leave the given cache half filled: pass use_cache=False and no cache.")
 
