@@ -142,12 +142,15 @@ def _size(found: Examination, each: Sequence[Spectrum]) -> None:
 
 
 def _rounding(found: Examination, lm: LanguageModel) -> None:
-    weights = [values_of(lm.model, delta.parameter).double().cpu() for delta in found.edit.deltas]
-    changes = [delta.matrix().double().cpu() for delta in found.edit.deltas]
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in ROUNDINGS}
+    for delta in found.edit.deltas:  # one weight at a time: a copy in float64 is large
+        weight = values_of(lm.model, delta.parameter).double().cpu()
+        change = delta.matrix().double().cpu()
+        for name, rounded in ROUNDINGS.items():
+            sums[name] += sums_of(rounded(weight + change) - rounded(weight), change)
     rows, lost = [], {}
-    for name, rounded in ROUNDINGS.items():
-        both = zip(weights, changes, strict=True)
-        shares = kept_and_error(sum((sums_of(rounded(w + c) - rounded(w), c) for w, c in both), torch.zeros(3)))
+    for name, each in sums.items():
+        shares = kept_and_error(each)
         if shares is None:
             return  # an edit of nothing
         lost[name] = shares[1]

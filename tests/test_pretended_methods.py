@@ -2,8 +2,9 @@
 
     python -m tests.test_pretended_methods          # every method × family × dtype, and a line with the counts
 
-The suite runs a covering set: every family in every dtype, every method in every dtype and on both devices, and every
-method on every mixture of experts. Its last lines say how many cells ran, how many failed, and how long they took.
+`make test-whole` runs a covering set: every family in every dtype, every method in every dtype and on both devices, and
+every method on every mixture of experts; `make test` runs a part of it (tests/covering.py). Their last lines say how
+many cells ran, how many failed, and how long they took.
 """
 
 import tempfile

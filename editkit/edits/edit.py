@@ -402,8 +402,7 @@ def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:
     Factors stay factors (their ranks add); with a dense change among them, the sum is dense. Raises EditkitError
     when the edits are of different bases, or one is more than a change of weights.
     """
-    scaled = []
-    for edit, factor in zip(edits, factors, strict=True):
+    for edit in edits:
         edit.require_weights("A sum of edits")
         if edit.base.digest != edits[0].base.digest:
             raise EditkitError(
@@ -411,9 +410,15 @@ def combined(edits: Sequence[Edit], factors: Sequence[float]) -> Edit:
                 f"'{edit.base.name}' {edit.base.digest[:12]}. Edits computed one on top of the other go into a "
                 "Session, or through editkit.apply_files in their order."
             )
-        scaled += [replace(delta, left=factor * delta.left) for delta in edit.deltas]
-    of = [{"factor": f, "digest": e.digest, "provenance": e.provenance} for e, f in zip(edits, factors, strict=True)]
-    return Edit(joined(scaled), edits[0].base, {"method": "combined", "of": of}, edits[0].parents)
+    deltas, of = scaled(edits, factors)
+    return Edit(joined(deltas), edits[0].base, {"method": "combined", "of": of}, edits[0].parents)
+
+
+def scaled(edits: Sequence[Edit], factors: Sequence[float]) -> tuple[list[Delta], list[dict[str, Any]]]:
+    """The changes of all edits, each times its edit's factor; and factor, digest and provenance of each edit."""
+    pairs = list(zip(edits, factors, strict=True))
+    deltas = [replace(delta, left=factor * delta.left) for edit, factor in pairs for delta in edit.deltas]
+    return deltas, [{"factor": f, "digest": edit.digest, "provenance": edit.provenance} for edit, f in pairs]
 
 
 def compressed(edit: Edit, rank: int) -> Edit:

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from editkit.edits.delta import Delta, joined
-from editkit.edits.edit import FOLDED, Applied, Edit, base_of
+from editkit.edits.edit import FOLDED, Applied, Edit, base_of, scaled
 from editkit.edits.writing import edited_digest
 from editkit.errors import EditkitError, OutputError
 from editkit.files import write_text
@@ -77,12 +77,10 @@ def stack(lm: LanguageModel, edits: Sequence[Edit], factors: Sequence[float] | N
     base = base_of(lm)
     if len(edits) == 1 and factors[0] == 1.0 and edits[0].base.digest == base.digest and not edits[0].parents:
         return edits[0]
-    deltas = []
     for edit, factor in zip(edits, factors, strict=True):
         if factor != 1.0:
             edit.require_weights(f"A strength of {factor:g}")
-        deltas += [replace(delta, left=factor * delta.left) if factor != 1.0 else delta for delta in edit.deltas]
-    of = [{"factor": f, "digest": e.digest, "provenance": e.provenance} for e, f in zip(edits, factors, strict=True)]
+    deltas, of = scaled(edits, factors)
     installed = tuple(each for edit in edits for each in edit.installed)
     return Edit(_on(lm, deltas), base, {"method": "stack", "of": of}, installed=installed)
 

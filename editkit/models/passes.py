@@ -169,13 +169,16 @@ def second_pass(
 
 def _with_cache(lm: LanguageModel, cache: Any) -> dict[str, Any]:
     """The arguments of a forward with this cache: transformers 5.24 has renamed `past_key_values` to `cache`."""
-    known = inspect.signature(type(lm.model.base_model).forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+    return {"cache" if _takes(lm, "cache") else "past_key_values": cache, "use_cache": True}
+
+
+def _takes(lm: LanguageModel, name: str) -> bool:
+    return name in inspect.signature(lm.model.base_model.forward).parameters
 
 
 def _inputs(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
     given = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in inspect.signature(lm.model.base_model.forward).parameters:  # Bloom counts the mask itself
+    if _takes(lm, "position_ids"):  # Bloom counts the mask itself
         given["position_ids"] = positions
     return {name: value.to(lm.device) for name, value in given.items()}
 

@@ -28,8 +28,6 @@ DEFAULT = "r_rome"
 FOUND = 12  # facts of a search
 OTHERS = 60  # other answers of a relation
 SAYS = 12  # tokens of the first answer
-STRENGTHS = (-4.0, 4.0)
-SEEDS = (0, 2**31)
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -107,7 +105,7 @@ class Desk:
 
     def where(self, message: Message, tell: Tell) -> dict[str, Any]:
         """The logit lens and the causal trace of the fact's prompt, on the model with the stack."""
-        fact, seed = messages.fact(message, asked_only=True), messages.whole(message, "seed", *SEEDS)
+        fact, seed = messages.fact(message, asked_only=True), messages.whole(message, "seed", *messages.SEEDS)
         samples = messages.whole(message, "samples", 1, 100) if "samples" in message else TraceSettings().samples
         with self.bench.applied(self.total()):
             tell({"lens": where.lens(self.lm, fact)})
@@ -132,7 +130,7 @@ class Desk:
         given = {row["name"]: _plain(getattr(settings, row["name"])) for row in messages.fields(method)}
         self.watched = messages.watched(message)
         on_top = tuple((step.digest, strength) for step, strength in recipe.in_force(self.stack))
-        seed = messages.whole(message, "seed", *SEEDS)
+        seed = messages.whole(message, "seed", *messages.SEEDS)
         # 2) The edit.
         made = Made(fact, method.name, recipe.settings_given(method.name, given), seed, on_top)
         step = self.bench.compute(made, self.history.known)
@@ -147,7 +145,7 @@ class Desk:
         """Put the draft on the stack, in force at a strength."""
         if self.draft is None:
             raise EditkitError("There is no edit to apply yet. Compute one first.")
-        strength = messages.number(message, "strength", *STRENGTHS) if "strength" in message else 1.0
+        strength = messages.number(message, "strength", *messages.STRENGTHS) if "strength" in message else 1.0
         self.history.push(self.draft, _checked(self.draft, strength))
         self.draft = None
         return self.look(message, tell)
@@ -180,7 +178,7 @@ class Desk:
     def strength(self, message: Message, tell: Tell) -> dict[str, Any]:
         """Give a step another strength."""
         place = self.stack[number := self._number(message)]
-        self.history.slide(number, _checked(place.step, messages.number(message, "value", *STRENGTHS)))
+        self.history.slide(number, _checked(place.step, messages.number(message, "value", *messages.STRENGTHS)))
         return self.look(message, tell)
 
     def move(self, message: Message, tell: Tell) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from editkit.settings import LOOKUP_TOKENS, MethodSettings
 Message = Mapping[str, Any]
 NO_ANSWER = "…"  # in place of a new answer that is not given yet
 LONGEST = 2000  # characters of a text
+STRENGTHS = (-4.0, 4.0)  # factors of ΔW
+SEEDS = (0, 2**31)
 HIDDEN = ("transform", "simie")  # of a whole run or session, not of one edit
 PLAIN = (int, float, str, bool)
 

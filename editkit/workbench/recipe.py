@@ -144,21 +144,26 @@ def read(found: Any, model: str, base: str) -> Read:
             settings = row["settings"]
             messages.settings(method, settings)
             fact = Fact(*(messages.text(row, name) for name in ("prompt", "subject", "target_new", "target_true")))
-            made = Made(fact, method.name, settings, messages.whole(row, "seed", 0, 2**31))
-            below = [(messages.whole({"n": i}, "n", 0, number - 1), messages.number({"s": s}, "s", -4, 4))
-                     for i, s in row["on_top"]]  # fmt: skip
+            made = Made(fact, method.name, settings, messages.whole(row, "seed", *messages.SEEDS))
+            below = [(_number(i, number), _strength(factor)) for i, factor in row["on_top"]]
             steps.append((made, messages.text(row, "digest", most=64)))
             on_top.append(below)
-        places = [
-            (messages.whole({"n": i}, "n", 0, len(steps) - 1), on is True, messages.number({"s": s}, "s", -4, 4))
-            for i, on, s in found["stack"]
-        ]
+        places = [(_number(i, len(steps)), on is True, _strength(factor)) for i, on, factor in found["stack"]]
         total = found["total"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EditkitError("The link is damaged: its state is not complete. Copy the whole link again.") from error
     if len({number for number, _, _ in places}) < len(places) or len(steps) > MOST:
         raise EditkitError(f"The state names an edit twice, or more than {MOST}.")
     return Read(steps, on_top, places, total if isinstance(total, str) else None)
+
+
+def _number(value: Any, count: int) -> int:
+    """The number of one of `count` steps."""
+    return messages.whole({"number": value}, "number", 0, count - 1)
+
+
+def _strength(value: Any) -> float:
+    return messages.number({"strength": value}, "strength", *messages.STRENGTHS)
 
 
 # --- as text ------------------------------------------------------------------------------------------------------
