@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from widened import widened
 
 from editkit.corpora import atlas_prose
 from editkit.data.atlas import atlas_cases
@@ -81,19 +82,25 @@ SHAPES = {
     "tiny": _gpt2(4, 64, 4, 1, vocab_size=1024),  # for tests
 }
 
+IN = "atlas-in-"
+
 
 def model_of(
     shape: str, device: str = "cpu", dtype: str = "float32", *, tokenizer: str | None = None, blocks: int | None = None
 ) -> tuple[LanguageModel, int]:
     """A model of that shape with seeded random weights, and the block to edit.
 
-    - `shape`: a name in SHAPES, or "atlas", which is the bundled model itself.
+    - `shape`: a name in SHAPES; "atlas", which is the bundled model itself; or "atlas-in-gpt2-small", which has that
+      shape and the bundled model's answers (widened.py), on the CPU in float32.
     - `device`: where the weights are made. `dtype`: float32, bfloat16 or float16.
     - `tokenizer`: a folder with one; None takes the atlas model's, whose ids every vocabulary here has.
     - `blocks`: only so many of the shape's, and the edited one in their middle.
     """
     if shape == "atlas":
         return load("atlas", device=device, dtype=dtype), 4
+    if shape.startswith(IN):
+        sizes = SHAPES[shape.removeprefix(IN)].sizes
+        return widened(load("atlas", device="cpu"), GPT2Config(**sizes), shape), 4
     chosen = SHAPES[shape]
     config = AutoConfig.for_model(chosen.family, **chosen.sizes)
     if blocks is not None:

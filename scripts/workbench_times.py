@@ -3,8 +3,8 @@
     python scripts/workbench_times.py --json experiments/workbench/times.json
     python scripts/workbench_times.py --shapes gpt2-small --budget 60
 
-The atlas model, and models of real sizes with random weights (shapes.py), which know no facts: the first audit of one
-is what it takes to ask every fact once, after which the workbench says that it does not know this world.
+The atlas model, and the same model in GPT-2-small's shape (widened.py): what a page waits for depends on what a model
+knows, since a value stops early on a fact that can be written, and a model that knows no facts is not audited.
 
     answer   what the model says of a fact: next tokens, twelve tokens of text, both answers
     picture  from the request for a trace, with 10 samples of noise, to its first map (MLP)
@@ -133,7 +133,7 @@ def served(lm: LanguageModel, layer: int, limits: Limits, found: dict[str, Any],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="atlas,gpt2-small", help="atlas, or names of shapes.py")
+    parser.add_argument("--shapes", default="atlas,atlas-in-gpt2-small", help="names of shapes.py")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--audits", type=int, default=10, help="repeats of the audit, which takes longest")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which a row's repeats end early")
