@@ -143,6 +143,7 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        found.listen()  # now, so that a browser that comes before the server is not refused, but waits
     except OSError as error:
         message = f"The workbench cannot listen to {host}, port {port}: {error.strerror}. Try --port 0."
         raise ConfigError(message) from error
