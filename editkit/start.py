@@ -5,11 +5,11 @@
 - torch._dynamo, the compiler behind torch.compile: it is imported when something first needs it (`_Later`);
 - torch.distributed.tensor, for a model spread over several processes: transformers finds a torch without
   torch.distributed, as some builds of torch are;
-- torchao, where it is installed: transformers imports one function of it, which is called for torchao's models alone;
+- torchao, where it is installed, and torch's symbolic shapes: one function of each is imported, and rarely called;
 - the garbage collector's passes over a million objects that live as long as the process.
 
 A stand-in gives way to the real thing at the first use that it does not know. So another version of torch or
-transformers may start more slowly, and works. Only the command does this: `import editkit` in a notebook or in another
+transformers (torch before 2.13) may start more slowly, and works. Only the command does this: `import editkit` in a notebook or in another
 program changes nothing. EDITKIT_PLAIN_IMPORTS=1 turns it off for the command too.
 """
 
@@ -30,8 +30,12 @@ from typing import Any
 COMPILER = "torch._dynamo"
 # The one part of the compiler that transformers imports at its start (in masking_utils); it needs no other part.
 _USED_EARLY = f"{COMPILER}._trace_wrapped_higher_order_op"
-# The part of torchao that transformers imports at its start (in quantizers), where torchao is installed.
-_OF_TORCHAO = "torchao.prototype.safetensors.safetensors_support"
+# Modules of which something imported at the start takes functions that it rarely calls: those functions, or all.
+_FUNCTIONS: dict[str, tuple[str, ...] | None] = {
+    "torchao.prototype.safetensors.safetensors_support": None,  # for transformers.quantizers, where torchao is installed
+    # sympy, for torch.nn.attention.flex_attention from torch 2.15 on
+    "torch.fx.experimental.symbolic_shapes": ("has_free_unbacked_symbols",),
+}
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # set by torchrun and the like: this process is one of several
 
 _paused = False  # whether the collector was turned off here
@@ -67,7 +71,7 @@ def import_libraries() -> None:
     """Import torch, and what every run needs of transformers, in a process of the command's own."""
     if not wanted():
         return
-    with compiler_later(), _without_distributed(), _torchao_later():
+    with compiler_later(), _without_distributed(), _functions_later():
         from transformers import (  # noqa: F401
             AutoConfig,
             AutoModelForCausalLM,
@@ -95,32 +99,44 @@ def _without_distributed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _torchao_later() -> Iterator[None]:
-    """What is imported in the body gets functions that import torchao when they are called."""
-    if "torchao" in sys.modules or importlib.util.find_spec("torchao") is None:
-        yield
-        return
-    sys.modules[_OF_TORCHAO] = _Functions(_OF_TORCHAO)
+def _functions_later() -> Iterator[None]:
+    """What is imported in the body gets functions of _FUNCTIONS that import their module when they are called."""
+    for name, functions in _FUNCTIONS.items():
+        if name not in sys.modules and importlib.util.find_spec(name.split(".", 1)[0]) is not None:
+            sys.modules[name] = _Functions(name, functions)
     try:
         yield
     finally:
-        if type(sys.modules.get(_OF_TORCHAO)) is _Functions:
-            del sys.modules[_OF_TORCHAO]
+        for name in _FUNCTIONS:
+            if type(sys.modules.get(name)) is _Functions:
+                del sys.modules[name]
 
 
 class _Functions(ModuleType):
-    """A module of functions, each of which imports the real module when it is called."""
+    """A module of functions, each of which imports the real module when it is called.
+
+    What is not one of `functions` (None: all are) imports the real module at once.
+    """
+
+    def __init__(self, name: str, functions: tuple[str, ...] | None) -> None:
+        super().__init__(name)
+        self._functions = functions
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if self._functions is not None and name not in self._functions:
+            return self._real(name)
 
         def late(*args: Any, **kwargs: Any) -> Any:
-            if type(sys.modules.get(self.__name__)) is _Functions:
-                del sys.modules[self.__name__]
-            return getattr(importlib.import_module(self.__name__), name)(*args, **kwargs)
+            return self._real(name)(*args, **kwargs)
 
         return late
+
+    def _real(self, name: str) -> Any:
+        if type(sys.modules.get(self.__name__)) is _Functions:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
     python scripts/workbench_times.py --json experiments/workbench/times.json
     python scripts/workbench_times.py --shapes gpt2-small --budget 60
 
-The atlas model, and the same model in GPT-2-small's shape (widened.py): what a page waits for depends on what a model
-knows, since a value stops early on a fact that can be written, and a model that knows no facts is not audited.
+The atlas model, and the same model in GPT-2-small's shape (widened.py), since a model that knows no facts is not
+audited.
 
     answer   what the model says of a fact: next tokens, twelve tokens of text, both answers
     picture  from the request for a trace, with 10 samples of noise, to its first map (MLP)
