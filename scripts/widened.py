@@ -1,8 +1,9 @@
 """The bundled model in the shape of a larger GPT-2: as many weights, and the same answers.
 
-Random weights know no facts, so what needs a model that knows some (an audit) can't be timed on them. Here the residual stream holds the small model's state several times over, which a LayerNorm does not see, and
-what the shape has more of is random but writes nothing: neurons and whole blocks whose output weights are zero, heads
-that nothing reads. The text comes out the same; each product has the size that it has in the shape.
+Random weights know no facts, so what needs a model that knows some (an audit) can't be timed on them. Here the residual
+stream holds the small model's state several times over, which a LayerNorm does not see, and what the shape has more of
+is random but writes nothing: neurons and whole blocks whose output weights are zero, heads that nothing reads. The text
+comes out the same; each product has the size that it has in the shape.
 """
 
 import math

@@ -27,6 +27,7 @@ from editkit.settings import MomentSettings
 from editkit.start import _LAUNCHED
 from editkit.tensorfiles import read_header
 from editkit.testing.tiny import tiny_lm
+from tests.test_start import lean
 
 pytestmark = pytest.mark.filterwarnings("ignore:The second moment at")  # few tokens are read
 
@@ -353,6 +354,7 @@ def test_shares_on_the_command_line(
         assert "give i/n with 0 ≤ i < n" in capsys.readouterr().err
 
 
+@lean
 def test_one_process_does_without_torch_distributed(tmp_path: Path) -> None:
     code = """
 import sys

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from editkit.nethook import HookError, NameNotFound, Trace, get_module, get_parameter
 from editkit.testing.tiny import build
@@ -65,13 +66,18 @@ def test_v10_compiled_models_are_refused(gpt2: PreTrainedModel) -> None:
 def test_v21_activation_checkpointing_inside_a_block(gpt2: PreTrainedModel) -> None:
     model = build("gpt2").train()
     model.gradient_checkpointing_enable()
-    with pytest.raises(
-        HookError, match=r"'transformer.h.1.mlp' runs twice under activation checkpointing: trace 'transformer.h.1' or"
-    ):
+    twice = "' runs twice under activation checkpointing: "
+    hooks_too = "__call__" in vars(GradientCheckpointingLayer)  # before transformers 5.23
+    way = "call model.eval" if hooks_too else "trace 'transformer.h.1' or"
+    with pytest.raises(HookError, match=f"'transformer.h.1.mlp{twice}{way}"):
         Trace(model, MLP).__enter__()
-    with Trace(model, BLOCKS[1], grads=True) as t:
-        loss_of(logits(model)).backward()
-    assert t.count == 1 and t.grad.any()
+    if hooks_too:
+        with pytest.raises(HookError, match=f"'transformer.h.1{twice}{way}"):
+            Trace(model, BLOCKS[1]).__enter__()
+    else:
+        with Trace(model, BLOCKS[1], grads=True) as t:
+            loss_of(logits(model)).backward()
+        assert t.count == 1 and t.grad.any()
     with Trace(model.eval(), MLP):
         logits(model)
 

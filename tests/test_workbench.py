@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,7 @@ def test_it_listens_to_this_machine_alone_unless_it_is_asked() -> None:
     assert Guard.of(options.host) == Guard("127.0.0.1", "")
     with command._listen(options.host, 0) as listening:
         assert listening.getsockname()[0] == "127.0.0.1"
+        socket.create_connection(listening.getsockname(), timeout=5).close()  # nothing serves yet, and none is refused
 
 
 def test_the_page_is_escaped_and_whole(edited: Desk) -> None:

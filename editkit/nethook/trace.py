@@ -368,9 +368,14 @@ def hookable(model: nn.Module, site: str) -> nn.Module:
         name = ".".join(parts[:depth])
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise HookError(f"'{name}' is compiled and would ignore the hooks: trace and call the model before that.")
-        checkpointing = name != site and module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointing and any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__):
-            raise HookError(f"'{site}' runs twice under activation checkpointing: trace '{name}' or call model.eval().")
+        if not (module.training and getattr(module, "gradient_checkpointing", False)):
+            continue
+        layer = next((c for c in type(module).__mro__ if c.__name__ == "GradientCheckpointingLayer"), None)
+        # Before transformers 5.23 its __call__ ran again, not its forward, and with it the layer's own hooks.
+        with_hooks = layer is not None and "__call__" in vars(layer)
+        if layer is not None and (name != site or with_hooks):
+            way = "call model.eval()" if with_hooks else f"trace '{name}' or call model.eval()"
+            raise HookError(f"'{site}' runs twice under activation checkpointing: {way}.")
     return module
 
 
