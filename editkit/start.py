@@ -8,9 +8,9 @@
 - torchao, where it is installed, and torch's symbolic shapes: one function of each is imported, and rarely called;
 - the garbage collector's passes over a million objects that live as long as the process.
 
-A stand-in gives way to the real thing at the first use that it does not know. So another version of torch or
-transformers (torch before 2.13) may start more slowly, and works. Only the command does this: `import editkit` in a notebook or in another
-program changes nothing. EDITKIT_PLAIN_IMPORTS=1 turns it off for the command too.
+A stand-in gives way to the real thing at the first use that it does not know. So another version of torch (before
+2.13) or of transformers may start more slowly, and works. Only the command does this: `import editkit` in a notebook
+or in another program changes nothing. EDITKIT_PLAIN_IMPORTS=1 turns it off for the command too.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ COMPILER = "torch._dynamo"
 _USED_EARLY = f"{COMPILER}._trace_wrapped_higher_order_op"
 # Modules of which something imported at the start takes functions that it rarely calls: those functions, or all.
 _FUNCTIONS: dict[str, tuple[str, ...] | None] = {
-    "torchao.prototype.safetensors.safetensors_support": None,  # for transformers.quantizers, where torchao is installed
+    # for transformers.quantizers, where torchao is installed
+    "torchao.prototype.safetensors.safetensors_support": None,
     # sympy, for torch.nn.attention.flex_attention from torch 2.15 on
     "torch.fx.experimental.symbolic_shapes": ("has_free_unbacked_symbols",),
 }

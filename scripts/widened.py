@@ -7,6 +7,7 @@ comes out the same; each product has the size that it has in the shape.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,15 @@ def widened(small: LanguageModel, config: GPT2Config, name: str) -> LanguageMode
     Logits of the small model's tokens are equal but for rounding. Added blocks come after its own. Raises ValueError
     where the sizes do not allow it.
     """
-    source, own = small.model, small.model.config
+    own: Any = small.model.config
     copies, rest = divmod(config.n_embd, own.n_embd)
     heads_fit = config.n_head >= own.n_head and config.n_embd // config.n_head >= own.n_embd // own.n_head
     if rest or not heads_fit or config.n_layer < own.n_layer or config.vocab_size < own.vocab_size:
-        raise ValueError(
-            f"{name}: {config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads and {config.vocab_size} "
-            f"tokens can't hold {own.n_layer} blocks of width {own.n_embd}, {own.n_head} heads and {own.vocab_size} tokens"
-        )
+        raise ValueError(f"{name}: {_sizes(config)} can't hold {_sizes(own)}")
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()
-    old, new = source.transformer, model.transformer
+    old: Any = small.model.get_submodule("transformer")
+    new: Any = model.transformer
     new.wte.weight[: own.vocab_size] = old.wte.weight.repeat(1, copies)
     new.wpe.weight[: own.n_positions] = old.wpe.weight.repeat(1, copies)
     for at, block in enumerate(new.h):
@@ -55,8 +54,12 @@ def widened(small: LanguageModel, config: GPT2Config, name: str) -> LanguageMode
     return LanguageModel(name, model, small.tokenizer, small.architecture)
 
 
-def _attention(was: nn.Module, now: nn.Module, own: GPT2Config, config: GPT2Config) -> None:
-    """The small model's heads, each padded with zeros; the shape's other heads keep random weights and write nothing."""
+def _sizes(config: GPT2Config) -> str:
+    return f"{config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads and {config.vocab_size} tokens"
+
+
+def _attention(was: Any, now: Any, own: GPT2Config, config: GPT2Config) -> None:
+    """The small model's heads, each padded with zeros. The other heads keep random weights and write nothing."""
     size, room = own.n_embd // own.n_head, config.n_embd // config.n_head
     head = torch.arange(own.n_embd) // size
     places = head * room + torch.arange(own.n_embd) % size  # [n_embd of the small model], where each number goes
@@ -74,13 +77,13 @@ def _attention(was: nn.Module, now: nn.Module, own: GPT2Config, config: GPT2Conf
     _writes(was.c_proj, now.c_proj, places, copies)
 
 
-def _reads(was: nn.Module, now: nn.Module, places: slice, copies: int) -> None:
+def _reads(was: Any, now: Any, places: slice, copies: int) -> None:
     """A layer that reads the residual stream. Weights are [in, out]."""
     now.weight[:, places] = was.weight.repeat(copies, 1) / copies
     now.bias[places] = was.bias
 
 
-def _writes(was: nn.Module, now: nn.Module, places: slice | Tensor, copies: int) -> None:
+def _writes(was: Any, now: Any, places: slice | Tensor, copies: int) -> None:
     """A layer that writes to the residual stream; from elsewhere it reads nothing."""
     nn.init.zeros_(now.weight)
     now.weight[places] = was.weight.repeat(1, copies)

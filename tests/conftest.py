@@ -107,7 +107,9 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def surroundings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    """The environment, without what pytest sets, and torch's compiler at its first import."""
+    others = ("PYTEST_", "TORCHINDUCTOR_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 
 class RealRuns(dict[str, Path]):

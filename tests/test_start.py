@@ -182,6 +182,33 @@ assert type(later) is start._Later
     python(LATER + code, tmp_path)
 
 
+@pytest.mark.slow
+def test_a_function_of_a_module_imports_it_when_it_is_called(tmp_path: Path) -> None:
+    code = """
+import sys
+import torch
+from editkit import start
+name = "torch.fx.experimental.symbolic_shapes"
+assert name in start._FUNCTIONS
+with start._functions_later():
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+assert name not in sys.modules
+assert not has_free_unbacked_symbols(torch.ones(1))
+real = sys.modules[name]
+assert type(real) is type(sys) and "sympy" in sys.modules
+"""
+    python(code, tmp_path)
+    code = """
+import sys
+import torch
+from editkit import start
+with start._functions_later():
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+assert ShapeEnv is sys.modules["torch.fx.experimental.symbolic_shapes"].ShapeEnv
+"""
+    python(code, tmp_path)
+
+
 # --- the rest ----------------------------------------------------------------------------------------------------
 
 
