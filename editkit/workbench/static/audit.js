@@ -58,7 +58,8 @@ function draw(shows) {
   // 3) Around them: the count, the legend, the fact that is looked at, the changed ones as a table.
   const changed = rows.filter(moved);
   const legend = shows === "happened"
-    ? [square(""), " as before ", square("flipped"), " another answer ", square("edited"), " edited"]
+    ? [["", "as before"], ["flipped", "another answer"], ["edited", "edited"]]
+      .map(([kind, text]) => el("span", {class: "explained"}, square(kind), text))
     : ["pull 0 ", swatches(), " 1: how much of the edit reaches the fact's own key; changed facts have a ring"];
   show($("grid"),
     el("p", {}, el("b", {class: changed.length ? "bad" : "good"}, `${changed.length} of ${many(rows.length)} facts`),

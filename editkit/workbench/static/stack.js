@@ -35,7 +35,8 @@ function item(step, place) {
     "data-key": `${step.digest} ${name}`, "aria-label": `${step.title} ${label}`, onclick: action}, text);
   const move = (to) => change("move", {number: place, to});
   const look = () => { fill(step.fact); change("select", {number: place}); };
-  const settings = Object.entries(step.settings).map(([name, value]) => `, ${name} ${value}`).join("");
+  const said = {layer: "block", layers: "blocks"};
+  const settings = Object.entries(step.settings).map(([name, value]) => `, ${said[name] ?? name} ${value}`).join("");
   const below = step.on_top ? ` · on top of ${step.on_top}` : "";
   return el("li", {class: (step.selected ? "selected " : "") + (step.on ? "" : "off")},
     el("label", {class: "inline"}, el("input", {type: "checkbox", checked: step.on, "data-key": `${step.digest} on`,
