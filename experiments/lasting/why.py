@@ -85,6 +85,8 @@ def one_a_subject() -> list[dict[str, Any]]:
             },
             "paraphrase_prompts": [probe.prompt for probe in case.probes if probe.kind == PARAPHRASE],
             "neighborhood_prompts": [probe.prompt for probe in case.probes if probe.kind == NEIGHBORHOOD],
+            "attribute_prompts": [],
+            "generation_prompts": [],
         }
         for number, case in enumerate(chosen)
     ]
