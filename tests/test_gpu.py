@@ -24,8 +24,8 @@ from editkit.models.snapshot import digests, tensors_of
 from editkit.moments import second_moments
 from editkit.settings import MomentSettings
 from editkit.testing.tiny import tiny_lm
+from tests.editing import edited
 from tests.quantized import CELLS, every_bit, logits, quantized_lm, same
-from tests.test_pretended_methods import edited
 from tests.test_quantized import random_edit
 
 pytestmark = [

@@ -18,21 +18,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from editkit.edits.edit import Edit
-from editkit.methods import get_method, names
-from editkit.methods.mend import Mend
-from editkit.models.load import LanguageModel
+from editkit.methods import names
 from editkit.models.snapshot import digests, tensors_of
-from editkit.settings import MomentSettings
 from editkit.testing.tiny import DENSE, EXPERTS, tiny_lm
 from tests import pretended
 from tests.conftest import CELL
-from tests.scripts import script
+from tests.editing import edited
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of", "ignore:C has")  # tiny models: large updates, few keys
 
-method_families = script("method_families")  # a copy of its own
-method_families.SETTINGS["steps"] = 3
 FAMILIES = [*DENSE, *EXPERTS]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,17 +61,6 @@ def every() -> list[Cell]:
     return [
         Cell(*each, f"pretended:{n // len(methods) % 2}") for n, each in enumerate(product(FAMILIES, DTYPES, methods))
     ]
-
-
-def edited(lm: LanguageModel, name: str, folder: Path) -> Edit:
-    """The edit by a method, in a few steps."""
-    method = get_method(name)
-    if name == "mend":
-        network = Mend.for_model(lm, [1], rank=2, lr=method_families.UNTRAINED_LR)
-        method_families.FITTED["mend"] = {"hypernetwork": str(network.save(folder / "mend.safetensors"))}
-    settings = method_families.fitted(method, name, several=lm.architecture.mlp_norm is None)
-    facts = method_families.facts_for(method, name)
-    return method(lm, facts, settings, moments=MomentSettings(tokens=1000), progress=False)
 
 
 def failures(cell: Cell, folder: Path) -> list[str]:

@@ -27,9 +27,9 @@ from editkit.nethook import HookError, get_parameter, requires_grad
 from editkit.settings import MomentSettings
 from editkit.testing.tiny import tiny_lm
 from tests import pretended
+from tests.editing import edited
 from tests.run_folders import FAST, really_run, record_of
 from tests.test_pretended_looks import LOOKS, plain
-from tests.test_pretended_methods import edited
 from tests.test_session import FACTS
 from tests.test_session import SETTINGS as SESSION_SETTINGS
 

@@ -16,9 +16,9 @@ from editkit.models.experts import down_of
 from editkit.models.quantized import Beside, dequantized, quantized_again
 from editkit.runs.names import EDITS
 from editkit.testing.tiny import tiny_lm
+from tests.editing import edited, method_families
 from tests.quantized import CELLS, apart, every_bit, float_twin, logits, need, parts, quantized_lm, same
 from tests.run_folders import FAST, really_run, record_of
-from tests.test_pretended_methods import edited, method_families
 from tests.test_quantized import edited as r_rome_edit
 from tests.test_quantized import random_edit
 from tests.test_session import FACTS, MOMENTS

@@ -24,7 +24,7 @@ from editkit.moments import second_moments
 from editkit.nethook import get_module, get_parameter
 from editkit.settings import MeasureSettings, MomentSettings, TraceSettings
 from editkit.testing.tiny import tiny_lm
-from tests.test_pretended_methods import edited
+from tests.editing import edited
 from tests.test_session import SETTINGS as SESSION_SETTINGS
 
 pytestmark = [

@@ -21,7 +21,7 @@ from editkit.models.wrapped import plain_name
 from editkit.nethook import get_module, get_parameter
 from editkit.settings import MomentSettings
 from editkit.testing.tiny import tiny_lm
-from tests.test_pretended_methods import edited
+from tests.editing import edited
 from tests.test_session import SETTINGS as SESSION_SETTINGS
 from tests.test_wrapped import FACT, FAMILIES, MOMENTS, OTHER, checkpointed, compiled_block, state
 
