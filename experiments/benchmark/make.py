@@ -9,11 +9,13 @@ edits.parquet, and with what each run was made: commit, command, settings.
 
 import argparse
 import json
-import re
+import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between
 
 from editkit.data.kinds import REWRITE, UNSEEN
 from editkit.files import write_text
@@ -192,10 +194,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _between(table: str, found: re.Match[str]) -> str:
-    return f"{found[1]}{table}\n{found[2]}"
-
-
 def _cell(found: dict[str, Any] | None) -> str:
     if found is None:
         return "–"
@@ -218,11 +216,9 @@ def main() -> None:
         draw(lifelong, HERE / "curves.png")
     tables = {"benchmark": table(benchmark), "lifelong": points(lifelong), "made": made(benchmark, lifelong)}
     tables["room"] = room(json.loads((HERE / "room.json").read_text(encoding="utf-8")))
-    text = (HERE / "README.md").read_text(encoding="utf-8")
     for name, each in tables.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", partial(_between, each), text, flags=re.S)
+        between(HERE / "README.md", name, [each])
         print(each, end="\n\n")
-    write_text(HERE / "README.md", text)
 
 
 if __name__ == "__main__":

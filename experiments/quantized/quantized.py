@@ -10,15 +10,16 @@ so that the two rows differ by the way alone.
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between
 
 from editkit.files import write_text
 from editkit.metrics.counterfact import ES, NS, PS, SAME_SUBJECT_KEPT, UNSEEN_PS
@@ -146,16 +147,8 @@ def _cell(mean: dict[str, Any] | None) -> str:
 
 def write(found: dict[str, Any]) -> None:
     """Put the table between README.md's marks."""
-    path = HERE / "README.md"
-    text = path.read_text(encoding="utf-8")
     for name, part in {"table": table(found), "made": made(found)}.items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        text = marks.sub(partial(_between, part), text)
-    write_text(path, text)
-
-
-def _between(part: str, match: re.Match[str]) -> str:
-    return f"{match[1]}{part}{match[2]}"
+        between(HERE / "README.md", name, [part])
 
 
 def main() -> None:

@@ -5,13 +5,14 @@ python experiments/sizes/table.py
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from editkit.files import write_text
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between, table
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
 COLUMNS = (
     "shape", "parameters", "dtype", "evaluations", "ROME, s", "MEMIT, s", "second moments, s", "digests, s",
     "peak, GB", "planned, GB", "apart", "planned, s", "bits restored",
@@ -45,14 +46,9 @@ def row(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     files = sorted(HERE.glob("*.json"), key=lambda path: json.loads(path.read_text())["plan"]["model"]["weights"])
     all_found = [json.loads(path.read_text()) for path in files]
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(row(found))} |" for found in all_found]
     made = sorted({f"{found['commit']}, {found['threads']} threads, {found['cpu']}" for found in all_found})
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    table = "\n".join([BEGIN, f"Commit {'; '.join(made)}.", "", *lines, after])
-    write_text(readme, before + table)
+    lines = table(COLUMNS, [row(found) for found in all_found])
+    between(HERE / "README.md", "table", [f"Commit {'; '.join(made)}.", "", *lines])
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@ python experiments/solver/figures.py ROWS.jsonl [MORE.jsonl]   # writes results.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between
 
 from editkit.files import whole, write_text
 from editkit.metrics.summary import BOUNDS, resampled
@@ -136,7 +140,6 @@ def main() -> None:
     results = {cell: compared(each) for cell, each in cells.items()}
     kept = {" | ".join(cell): each for cell, each in results.items()}
     draw(cells, HERE / "curves.png")
-    text = (HERE / "README.md").read_text(encoding="utf-8")
     new = {"results": markdown(results)}
     if again := {cell: compared(each) for cell, each in tables(options.rows, SECOND).items()}:
         new["second"] = markdown(again)
@@ -144,10 +147,7 @@ def main() -> None:
     if (HERE / "variants.json").exists():
         new["variants"] = other_ways(json.loads((HERE / "variants.json").read_text(encoding="utf-8")))
     for name, table in new.items():
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        text = before + f"<!-- {name} -->\n" + table + "\n" + end + after
-    write_text(HERE / "README.md", text)
+        between(HERE / "README.md", name, [table])
     write_text(HERE / "results.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     print(new["results"])
 

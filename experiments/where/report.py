@@ -1,7 +1,7 @@
 """The study's tables and pictures, from what where.py measured."""
 
 import json
-import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from marked import between
 
 from editkit import propose_layers
 from editkit.files import whole, write_text
@@ -54,17 +57,10 @@ def report(work: Path, here: Path) -> None:
     side = _lines(work / "side.jsonl")
     found["side"], tables["side"] = _side(side)
     write_text(here / "results.json", json.dumps(_rounded(found), indent=1, ensure_ascii=False) + "\n")
-    text = (here / "README.md").read_text(encoding="utf-8")
     for name, table in tables.items():
-        text = _between(f"<!-- {name} -->\n", f"<!-- /{name} -->", table + "\n", text)
-    write_text(here / "README.md", text)
+        between(here / "README.md", name, [table])
     _draw_where(average, found["edits"]["by_block"], here / "where.png")
     _draw_side(side, found["side"], here / "side_effects.png")
-
-
-def _between(begin: str, end: str, new: str, text: str) -> str:
-    """`text` with `new` in place of what stands between `begin` and the `end` after it; as it was without them."""
-    return re.sub(f"({re.escape(begin)}).*?({re.escape(end)})", lambda m: m[1] + new + m[2], text, flags=re.S)
 
 
 def _settings(average: AverageTrace, work: Path) -> str:
