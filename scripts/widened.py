@@ -78,7 +78,8 @@ def _attention(was: Any, now: Any, own: GPT2Config, config: GPT2Config) -> None:
 
 
 def _reads(was: Any, now: Any, places: slice, copies: int) -> None:
-    """A layer that reads the residual stream. Weights are [in, out]."""
+    """A layer that reads the residual stream; what is not in `places` is random, as large. Weights are [in, out]."""
+    nn.init.normal_(now.weight, std=was.weight.std().item() / math.sqrt(copies))
     now.weight[:, places] = was.weight.repeat(copies, 1) / copies
     now.bias[places] = was.bias
 

@@ -7,8 +7,12 @@ If it is the number of edits, or the norm that they add, a stream over 100 facts
 is the number of different keys that W must hold, it lives longer.
 
 The facts of the atlas share subjects, and facts of one subject have nearly one key. AlphaEdit and MEMIT-Seq hold the
-keys of earlier steps where they are, so a later step that must move such a key works against them. The last stream has
-one fact a subject, each edited once. If that is the reason why they break before MEMIT, they don't on this stream.
+keys of earlier steps where they are, so a later step that must move such a key works against them. One stream has one
+fact a subject, each edited once. If that is the reason why they break before MEMIT, they don't on this stream.
+
+If it is the dimension of a key that bounds a stream, it lives longer where keys have more of it: on the bundled model
+with 3,072 neurons a block in place of 768 (scripts/widened.py), of which the added ones write nothing before an edit.
+Said before it was run: at least twice as long counts as yes.
 """
 
 import argparse
@@ -22,7 +26,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from marked import between
 from marked import table as in_markdown
+from transformers import GPT2Config
+from widened import widened
 
+import editkit
 from editkit.data import load_cases
 from editkit.data.cases import Case
 from editkit.data.kinds import NEIGHBORHOOD, PARAPHRASE
@@ -34,14 +41,17 @@ HERE = Path(__file__).parent
 METHODS = ("memit", "memit_seq", "alphaedit")
 FACTS = (100, 300, 1000)
 EDITS = 2000
-ONCE = 500  # facts of the last stream
+ONCE = 500  # facts of the stream of subjects
 UNTOUCHED = 20  # and those of it that are never edited
 STREAMS = {str(facts): [f"data.stream={EDITS}", f"data.limit={facts}"] for facts in FACTS}
 STREAMS["subjects"] = ["data=counterfact", f"data.limit={ONCE}"]  # and its file
+STREAMS["neurons"] = STREAMS["1000"]  # on another model
+NEURONS = 3072  # a block
+TITLES = {"subjects": f"{ONCE}, one a subject", "neurons": f"1,000, {NEURONS:,} neurons a block"}
 
 
 def cells(folder: Path) -> Iterator[tuple[str, str, Path]]:
-    """Method, stream and folder of each cell. The memory of keys is the matter of the last stream alone."""
+    """Method, stream and folder of each cell. MEMIT-Seq is run where it is asked what a memory of keys does."""
     for method in METHODS:
         for stream in STREAMS:
             if method != "memit_seq" or stream == "subjects":
@@ -57,6 +67,7 @@ def run(folder: Path) -> None:
             continue
         keys = ["task=lifelong", f"method={method}", "method.solver=descent", *STREAMS[stream]]
         keys += [f"data.path={facts}"] if stream == "subjects" else []
+        keys += [f"model.name={more_neurons(folder)}"] if stream == "neurons" else []
         keys += ["task.step=100", "task.every=null", "task.at=[100,200,300,400,500,1000]"]
         keys += ["task.keep=1", "task.alarm.every=1", "task.alarm.growth=null", "task.alarm.per_fact=null"]
         keys += ["task.on_collapse=stop", "task.measure.distracted=false", f"hydra.run.dir={path}"]
@@ -92,6 +103,19 @@ def one_a_subject() -> list[dict[str, Any]]:
     ]
 
 
+def more_neurons(folder: Path) -> Path:
+    """The bundled model with NEURONS a block and the same answers; its folder's name gives it the same constants."""
+    path = folder / "neurons" / "atlas"
+    if not (path / "config.json").exists():
+        small = editkit.load("atlas", device="cpu")
+        sizes: dict[str, Any] = small.model.config.to_dict() | {"n_inner": NEURONS}
+        config = GPT2Config(**sizes)
+        wide = widened(small, config, "atlas")
+        wide.model.save_pretrained(path)
+        wide.tokenizer.save_pretrained(path)
+    return path
+
+
 def results(folder: Path) -> list[dict[str, Any]]:
     """Where each cell that has ended broke, and what it was like there."""
     found = []
@@ -120,7 +144,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     rows = []
     for row in found:
         end = f"{row['broken']:,}" if row["broken"] is not None else f"not by {row['edits']:,}"
-        facts = f"{ONCE}, one a subject" if row["stream"] == "subjects" else f"{int(row['stream']):,}"
+        facts = TITLES.get(row["stream"], row["stream"])
         rows.append([row["method"], facts, end, f"{row['growth']:.3g}", f"{row['perplexity']:.3g}"])
     return in_markdown(["method", "facts", "broken at", "‖ΔW‖/‖W‖ there", "perplexity ×"], rows)
 
