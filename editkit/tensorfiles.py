@@ -14,11 +14,13 @@ import json
 import math
 import mmap
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import EditFileError
@@ -130,8 +132,17 @@ def write_tensors(path: Path | str, kind: FileKind, header: Mapping[str, Any], t
     from safetensors.torch import save_file
 
     path, plain = Path(path), {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    with whole(path) as temporary:
-        save_file(plain, temporary, _metadata(kind, header, plain, seal=True))
+    # save_file writes to a file of a random name, which its owner alone may read, beside the one that it is given. In
+    # a folder with the temporary file's name, what a kill leaves of it is known by that name.
+    with (
+        whole(path) as temporary,
+        TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as room,
+    ):
+        written = Path(room) / "tensors"
+        save_file(plain, written, _metadata(kind, header, plain, seal=True))
+        temporary.touch()
+        shutil.copymode(temporary, written)
+        os.replace(written, temporary)
     return path
 
 

@@ -96,6 +96,10 @@ def test_killed_twice_and_resumed_gives_the_digest_of_one_go(
     second = killed_after(tmp_path, first + 640)
     assert 0 < first < second < KEYS
     assert list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob("*.safetensors"))
+    (partial,) = tmp_path.rglob("*.partial")
+    killed_in_a_write = partial.with_name(f".{partial.name}.abcdefgh.part")
+    killed_in_a_write.mkdir()
+    (killed_in_a_write / ".tmpAbCdEf").write_bytes(b"half")
     lm = tiny_lm("gpt2")
     with forwards(lm) as count:
         resumed = second_moments(lm, [0, 2], SETTINGS, progress=True, cache=tmp_path)

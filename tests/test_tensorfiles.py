@@ -37,6 +37,14 @@ def every_dtype() -> dict[str, Tensor]:
     return tensors | {"scalar": torch.tensor(-0.0), "empty": torch.empty(0, 3), "turned": torch.randn(2, 3).T}
 
 
+def test_a_file_may_be_read_by_whom_the_umask_lets_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    """A cache of second moments is shared; safetensors makes its files for their owner alone."""
+    (tmp_path / "plain").write_bytes(b"")
+    write_tensors(tmp_path / "file", KIND, VALUES, every_dtype())
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "file"}
+
+
 @pytest.fixture(params=["read", "mapped"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Tensors are read from the file, or the file is their memory."""
