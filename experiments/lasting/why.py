@@ -144,7 +144,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     rows = []
     for row in found:
         end = f"{row['broken']:,}" if row["broken"] is not None else f"not by {row['edits']:,}"
-        facts = TITLES.get(row["stream"], row["stream"])
+        facts = TITLES.get(row["stream"]) or f"{int(row['stream']):,}"
         rows.append([row["method"], facts, end, f"{row['growth']:.3g}", f"{row['perplexity']:.3g}"])
     return in_markdown(["method", "facts", "broken at", "‖ΔW‖/‖W‖ there", "perplexity ×"], rows)
 
