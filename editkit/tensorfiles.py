@@ -14,13 +14,11 @@ import json
 import math
 import mmap
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from editkit.errors import EditFileError
@@ -32,14 +30,14 @@ if TYPE_CHECKING:
 MAPPED = 64 << 20  # bytes of a tensor from which the file itself is its memory
 LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 SEAL = "sha256"  # the key of the digest
-# safetensors' names of dtypes: torch's name, bytes of one number
+# safetensors' names of dtypes, in its order within a file: torch's name, bytes of one number
 DTYPES = {
+    "I64": ("int64", 8),
     "F64": ("float64", 8),
     "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
     "I32": ("int32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
     "I16": ("int16", 2),
     "I8": ("int8", 1),
     "U8": ("uint8", 1),
@@ -129,20 +127,14 @@ def write_tensors(path: Path | str, kind: FileKind, header: Mapping[str, Any], t
 
     `header`: the JSON values, by key. `tensors`: by name.
     """
-    from safetensors.torch import save_file
-
     path, plain = Path(path), {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    # save_file writes to a file of a random name, which its owner alone may read, beside the one that it is given. In
-    # a folder with the temporary file's name, what a kill leaves of it is known by that name.
-    with (
-        whole(path) as temporary,
-        TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as room,
-    ):
-        written = Path(room) / "tensors"
-        save_file(plain, written, _metadata(kind, header, plain, seal=True))
-        temporary.touch()
-        shutil.copymode(temporary, written)
-        os.replace(written, temporary)
+    text, order = _outer_header(_metadata(kind, header, plain, seal=True), plain)
+    # Not safetensors' save_file: it writes to a file of a random name, which a kill leaves and no run can know, and
+    # which its owner alone may read.
+    with whole(path) as temporary, temporary.open("wb") as file:
+        file.write(text)
+        for name in order:
+            file.write(_bytes(plain[name]))
     return path
 
 
@@ -152,6 +144,24 @@ def to_bytes(kind: FileKind, header: Mapping[str, Any], tensors: Mapping[str, "T
 
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     return save(plain, _metadata(kind, header, plain, seal=seal))
+
+
+def _outer_header(metadata: Mapping[str, str], tensors: Mapping[str, "Tensor"]) -> tuple[bytes, list[str]]:
+    """What stands before the data of a safetensors file, and the names of the tensors in the order of their data.
+
+    Order, spaces and escapes are those of safetensors' own writer, so that both write the same bytes.
+    """
+    codes = {name: CODES[str(tensor.dtype)] for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (list(DTYPES).index(codes[name]), name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name in order:
+        end = at + tensors[name].numel() * tensors[name].element_size()
+        entries[name] = {"dtype": codes[name], "shape": list(tensors[name].shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
 
 
 def contents_digest(values: Mapping[str, Any], tensors: Mapping[str, list[Any]] | None = None) -> str:
@@ -276,10 +286,14 @@ def _metadata(
 
 def described(tensor: "Tensor") -> list[Any]:
     """[dtype, shape, sha256 of the bytes], without a copy of a contiguous tensor."""
+    return [CODES[str(tensor.dtype)], list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()]
+
+
+def _bytes(tensor: "Tensor") -> memoryview | bytes:
+    """The bytes of a tensor on the CPU; where they are, if it is contiguous."""
     import torch
 
-    data = tensor.detach().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
-    return [CODES[str(tensor.dtype)], list(tensor.shape), hashlib.sha256(data).hexdigest()]
+    return tensor.detach().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
 def _data(file: BufferedReader, size: int) -> bytearray | memoryview:

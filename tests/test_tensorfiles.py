@@ -37,6 +37,13 @@ def every_dtype() -> dict[str, Tensor]:
     return tensors | {"scalar": torch.tensor(-0.0), "empty": torch.empty(0, 3), "turned": torch.randn(2, 3).T}
 
 
+def test_a_file_has_the_bytes_of_safetensors_own_writer(tmp_path: Path) -> None:
+    """Every dtype, odd names, a scalar, an empty one, one that is not contiguous; and no tensor at all."""
+    for tensors in (every_dtype() | {'ü\n"\x7f/\u2028': torch.ones(1), "F32b": torch.zeros(3)}, {}):
+        written = write_tensors(tmp_path / "file", KIND, VALUES, tensors)
+        assert written.read_bytes() == to_bytes(KIND, VALUES, tensors)
+
+
 def test_a_file_may_be_read_by_whom_the_umask_lets_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     """A cache of second moments is shared; safetensors makes its files for their owner alone."""
     (tmp_path / "plain").write_bytes(b"")

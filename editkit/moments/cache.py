@@ -11,7 +11,6 @@ So an edited model never reads the moments of another, and a killed pass is gone
 import hashlib
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -198,10 +197,7 @@ class Store:
         """Delete what a kill left of a write of these files, whose locks are held."""
         for path in written:
             for left in self.folder.glob(f".{path.name}.*.part"):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+                left.unlink(missing_ok=True)
 
     def unfinished(self, names: str, kind: FileKind) -> list[tuple[Path, dict[str, Any]]]:
         """The files of passes that are under way or were killed, with their headers. `names`: a pattern."""
