@@ -120,11 +120,17 @@ def whole(cells: list[Cell]) -> list[str]:
     return table(head, rows)
 
 
+def writes_nothing(cell: Cell) -> bool:
+    """Whether no fact was said freely at any point."""
+    return all(point["said freely"][0] == 0 for point in cell["points"] if "said freely" in point)
+
+
 def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
     """What came of a claim on a model, and the figures behind it.
 
     A method that broke before the other one did is the worse one. Else the last point that both have, up to the
-    claim's number of edits, decides: the intervals apart, or the means alone.
+    claim's number of edits, decides: the intervals apart, or the means alone. A method that lives because it writes
+    nothing is not compared.
     """
     pair = [
         next((c for c in cells if (c["model"], c["method"], c["batch"]) == (model, name, claim.batch)), None)
@@ -133,6 +139,8 @@ def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
     better, worse = pair
     if better is None or worse is None or any(cell["failed"] >= cell["edits"] > 0 for cell in (better, worse)):
         return "not measured", ""
+    if idle := [cell["method"] for cell in (better, worse) if writes_nothing(cell)]:
+        return "not compared", f"{' and '.join(idle)} {'write' if idle[1:] else 'writes'} nothing"
     lives = [claim.edits if cell["broken"] is None else min(cell["broken"], claim.edits) for cell in (better, worse)]
     reached = [min(claim.edits, cell["edits"]) for cell in (better, worse)]
     for this, other, outcome in ((0, 1, "no"), (1, 0, "yes")):
