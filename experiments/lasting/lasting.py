@@ -183,6 +183,7 @@ class Cell:
     def run(self, seconds: float, until: float) -> str:
         """Run until it ends, its steps have taken `seconds`, or it is `until` (time.time()). What came of it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        begun = (self.path / names.POINT_LINES).exists()
         with (self.path / "said.txt").open("ab") as said:
             process = subprocess.Popen(self.command(), stdout=said, stderr=said)
             try:
@@ -195,7 +196,10 @@ class Cell:
                     process.kill()  # a run that is killed goes on with the same bytes
                 process.wait()
         if process.returncode > 0:
-            write_text(self.path / REFUSED, (self.path / "said.txt").read_text(encoding="utf-8")[-2000:])
+            told = (self.path / "said.txt").read_text(encoding="utf-8")[-2000:]
+            if begun:  # other settings, say: its points are not those of a cell that ended
+                raise SystemExit(told)
+            write_text(self.path / REFUSED, told)
         return "ended" if self.ended else f"stopped after {self.cpu:.0f} s of steps"
 
 
