@@ -108,7 +108,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def surroundings() -> dict[str, str]:
     """The environment, without what pytest sets, and torch's compiler at its first import."""
-    others = ("PYTEST_", "TORCHINDUCTOR_")
+    others = ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR")
     return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -249,7 +250,9 @@ def test_a_compiled_graph_follows_the_edit(family: str, wrapping: str, folder: P
 
     try:
         first = logits(run)  # compiled before the edit
-    except NameError as error:  # torch 2.6 with transformers 5.17
+    except NameError as error:
+        if Version(torch.__version__) >= Version("2.7"):  # seen with torch 2.6 and transformers 5.17
+            raise
         pytest.skip(f"this torch cannot compile this transformers: {error}")
     edit = edited(lm, "r_rome", folder)
     with edit.applied(lm), wanted.applied(plain):
