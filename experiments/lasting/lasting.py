@@ -304,7 +304,7 @@ def found_in(cell: Cell) -> dict[str, Any] | None:
         "model": cell.organism.title,
         "method": cell.method,
         "batch": cell.batch,
-        "points": [_point(line) for line in lines if "edits" in line],
+        "points": [point_of(line) for line in lines if "edits" in line],
         "edits": max(min(EDITS, len(costs) * cell.batch), *(line.get("edits", 0) for line in lines)),
         "broken": collapse and collapse["edits_kept"],
         "why": collapse and collapse["collapse"].split(": ", 1)[-1],
@@ -331,7 +331,7 @@ def _named(cell: Cell, text: str) -> str:
     return text if name in BUNDLED else text.replace(name, f"training/{cell.organism.title}/atlas")
 
 
-def _point(line: dict[str, Any]) -> dict[str, Any]:
+def point_of(line: dict[str, Any]) -> dict[str, Any]:
     """The figures of a point: mean, bounds and n of each of SHOWN."""
     point = {name: line["alarm"][name] for name in ("growth", "per_fact", "perplexity")} | {"edits": line["edits"]}
     for name, (asked, metric) in SHOWN.items():
