@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from lasted import at, figure
-from lasting import RETENTION, RIGHT, Organism
+from lasted import figure
+from lasting import METHODS as METHODS_OF_TABLE
+from lasting import Organism, point_of
 from marked import between
 from marked import table as in_markdown
 from transformers import GPT2Config
