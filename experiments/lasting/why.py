@@ -22,6 +22,7 @@ half of the first 200 objects.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ class Trial:
 
     @property
     def cell(self) -> str:
-        return f"{self.method}-{self.change.removeprefix('method.').replace('[', '').replace(']', '')}"
+        return "-".join(re.findall(r"\w+", f"{self.method} {self.change.removeprefix('method.')}"))
 
 
 TRIALS = (
