@@ -18,9 +18,9 @@ from editkit import propose_layers, report
 from editkit.errors import RecordError
 from editkit.numbers import number
 from editkit.tracing import PARTS, AverageTrace, Traced
+from tests.pages import Parsed, page
 from tests.present import present
 from tests.run_folders import copied, score_of, setting
-from tests.test_report import Parsed, page
 
 TOKENS = ["The", " <b>Eiffel</b>", " $Tower", "\n", " is"]
 
