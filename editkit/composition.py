@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editkit.edits.base import Base
 from editkit.edits.delta import Delta, joined
-from editkit.edits.edit import Base, Edit
+from editkit.edits.edit import Edit
 from editkit.errors import EditkitError
 from editkit.folded import Folded
 from editkit.methods.shared.transforms import TRANSFORMS

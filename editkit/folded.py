@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from editkit.edits.base import Base
 from editkit.edits.delta import Delta, delta_of
-from editkit.edits.edit import FOLDED, Base, Edit
+from editkit.edits.edit import FOLDED, Edit
 from editkit.methods.shared.carried import Carried
 from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, starting_with, to_bytes
 

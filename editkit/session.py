@@ -20,7 +20,8 @@ from typing import Any
 
 from editkit.alarm import CONTINUE, ROLLBACK, Alarm, CollapseError, Seen
 from editkit.composition import Composition, distance
-from editkit.edits.edit import Edit, base_of
+from editkit.edits.base import base_of
+from editkit.edits.edit import Edit
 from editkit.errors import ConfigError, EditkitError
 from editkit.facts import Fact
 from editkit.folded import Folded, facts_in

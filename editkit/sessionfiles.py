@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from editkit.edits.edit import Base, Edit
+from editkit.edits.base import Base
+from editkit.edits.edit import Edit
 from editkit.errors import ConfigError, EditFileError, EditkitError
 from editkit.files import write_bytes, write_text
 from editkit.folded import FOLD_FILE, Folded, read_folded

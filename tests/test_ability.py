@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import editkit.tasks.ability as asked_by_tasks
 from editkit import Edit, report
+from editkit.edits.base import base_of
 from editkit.edits.delta import make_delta
-from editkit.edits.edit import base_of
 from editkit.errors import ConfigError, EditkitError
 from editkit.metrics import ability
 from editkit.metrics.ability import FACTS, OF_PAPERS, OWN, PROSE, fact_rows, prose_rows, scores_of, tasks_of

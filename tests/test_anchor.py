@@ -8,7 +8,7 @@ import torch
 
 from editkit import RomeSettings
 from editkit.edits import Edit
-from editkit.edits.edit import Base
+from editkit.edits.base import Base
 from editkit.errors import ConfigError, EditkitError
 from editkit.methods import get_method
 from editkit.methods.shared.anchor import anchored, pilot_anchor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from editkit import Edit, Fact, Session
-from editkit.edits.edit import Base
+from editkit.edits.base import Base
 from editkit.errors import EditkitError
 from editkit.methods import get_method
 from editkit.methods.betaedit import BetaEditSettings

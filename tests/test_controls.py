@@ -13,8 +13,8 @@ import torch
 from editkit import Edit, report
 from editkit.config import _composed, prepare, to_config
 from editkit.data.atlas import atlas_benchmark
+from editkit.edits.base import base_of
 from editkit.edits.delta import make_delta
-from editkit.edits.edit import base_of
 from editkit.methods import get_method, names
 from editkit.methods.r_rome import r_rome
 from editkit.methods.shared.controls import Control, moved_blocks, null_controls, random_like

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from editkit.edits import Edit, base_of, dense_delta, low_rank_delta
-from editkit.edits.edit import EDIT_FILE
+from editkit.edits.editfile import written
 from editkit.errors import EditFileError, EditkitError, OutputError
 from editkit.models.load import LanguageModel
 from editkit.nethook import get_parameter
-from editkit.tensorfiles import to_bytes
 from editkit.testing.tiny import tiny_lm
 from tests.test_snapshot import random_edit
 
@@ -195,7 +194,7 @@ def test_an_edit_of_an_older_editkit_is_read_with_a_note_and_is_the_same_edit(
     lm: LanguageModel, tmp_path: Path
 ) -> None:
     edit, path = random_edit(lm), tmp_path / "edit.safetensors"
-    before = to_bytes(EDIT_FILE, *edit._contents(), seal=False)
+    before = written(edit._parts(), seal=False)
     path.write_bytes(before)
     with pytest.warns(UserWarning, match=rf"'{path}' was written without a digest.*Edit\.load\(path\)\.save\(path\)"):
         again = Edit.load(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from editkit import LanguageModel
-from editkit.edits.edit import base_of
+from editkit.edits.base import base_of
 from editkit.errors import EditkitError
 from editkit.facts import Fact
 from editkit.methods.memit import MemitSettings, memit

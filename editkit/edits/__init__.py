@@ -1,7 +1,8 @@
 """Edits: changes of weights as values, their algebra, and the forms they leave in."""
 
+from editkit.edits.base import Base, base_of
 from editkit.edits.delta import Delta, dense_delta, joined, low_rank_delta
-from editkit.edits.edit import Applied, Base, Edit, base_of, compressed, relative_norm
+from editkit.edits.edit import Applied, Edit, compressed, relative_norm
 from editkit.edits.requantized import Requantized, requantized
 from editkit.edits.routing import RoutingChange, routing_change, routing_report
 from editkit.edits.spectra import Spectrum, alignment, spectra

@@ -3,8 +3,7 @@
 An edit holds low-rank factors for each parameter it changes, in the papers' orientation (W: [d_model, d_ff],
 ΔW = left @ right), or ΔW itself where it has no low rank, with the digest of the base it was computed for and
 how it was computed. Instead of that, or beside it, it holds contents that go on a model without a change of weights: a
-prefix, a codebook (models/installed.py). The file is safetensors (tensorfiles.py): tensors in float32, everything else
-as JSON.
+prefix, a codebook (models/installed.py). Its file is in editfile.py.
 
 Edits of one base are vectors: they add, scale and are cut to a rank without a model at hand. An edit that was computed
 on top of others is put together with them in their order, by `apply_files` or by a Session.
@@ -23,44 +22,24 @@ import torch
 from torch import Tensor
 
 from editkit.edits import hub
-from editkit.edits.delta import Delta, delta_of, joined, make_delta
+from editkit.edits.base import QUANTIZED_BASE, Base, base_of
+from editkit.edits.delta import Delta, joined, make_delta
+from editkit.edits.editfile import Parts, read, written
 from editkit.edits.gguf import write_gguf
 from editkit.edits.peft import write_adapter
 from editkit.edits.writing import edited_digest, require_weight, write_change
-from editkit.errors import ConfigError, EditkitError
+from editkit.errors import EditkitError
 from editkit.files import write_bytes
-from editkit.models import codebook, prefix  # noqa: F401  the kinds of contents that files may hold
-from editkit.models.installed import Installed, install, kind_named
+from editkit.models.installed import Installed, install
 from editkit.models.load import LanguageModel
 from editkit.models.offload import values_of
 from editkit.models.quantized import is_quantized
 from editkit.models.snapshot import Reversal, Snapshot
 from editkit.nethook import get_module
 from editkit.shown import SHORT, Rows, Shown
-from editkit.tensorfiles import FileKind, explained, read_tensors, require_fields, starting_with, to_bytes
 
 FACTS_SHOWN = 5  # of an edit in a notebook
 FOLDED = "folded:"  # in front of the parent that stands for the folded steps of a session
-QUANTIZED_BASE = "/"  # in the dtype of a quantised base, between its scheme and the dtype of its activations
-
-EDIT_FILE = FileKind(
-    format="editkit-edit/1",
-    noun="an edit",
-    fields={"base": (dict,), "deltas": (list,), "parents": (list,), "provenance": (dict,)},
-    optional={"installed": (list,)},
-    remedy="Compute the edit again, or copy the file again.",
-    origin="Edits are written by edit.save(path) and as edit.safetensors in a run folder.",
-    renew="Edit.load(path).save(path)",
-)
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that an edit was computed for."""
-
-    name: str
-    digest: str
-    dtype: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,7 +130,7 @@ class Edit(Shown):
     @functools.cached_property
     def digest(self) -> str:
         """The identity of the edit, as `parents` name it: sha256 of the saved bytes without the file's own digest."""
-        return hashlib.sha256(to_bytes(EDIT_FILE, *self._contents(), seal=False)).hexdigest()
+        return hashlib.sha256(written(self._parts(), seal=False)).hexdigest()
 
     # --- applying -------------------------------------------------------------------------------------------
 
@@ -300,7 +279,7 @@ class Edit(Shown):
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same edit always gives the same bytes."""
-        return to_bytes(EDIT_FILE, *self._contents())
+        return written(self._parts())
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to `path`, completely or not at all. Raises OutputError when it cannot be written."""
@@ -312,61 +291,11 @@ class Edit(Shown):
 
         `note`: warn of a file that was written before files had a digest.
         """
-        header, tensors = read_tensors(path, EDIT_FILE, note=note)
-        with explained(path, EDIT_FILE):  # what a file without a digest may hold
-            require_fields(header["base"], dict.fromkeys(("name", "digest", "dtype"), (str,)), "its base")
-            if not all(isinstance(parent, str) for parent in header["parents"]):
-                raise ValueError("a parent is not a digest")
-            deltas = tuple(delta_of(row, i, tensors) for i, row in enumerate(header["deltas"]))
-            memory = starting_with(tensors, "memory.")
-            used = len(memory) + sum(1 if delta.right is None else 2 for delta in deltas)
-            installed = []
-            for number, row in enumerate(header.get("installed", [])):
-                own = starting_with(tensors, f"installed.{number}.")
-                installed.append(_content_of(row, own))
-                used += len(own)
-            if used != len(tensors) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-                raise ValueError("its tensors are not the float32 factors of its changes")
-            base, parents = Base(**header["base"]), tuple(header["parents"])
-            return cls(deltas, base, header["provenance"], parents, memory, tuple(installed))
+        return cls(*read(path, note=note))
 
-    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the file holds: JSON values, and tensors by name."""
-        tensors, rows = {}, []
-        for number, delta in enumerate(self.deltas):
-            tensors[f"{number}.left"] = delta.left.float()
-            if delta.right is not None:
-                tensors[f"{number}.right"] = delta.right.float()
-            rows.append(delta.described())
-        tensors |= {f"memory.{name}": tensor.float() for name, tensor in self.memory.items()}
-        header = {
-            "base": asdict(self.base),
-            "deltas": rows,
-            "parents": list(self.parents),
-            "provenance": self.provenance,
-        }
-        if self.installed:  # files of other edits have the bytes that they had before there were contents
-            contents = [each.to_file() for each in self.installed]
-            header["installed"] = [
-                {"kind": each.kind, **values} for each, (values, _) in zip(self.installed, contents, strict=True)
-            ]
-            tensors |= {
-                f"installed.{number}.{name}": tensor
-                for number, (_, own) in enumerate(contents)
-                for name, tensor in own.items()
-            }
-        return header, tensors
-
-
-def _content_of(row: Any, tensors: dict[str, Tensor]) -> Installed:
-    """The content of a file's row. Raises ValueError or KeyError where it is none of a kind that is known here."""
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        raise ValueError("a content has no kind")
-    try:
-        kind = kind_named(row["kind"])
-    except ConfigError as error:
-        raise ValueError(f"its contents are not known here: {error}") from error
-    return kind.from_file({name: value for name, value in row.items() if name != "kind"}, tensors)
+    def _parts(self) -> Parts:
+        """What the file holds."""
+        return Parts(self.deltas, self.base, self.provenance, self.parents, self.memory, self.installed)
 
 
 @dataclass(repr=False)
@@ -379,13 +308,6 @@ class Applied(Shown):
     def shown(self) -> tuple[str, Rows]:
         """Whether it is on the model, or what was verified after it."""
         return "Applied", [("state", "on the model" if self.reversal is None else f"restored, {self.reversal}")]
-
-
-def base_of(lm: LanguageModel) -> Base:
-    """The identity of `lm` as it is now. The dtype of a quantised model is its scheme and the dtype of its activations,
-    as in "bnb-nf4/float32"."""
-    dtype, scheme = str(lm.dtype).removeprefix("torch."), lm.quantization
-    return Base(lm.name, lm.digest, dtype if scheme is None else f"{scheme}{QUANTIZED_BASE}{dtype}")
 
 
 def relative_norm(lm: LanguageModel, edit: Edit) -> float:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from editkit.edits.base import base_of
 from editkit.edits.delta import Delta, joined
-from editkit.edits.edit import FOLDED, Applied, Edit, base_of, scaled
+from editkit.edits.edit import FOLDED, Applied, Edit, scaled
 from editkit.edits.writing import edited_digest
 from editkit.errors import EditkitError, OutputError
 from editkit.files import write_text

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from editkit.edits.edit import Base, base_of
+from editkit.edits.base import Base, base_of
 from editkit.errors import EditkitError, FactError, ModelError
 from editkit.facts import Fact
 from editkit.methods.shared.contexts import context_templates
