@@ -26,7 +26,7 @@ def compared(tests: list[str]) -> tuple[dict[tuple[str, str], tuple[float, float
     """(method, family) → the largest difference and its bound; and pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "oracles.xml"
-        asked = ["-q", "-m", ORACLE, f"--junitxml={path}", "-o", "junit_family=legacy", *tests]
+        asked = ["-q", "--whole", "-m", ORACLE, f"--junitxml={path}", "-o", "junit_family=legacy", *tests]
         code = subprocess.call([sys.executable, "-m", "pytest", *asked], cwd=ROOT)
         found: dict[tuple[str, str], tuple[float, float]] = {}
         for each in ElementTree.parse(path).iter("property"):
@@ -57,6 +57,8 @@ def main() -> None:
     uses = re.compile(r"\bnear\(")
     tests = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if uses.search(path.read_text())]
     found, code = compared(tests)
+    if not found:
+        sys.exit("No test compared an edit with its oracle.")
     print(table(found))
     if chosen.json:
         rows = [{"method": m, "family": f, "difference": d, "within": w} for (m, f), (d, w) in sorted(found.items())]

@@ -30,11 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="run the slow tests too, and each cell")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:  # before -m selects
+    if "near" in getattr(item, "fixturenames", ()):
+        item.add_marker(ORACLE)
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if "near" in getattr(item, "fixturenames", ()):
-            item.add_marker(ORACLE)
     if not config.getoption("--whole"):
         out = left_out(items, config.args)
         config.hook.pytest_deselected(items=[item for item in items if item in out])

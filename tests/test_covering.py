@@ -1,6 +1,9 @@
 """The covering part of a product of parameters, and what a run leaves out."""
 
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +48,13 @@ def test_two_tests_take_other_cells() -> None:
     group = cells(list(range(9)), list(range(9)))
     one, other = ({tuple(item.callspec.params.values()) for item in cover(name, group)} for name in ("first", "second"))
     assert one != other
+
+
+def test_tests_with_an_oracle_are_found_by_their_mark() -> None:
+    """scripts/oracles.py asks for them so."""
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "oracle", "tests/test_ft_bf.py"]
+    done = subprocess.run(asked, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert "::" in done.stdout and "deselected" in done.stdout, done.stdout + done.stderr
 
 
 def test_all_but_each_third_are_slow() -> None:

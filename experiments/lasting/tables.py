@@ -1,4 +1,4 @@
-"""The tables of README.md that come from undo.py's and scripts/ultraedit.py's figures.
+"""The tables of README.md that come from undo.py's figures and those of scripts/: oracles, method_families, ultraedit.
 
 python experiments/lasting/tables.py
 """
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from marked import between
+from marked import between, table
 
 HERE = Path(__file__).parent
+NEAR = 1e-4  # the difference that is asked for
 
 
 def undone() -> list[str]:
@@ -51,8 +52,31 @@ def _row(shape: str, found: dict[str, Any]) -> str:
     )
 
 
+def compared() -> list[str]:
+    """A row a method: how far it is from its oracle, and what became of it in every family."""
+    differences: dict[str, dict[str, float]] = {}
+    for row in json.loads((HERE / "oracles.json").read_text(encoding="utf-8")):
+        differences.setdefault(row["method"], {})[row["family"]] = row["difference"]
+    families = json.loads((HERE / "families.json").read_text(encoding="utf-8"))["cells"]
+    rows, counts = [], [0, 0, 0]
+    for method in sorted({name for cells in families.values() for name in cells} | differences.keys()):
+        own = differences.get(method, {})
+        worst = max(own, key=lambda family: own[family], default=None)
+        cells = [cells[method] for cells in families.values() if method in cells]
+        refused = sum("refused" in cell for cell in cells)
+        failed = sum(bool(cell.get("failures")) for cell in cells)
+        became = [len(cells) - refused - failed, refused, failed]
+        counts = [sum(pair) for pair in zip(counts, became, strict=True)]
+        far = "–" if worst is None else f"{own[worst]:.1e}, {worst}"
+        over = sum(value > NEAR for value in own.values())
+        rows.append([method, str(len(own)), far, str(over), *map(str, became)])
+    rows.append(["all", str(sum(map(len, differences.values()))), "", "", *map(str, counts)])
+    head = ["method", "models with an oracle", "largest difference", f"over {NEAR:g}", "edited", "refused", "failed"]
+    return table(head, rows)
+
+
 def main() -> None:
-    for name, lines in (("undo", undone()), ("ultraedit", timed())):
+    for name, lines in (("undo", undone()), ("ultraedit", timed()), ("oracles", compared())):
         between(HERE / "README.md", name, lines)
 
 
