@@ -127,41 +127,40 @@ def write_tensors(path: Path | str, kind: FileKind, header: Mapping[str, Any], t
 
     `header`: the JSON values, by key. `tensors`: by name.
     """
-    path, plain = Path(path), {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    text, order = _outer_header(_metadata(kind, header, plain, seal=True), plain)
+    path = Path(path)
     # Not safetensors' save_file: it writes to a file of a random name, which a kill leaves and no run can know, and
     # which its owner alone may read.
     with whole(path) as temporary, temporary.open("wb") as file:
-        file.write(text)
-        for name in order:
-            file.write(_bytes(plain[name]))
+        file.writelines(_pieces(kind, header, tensors, seal=True))
     return path
 
 
 def to_bytes(kind: FileKind, header: Mapping[str, Any], tensors: Mapping[str, "Tensor"], *, seal: bool = True) -> bytes:
     """The bytes that `write_tensors` writes: the same contents give the same bytes. `seal`: with the digest."""
-    from safetensors.torch import save
-
-    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    return save(plain, _metadata(kind, header, plain, seal=seal))
+    return b"".join(_pieces(kind, header, tensors, seal=seal))
 
 
-def _outer_header(metadata: Mapping[str, str], tensors: Mapping[str, "Tensor"]) -> tuple[bytes, list[str]]:
-    """What stands before the data of a safetensors file, and the names of the tensors in the order of their data.
+def _pieces(
+    kind: FileKind, header: Mapping[str, Any], tensors: Mapping[str, "Tensor"], *, seal: bool
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file, one after the other: what stands before the data, and each tensor's.
 
     Order, spaces and escapes are those of safetensors' own writer, so that both write the same bytes.
     """
-    codes = {name: CODES[str(tensor.dtype)] for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (list(DTYPES).index(codes[name]), name))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    codes = {name: CODES[str(tensor.dtype)] for name, tensor in plain.items()}
+    order = sorted(plain, key=lambda name: (list(DTYPES).index(codes[name]), name))
+    entries: dict[str, Any] = {"__metadata__": _metadata(kind, header, plain, seal=seal)}
     at = 0
     for name in order:
-        end = at + tensors[name].numel() * tensors[name].element_size()
-        entries[name] = {"dtype": codes[name], "shape": list(tensors[name].shape), "data_offsets": [at, end]}
+        end = at + plain[name].numel() * plain[name].element_size()
+        entries[name] = {"dtype": codes[name], "shape": list(plain[name].shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, order
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield _bytes(plain[name])
 
 
 def contents_digest(values: Mapping[str, Any], tensors: Mapping[str, list[Any]] | None = None) -> str:
