@@ -54,24 +54,25 @@ def _row(shape: str, found: dict[str, Any]) -> str:
 
 def compared() -> list[str]:
     """A row a method: how far it is from its oracle, and what became of it in every family."""
-    differences: dict[str, dict[str, float]] = {}
+    differences: dict[str, dict[tuple[str, str], float]] = {}  # of a method: (family, what is added) → difference
     for row in json.loads((HERE / "oracles.json").read_text(encoding="utf-8")):
-        differences.setdefault(row["method"], {})[row["family"]] = row["difference"]
+        method, _, added = row["method"].partition(", ")
+        differences.setdefault(method, {})[row["family"], added] = row["difference"]
     families = json.loads((HERE / "families.json").read_text(encoding="utf-8"))["cells"]
     rows, counts = [], [0, 0, 0]
-    for method in sorted({name for cells in families.values() for name in cells} | differences.keys()):
+    for method in sorted(families["gpt2"].keys() | differences.keys()):
         own = differences.get(method, {})
-        worst = max(own, key=lambda family: own[family], default=None)
+        worst = max(own, key=lambda asked: own[asked], default=None)
         cells = [cells[method] for cells in families.values() if method in cells]
         refused = sum("refused" in cell for cell in cells)
         failed = sum(bool(cell.get("failures")) for cell in cells)
         became = [len(cells) - refused - failed, refused, failed]
         counts = [sum(pair) for pair in zip(counts, became, strict=True)]
-        far = "–" if worst is None else f"{own[worst]:.1e}, {worst}"
+        far = "–" if worst is None else f"{own[worst]:.1e}, {', '.join(filter(None, worst))}"
         over = sum(value > NEAR for value in own.values())
-        rows.append([method, str(len(own)), far, str(over), *map(str, became)])
-    rows.append(["all", str(sum(map(len, differences.values()))), "", "", *map(str, counts)])
-    head = ["method", "models with an oracle", "largest difference", f"over {NEAR:g}", "edited", "refused", "failed"]
+        rows.append([method, str(len({family for family, _ in own})), far, str(over), *map(str, became)])
+    rows.append(["all", "", "", "", *map(str, counts)])
+    head = ["method", "families, oracle", "largest difference", f"over {NEAR:g}", "edited", "refused", "failed"]
     return table(head, rows)
 
 
