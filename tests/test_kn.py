@@ -31,6 +31,7 @@ CONTEXTS = ["{}", "The old town. {}", "Because I was there for a long time. {}"]
 FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 FACTS = [FACT, Fact("The capital of {} is", "France", "Madrid", "Paris")]
 IN_FLOAT32 = ("gemma2", "bloom")
+QUICK = ("gpt2", "llama", "opt", "qwen3_moe")  # an oracle over all units takes up to 20 seconds
 SETTINGS = KnSettings(steps=3, fewest=2, most=6, share=0.6)
 
 
@@ -180,7 +181,9 @@ def refined(scores: dict[tuple[int, int], list[float]], settings: KnSettings) ->
 
 @pytest.mark.cells
 @pytest.mark.parametrize("operation", ["update", "erase", "amplify"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in SITES if f not in QUICK)]
+)
 def test_the_edit_is_the_papers(family: str, operation: str, near: Near) -> None:
     """All units of one block in float64, kept by plain loops, and their columns."""
     lm = exact(family)
@@ -198,7 +201,7 @@ def test_the_edit_is_the_papers(family: str, operation: str, near: Near) -> None
         values = torch.stack(
             [memory.keys(last_input(model, memory.module, ids)[None])[0] for ids in prompts_of(lm, fact)[:2]]
         ).mean(0)
-    head = model.get_submodule("lm_head").get_parameter("weight")
+    head = model.get_output_embeddings().weight.detach()
     expected = torch.zeros_like(W)
     for _, unit in kept:
         column = W[:, unit]

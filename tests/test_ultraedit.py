@@ -48,8 +48,7 @@ SETTINGS = {
     "ultraedit": UltraEditSettings(layers=(0, 1), lr=1e-3),
     "stableedit": StableEditSettings(layers=(0, 1), lr=1e-3, warm_up=60),  # more than q + 1 tokens
 }
-CELLS = [(family, "ultraedit", "shape") for family in SITES]
-CELLS += [(family, "stableedit", "shape") for family in ("gpt2", "llama", "mixtral")]
+CELLS = [(family, method, "shape") for family in SITES for method in SETTINGS]
 CELLS += [("gpt2", "ultraedit", "weight"), ("llama", "stableedit", "weight")]
 
 
