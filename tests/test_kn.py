@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from editkit import Fact, Session
 from editkit.errors import ConfigError, EditkitError, ModelError
@@ -32,6 +33,7 @@ FACT = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 FACTS = [FACT, Fact("The capital of {} is", "France", "Madrid", "Paris")]
 IN_FLOAT32 = ("gemma2", "bloom")
 QUICK = ("gpt2", "llama", "opt", "qwen3_moe")  # an oracle over all units takes up to 20 seconds
+SLOW = [family for family in SITES if family not in QUICK]
 SETTINGS = KnSettings(steps=3, fewest=2, most=6, share=0.6)
 
 
@@ -107,9 +109,10 @@ def first_token(lm: LanguageModel, fact: Fact, answer: str) -> int:
     return int(whole[len(prompt)])
 
 
-def plain_model(lm: LanguageModel) -> nn.Module:
-    model: nn.Module = copy.deepcopy(lm.model).double()
-    return model.requires_grad_(False)
+def plain_model(lm: LanguageModel) -> PreTrainedModel:
+    model: PreTrainedModel = copy.deepcopy(lm.model).double()
+    model.requires_grad_(False)
+    return model
 
 
 def found(lm: LanguageModel, layers: Sequence[int], engine: str = "replay", steps: int = 3) -> dict[int, Units]:
@@ -201,7 +204,7 @@ def test_the_edit_is_the_papers(family: str, operation: str, near: Near) -> None
         values = torch.stack(
             [memory.keys(last_input(model, memory.module, ids)[None])[0] for ids in prompts_of(lm, fact)[:2]]
         ).mean(0)
-    head = model.get_output_embeddings().weight.detach()
+    head: Tensor = model.get_output_embeddings().weight.detach()
     expected = torch.zeros_like(W)
     for _, unit in kept:
         column = W[:, unit]
