@@ -82,6 +82,8 @@ TRIALS = (
     Trial("alphaedit", "method.keep_earlier=false", "memit"),
     Trial("alphaedit", "method.l2=10", "memit"),
     Trial("alphaedit", "method.fraction=0.5", "memit"),
+    Trial("alphaedit", "method.l2=100", "memit"),  # added when 10 had explained it, as the next one:
+    Trial("memit", "method.mom2_update_weight=100", "memit"),  # does a stronger hold help the other method too?
     Trial("memit_seq", "method.mom2_update_weight=100", "memit"),
     Trial("memit_seq", "method.simie=10", "memit_seq"),  # SimIE's own strength writes nothing here
     Trial("encore", "method.keep_earlier=false", "memit"),
@@ -89,6 +91,7 @@ TRIALS = (
     Trial("ft_bf", "method.lr=1e-3", "alphaedit"),
     Trial("ft_bf", "method.replay=0", "alphaedit"),
     Trial("ultraedit", "method.lr=0.002", "alphaedit", "wide"),  # the bundled model's
+    Trial("ultraedit", "method.lr=0.000256", "alphaedit", "wide"),  # a quarter of what it has there
     # Where unrouted's own trace finds recall (task=trace data=atlas data.limit=30): block 0, then 1.
     Trial("memit", "method.layers=[0,1]", "memit", "unrouted", "atlas"),
     Trial("alphaedit", "method.layers=[0,1]", "alphaedit", "unrouted", "atlas"),
