@@ -1,4 +1,5 @@
-"""The tables of lasting.json: TABLE.md with everything, README.md's short ones, and which published orderings hold.
+"""The tables of lasting.json: in README.md how long each method lives and which published orderings hold, in TABLE.md
+everything.
 
 python experiments/lasting/lasted.py
 """
@@ -16,7 +17,7 @@ from editkit.files import write_text
 
 HERE = Path(__file__).parent
 Cell = dict[str, Any]
-SHORT = (100, 200, 500, 1000)  # edits of README.md's columns
+SHORT = (100, 200, 500, 1000)  # edits of the short tables' columns
 MEASURED = (100, 200, 500, 1000, 2000, 5000, 10_000)  # edits at which cells are measured
 COLUMNS = ("written", "said freely", "paraphrase", "same subject", "goes on", "untouched")
 
@@ -81,6 +82,30 @@ def ending(cell: Cell) -> str:
     return ("held to the end" if cell["ended"] else f"stopped at {cell['edits']:,}") + refused
 
 
+def lives(cells: list[Cell], models: list[str]) -> list[str]:
+    """A row a method: after how many edits it was broken, on each model, one, ten and a hundred at a time."""
+    batches = sorted({cell["batch"] for cell in cells})
+    head = ["method", *(f"{model}, {batch}" for model in models for batch in batches)]
+    rows: list[list[str]] = []
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        found = {(cell["model"], cell["batch"]): cell for cell in cells if cell["method"] == method}
+        rows.append([method, *(_life(found.get((model, batch))) for model in models for batch in batches)])
+    return table(head, rows)
+
+
+def _life(cell: Cell | None) -> str:
+    """When a cell was broken; "> N" where it was not, after N edits."""
+    if cell is None:
+        return "–"
+    if cell["failed"] >= cell["edits"] > 0:
+        return "refused"
+    if cell["broken"] is not None:
+        return f"{cell['broken']:,}"
+    if writes_nothing(cell):
+        return "writes nothing"
+    return f"> {cell['edits']:,}"
+
+
 def short(cells: list[Cell], model: str, batch: int) -> list[str]:
     """A row a method: free answers of the facts edited, and of those never edited, after SHORT edits."""
     head = ["method", *(f"said freely, {n:,}" for n in SHORT), *(f"untouched, {n:,}" for n in SHORT)]
@@ -122,7 +147,8 @@ def whole(cells: list[Cell]) -> list[str]:
 
 def writes_nothing(cell: Cell) -> bool:
     """Whether no fact was said freely at any point."""
-    return all(point["said freely"][0] == 0 for point in cell["points"] if "said freely" in point)
+    said = [point["said freely"][0] for point in cell["points"] if "said freely" in point]
+    return bool(said) and not any(said)
 
 
 def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
@@ -176,17 +202,12 @@ def fill() -> None:
     """Write TABLE.md, and README.md's tables between their marks."""
     cells = json.loads((HERE / "lasting.json").read_text(encoding="utf-8"))
     models = list(dict.fromkeys(cell["model"] for cell in cells))
-    head = [
-        "# Every point of every cell",
-        "",
-        "Made by `lasted.py` from lasting.json. Shares in per cent, 95 % intervals.",
-    ]
-    write_text(HERE / "TABLE.md", "\n".join([*head, "", *whole(cells)]) + "\n")
-    parts: list[str] = []
+    text = ["# What each cell came to, and every point", "", "Made by `lasted.py`. In per cent, 95 % intervals.", ""]
     for model in models:
         for batch in dict.fromkeys(cell["batch"] for cell in cells if cell["model"] == model):
-            parts += [f"### {model}, {batch} a step", "", *short(cells, model, batch), ""]
-    between(HERE / "README.md", "lasting", parts)
+            text += [f"## {model}, {batch} a step", "", *short(cells, model, batch), ""]
+    write_text(HERE / "TABLE.md", "\n".join([*text, "## Every point", "", *whole(cells)]) + "\n")
+    between(HERE / "README.md", "lasting", lives(cells, models))
     between(HERE / "README.md", "orderings", orderings(cells, models))
 
 
