@@ -25,6 +25,7 @@ from editkit.testing.untouched import untouched
 from tests.conftest import Near
 from tests.expert_oracle import memory_of
 from tests.oracles import logits_of
+from tests.present import present
 
 pytestmark = pytest.mark.filterwarnings("ignore:the update of")  # on tiny random models it is large
 
@@ -204,7 +205,7 @@ def test_the_edit_is_the_papers(family: str, operation: str, near: Near) -> None
         values = torch.stack(
             [memory.keys(last_input(model, memory.module, ids)[None])[0] for ids in prompts_of(lm, fact)[:2]]
         ).mean(0)
-    head: Tensor = model.get_output_embeddings().weight.detach()
+    head = present(model.get_output_embeddings()).get_parameter("weight")
     expected = torch.zeros_like(W)
     for _, unit in kept:
         column = W[:, unit]
