@@ -15,9 +15,9 @@ If it is the dimension of a key that bounds a stream, it lives longer where keys
 with 3,072 neurons a block in place of 768 (scripts/widened.py), of which the added ones write nothing before an edit.
 Said before it was run: at least twice as long counts as yes.
 
-**Trials.** Each changes one thing of a method that a paper has above another one, and that is not here. Said before
-they were run: a change explains it if the method, with it, lives at least as long as the other one, and says at least
-half of the first 200 objects.
+**Trials.** Each changes one thing of a method that does not come up to another one here: one that a paper has above the
+other, or the worse one of an ordering that holds. Said before they were run: a change explains it if the method, with
+it, lives at least as long as the other one, and says at least half of the first 200 objects, or as many as the other.
 """
 
 import argparse
@@ -92,6 +92,11 @@ TRIALS = (
     Trial("ft_bf", "method.replay=0", "alphaedit"),
     Trial("ultraedit", "method.lr=0.002", "alphaedit", "wide"),  # the bundled model's
     Trial("ultraedit", "method.lr=0.000256", "alphaedit", "wide"),  # a quarter of what it has there
+    # Orderings that hold: is it that a step is smaller? StableEdit's is .4 of UltraEdit's after 200 edits, and NAS keeps
+    # values short.
+    Trial("ultraedit", "method.lr=0.0008", "stableedit"),
+    Trial("memit", "method.clamp=2", "memit, NAS"),
+    Trial("memit", "method.clamp=1", "memit, NAS"),
     # Where unrouted's own trace finds recall (task=trace data=atlas data.limit=30): block 0, then 1.
     Trial("memit", "method.layers=[0,1]", "memit", "unrouted", "atlas"),
     Trial("alphaedit", "method.layers=[0,1]", "alphaedit", "unrouted", "atlas"),
@@ -230,7 +235,7 @@ def tried(found: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[str]
         unchanged, other = _cell(plain, trial.method, trial.model), _cell(plain, trial.other, other_model)
         point = mine.get("judged", {})
         said = point.get("said freely")
-        explains = _life(mine) >= _life(other) and said is not None and said[0] >= 0.5
+        explains = _life(mine) >= _life(other) and said is not None and said[0] >= min(0.5, _said(other))
         at_model = f" on {other_model}" if trial.other_model else ""
         rows.append(
             [
@@ -254,6 +259,12 @@ def _key(trial: Trial) -> tuple[str, str, str]:
 
 def _cell(plain: list[dict[str, Any]], method: str, model: str) -> dict[str, Any]:
     return next(c for c in plain if (c["method"], c["model"], c["batch"]) == (method, model, BATCH))
+
+
+def _said(cell: dict[str, Any]) -> float:
+    """The share of objects that a cell of lasting.json says freely after JUDGED edits; 1 where it has no such point."""
+    share: float = next((point["said freely"][0] for point in cell["points"] if point["edits"] == JUDGED), 1.0)
+    return share
 
 
 def _life(row: dict[str, Any]) -> float:
