@@ -92,8 +92,8 @@ TRIALS = (
     Trial("ft_bf", "method.replay=0", "alphaedit"),
     Trial("ultraedit", "method.lr=0.002", "alphaedit", "wide"),  # the bundled model's
     Trial("ultraedit", "method.lr=0.000256", "alphaedit", "wide"),  # a quarter of what it has there
-    # Orderings that hold: is it that a step is smaller? StableEdit's is .4 of UltraEdit's after 200 edits, and NAS keeps
-    # values short.
+    # Orderings that hold: is it that a step is smaller? StableEdit's ΔW has .4 of the norm of UltraEdit's after 200
+    # edits, and NAS keeps values short.
     Trial("ultraedit", "method.lr=0.0008", "stableedit"),
     Trial("memit", "method.clamp=2", "memit, NAS"),
     Trial("memit", "method.clamp=1", "memit, NAS"),
