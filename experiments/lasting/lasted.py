@@ -94,13 +94,15 @@ def lives(cells: list[Cell], models: list[str]) -> list[str]:
 
 
 def _life(cell: Cell | None) -> str:
-    """When a cell was broken; "> N" where it was not, after N edits."""
+    """When a cell was broken; "> N" where it was not, after N edits; and edits that the method itself refused."""
     if cell is None:
         return "–"
     if cell["failed"] >= cell["edits"] > 0:
         return "refused"
     if cell["broken"] is not None:
-        return f"{cell['broken']:,}"
+        return f"{cell['broken']:,}" + (f", {cell['failed']:,} refused" if cell["failed"] else "")
+    if cell["failed"]:
+        return f"refuses after {cell['edits'] - cell['failed']:,}"
     if writes_nothing(cell):
         return "writes nothing"
     return f"> {cell['edits']:,}"
