@@ -158,7 +158,7 @@ def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
 
     A method that broke before the other one did is the worse one. Else the last point that both have, up to the
     claim's number of edits, decides: the intervals apart, or the means alone. A method that lives because it writes
-    nothing is not compared.
+    nothing is not compared, and edits that it refused are none that it lived through.
     """
     pair = [
         next((c for c in cells if (c["model"], c["method"], c["batch"]) == (model, name, claim.batch)), None)
@@ -170,7 +170,7 @@ def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
     if idle := [cell["method"] for cell in (better, worse) if writes_nothing(cell)]:
         return "not compared", f"{' and '.join(idle)} {'write' if idle[1:] else 'writes'} nothing"
     lives = [claim.edits if cell["broken"] is None else min(cell["broken"], claim.edits) for cell in (better, worse)]
-    reached = [min(claim.edits, cell["edits"]) for cell in (better, worse)]
+    reached = [min(claim.edits, cell["edits"] - cell["failed"]) for cell in (better, worse)]
     for this, other, outcome in ((0, 1, "no"), (1, 0, "yes")):
         if pair[this]["broken"] is not None and lives[this] < min(reached[other], lives[other]):  # type: ignore[index]
             return outcome, f"{(claim.better, claim.worse)[this]} breaks at {lives[this]:,}, the other lives"
