@@ -63,8 +63,8 @@ TRIALS = (
     # Orderings that hold: is it that a step is smaller? StableEdit's ΔW has .4 of the norm of UltraEdit's after 200
     # edits, and NAS keeps values short.
     Trial("ultraedit", "method.lr=0.0008", "stableedit"),
-    Trial("memit", "method.clamp=2", "memit, NAS"),
-    Trial("memit", "method.clamp=1", "memit, NAS"),
+    Trial("memit", "method.clamp=0.5", "memit, NAS"),  # on the unedited model ‖δ‖ is half of ‖v0‖, so 1 holds nothing
+    Trial("memit", "method.clamp=0.25", "memit, NAS"),
     # Where unrouted's own trace finds recall (task=trace data=atlas data.limit=30): block 0, then 1.
     Trial("memit", "method.layers=[0,1]", "memit", "unrouted", "atlas"),
     Trial("alphaedit", "method.layers=[0,1]", "alphaedit", "unrouted", "atlas"),
