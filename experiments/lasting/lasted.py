@@ -94,7 +94,8 @@ def lives(cells: list[Cell], models: list[str]) -> list[str]:
 
 
 def _life(cell: Cell | None) -> str:
-    """When a cell was broken; "> N" where it was not, after N edits; and edits that the method itself refused."""
+    """When a cell was broken, and how many edits the method itself refused; "> N" where it was not broken after N edits,
+    "held N" at the end of the stream."""
     if cell is None:
         return "–"
     if cell["failed"] >= cell["edits"] > 0:
@@ -105,7 +106,7 @@ def _life(cell: Cell | None) -> str:
         return f"refuses after {cell['edits'] - cell['failed']:,}"
     if writes_nothing(cell):
         return "writes nothing"
-    return f"> {cell['edits']:,}"
+    return f"held {cell['edits']:,}" if cell["ended"] else f"> {cell['edits']:,}"
 
 
 def short(cells: list[Cell], model: str, batch: int) -> list[str]:
