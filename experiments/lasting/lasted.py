@@ -94,8 +94,8 @@ def lives(cells: list[Cell], models: list[str]) -> list[str]:
 
 
 def _life(cell: Cell | None) -> str:
-    """When a cell was broken, and how many edits the method itself refused; else "> N" where its time ended after N edits,
-    and "held N" at the end of the stream."""
+    """When a cell was broken, and how many edits the method itself refused; else "> N" where its time ended, and
+    "held N" at the end of the stream."""
     if cell is None:
         return "–"
     if cell["failed"] >= cell["edits"] > 0:
