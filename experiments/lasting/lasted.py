@@ -149,9 +149,9 @@ def whole(cells: list[Cell]) -> list[str]:
 
 
 def writes_nothing(cell: Cell) -> bool:
-    """Whether no fact was said freely at any point."""
+    """Whether it lives because it writes nothing: it is not broken, and no fact was said freely at any point."""
     said = [point["said freely"][0] for point in cell["points"] if "said freely" in point]
-    return bool(said) and not any(said)
+    return cell["broken"] is None and bool(said) and not any(said)
 
 
 def judged(claim: Claim, cells: list[Cell], model: str) -> tuple[str, str]:
