@@ -16,6 +16,8 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from marked import table as in_markdown
+
 from editkit.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,15 +41,15 @@ def compared(tests: list[str]) -> tuple[dict[tuple[str, str], tuple[float, float
 
 def table(found: dict[tuple[str, str], tuple[float, float]]) -> str:
     """A row a method: how many families, the largest difference and where, and those over 1e-4."""
-    lines = ["| method | families | largest difference | in | over 1e-4 |", "|---|---|---|---|---|"]
+    rows = []
     for method in sorted({method for method, _ in found}):
         mine = {family: value for (name, family), value in found.items() if name == method}
         worst = max(mine, key=lambda family: mine[family])
         over = ", ".join(
             f"{name} {value:.1e} (bound {bound:g})" for name, (value, bound) in mine.items() if value > 1e-4
         )
-        lines.append(f"| {method} | {len(mine)} | {mine[worst][0]:.1e} | {worst} | {over or 'none'} |")
-    return "\n".join(lines)
+        rows.append([method, str(len(mine)), f"{mine[worst][0]:.1e}", worst, over or "none"])
+    return "\n".join(in_markdown(["method", "families", "largest difference", "in", "over 1e-4"], rows))
 
 
 def main() -> None:

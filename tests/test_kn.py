@@ -185,9 +185,7 @@ def refined(scores: dict[tuple[int, int], list[float]], settings: KnSettings) ->
 
 @pytest.mark.cells
 @pytest.mark.parametrize("operation", ["update", "erase", "amplify"])
-@pytest.mark.parametrize(
-    "family", [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in SITES if f not in QUICK)]
-)
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)])
 def test_the_edit_is_the_papers(family: str, operation: str, near: Near) -> None:
     """All units of one block in float64, kept by plain loops, and their columns."""
     lm = exact(family)

@@ -136,6 +136,12 @@ def distances(x: Tensor, keys: Tensor) -> Tensor:
     return found
 
 
+def taken_by(x: Tensor, keys: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry nearest to each of `x` [rows, d], and whether it is within that entry's radius [rows]."""
+    distance, nearest = distances(x, keys).min(1)
+    return nearest, distance <= radii[nearest]
+
+
 def books_of(model: nn.Module, contents: Sequence[Codebook]) -> dict[str, Book]:
     """The codebook of each module that `contents` give in their order. What the last call gave is kept."""
     done, books = _books.get(model, ((), {}))
@@ -177,8 +183,8 @@ class _Lookup(Hook):
         dtype = torch.promote_types(x.dtype, torch.float32)
         keys, values, radii, blank = self._there(output.device, dtype)
         with torch.no_grad():
-            distance, nearest = distances(x.detach().flatten(0, -2).to(output.device), keys).min(1)
-            hit = (distance <= radii[nearest]) & ~blank[nearest]
+            nearest, within = taken_by(x.detach().flatten(0, -2).to(output.device), keys, radii)
+            hit = within & ~blank[nearest]
         chosen = values[nearest].to(output.dtype).view(output.shape)
         return torch.where(hit.view(*output.shape[:-1], 1), chosen, output)
 

@@ -7,7 +7,6 @@ an entry takes, and the entry that takes most of them.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,29 +15,29 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from lasting import FACTS
 from marked import between, table
 
 import editkit
 from editkit.data import load_cases
 from editkit.data.kinds import NEIGHBORHOOD
-from editkit.edits import Edit
-from editkit.models.codebook import Codebook, books_of, distances
+from editkit.models.codebook import Codebook, books_of, taken_by
 from editkit.models.load import LanguageModel
 from editkit.models.tokens import tokenise
 from editkit.nethook import Trace
 from editkit.runs import names
+from editkit.sessionfiles import read_session
 from editkit.settings import DataSettings, LifelongSettings
 
 HERE = Path(__file__).parent
-FACTS, STEPS = 1000, 3  # facts that the stream edits; steps that are looked at
+STEPS = 3  # of the stream, that are looked at
 
 
 def rows(folder: Path) -> Iterator[list[str]]:
     """A row after each of the first STEPS steps of a cell of GRACE."""
     lm = editkit.load("atlas", device="cpu")
-    session = json.loads((folder / names.SESSION / "session.json").read_text(encoding="utf-8"))
-    files = [folder / names.SESSION / step["file"] for step in session["steps"][:STEPS]]
-    contents = [each for path in files for each in Edit.load(path).installed if isinstance(each, Codebook)]
+    steps = read_session(folder / names.SESSION, lm).steps[:STEPS]
+    contents = [each for step in steps for each in step.installed if isinstance(each, Codebook)]
     site = contents[0].module
     inputs = inputs_at(lm, site, prompts())
     for step in range(1, STEPS + 1):
@@ -46,8 +45,8 @@ def rows(folder: Path) -> Iterator[list[str]]:
         lengths = book.radii / book.keys.norm(dim=1)
         takers: list[set[int]] = []  # of each prompt, the entries that take one of its tokens
         for x in inputs:
-            distance, nearest = distances(x, book.keys).min(1)
-            takers.append(set(nearest[distance <= book.radii[nearest]].tolist()))
+            nearest, within = taken_by(x, book.keys, book.radii)
+            takers.append(set(nearest[within].tolist()))
         entry, most = Counter(entry for each in takers for entry in each).most_common(1)[0]
         taken = sum(bool(each) for each in takers)
         widest = f"“{book.labels[entry]}”, {lengths[entry]:.2f} ‖K‖: {most} prompts"

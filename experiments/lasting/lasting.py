@@ -46,6 +46,8 @@ from editkit.tasks.costs import read_costs
 
 HERE = Path(__file__).parent
 EDITS, FACTS = 10_000, 1_000
+# What ends a stream: perplexity or untouched facts, and no norm. Nothing is asked in a distracting context.
+ENDS = ("task.alarm.growth=null", "task.alarm.per_fact=null", "task.on_collapse=stop", "task.measure.distracted=false")
 REFUSED = "refused.txt"  # what a run said that could not begin
 AT = (100, 200, 500, 1000, 2000, 5000, 10_000)
 BATCHES = (100, 10, 1)
@@ -161,10 +163,7 @@ class Cell:
             f"task.keep={'null' if name in INSTALLED else 1}",
             f"task.save={hundred}",
             f"task.alarm.every={hundred}",
-            "task.alarm.growth=null",
-            "task.alarm.per_fact=null",
-            "task.on_collapse=stop",
-            "task.measure.distracted=false",
+            *ENDS,
             f"hydra.run.dir={self.path}",
         ]
         resume = ["resume=true"] if (self.path / names.POINT_LINES).exists() else []

@@ -17,39 +17,32 @@ NEAR = 1e-4  # the difference that is asked for
 
 def undone() -> list[str]:
     """A row for each session of undo.py."""
-    lines = [
-        "| steps | undone | ‖ΔW‖/‖W‖ | undo, s | same bits | computed anew, s | apart |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["steps", "undone", "‖ΔW‖/‖W‖", "undo, s", "same bits", "computed anew, s", "apart"]
+    rows = []
     for path in sorted(HERE.glob("undo*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         kept, again = found["kept"], found["again"]
-        lines.append(
-            f"| {found['steps']:,} | {found['undone']} | {found['relative_norm']:.2f} | {kept['seconds']:.2f} | "
-            f"{'yes' if kept['same_bits'] else 'NO'} | {again['seconds']:.0f} | {again['apart']:.2f} |"
-        )
-    return lines
+        counts = [f"{found['steps']:,}", str(found["undone"]), f"{found['relative_norm']:.2f}"]
+        undo = [f"{kept['seconds']:.2f}", "yes" if kept["same_bits"] else "NO"]
+        rows.append([*counts, *undo, f"{again['seconds']:.0f}", f"{again['apart']:.2f}"])
+    return table(head, rows)
 
 
 def timed() -> list[str]:
     """A row for each weight of scripts/ultraedit.py."""
-    lines = [
-        "| shape | W | tokens | p × p, s | tokens × tokens, s | ratio | edits a second | difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["shape", "W", "tokens", "p × p, s", "tokens × tokens, s", "ratio", "edits a second", "difference"]
+    rows = []
     for path in sorted(HERE.glob("ultraedit*.json")):
         for shape, parts in json.loads(path.read_text(encoding="utf-8"))["shapes"].items():
-            lines += [_row(shape, part) for part in parts]
-    return lines
+            rows += [_row(shape, part) for part in parts]
+    return table(head, rows)
 
 
-def _row(shape: str, found: dict[str, Any]) -> str:
+def _row(shape: str, found: dict[str, Any]) -> list[str]:
     size = f"{found['part']} [{found['q']}, {found['p']}]" if "q" in found else found["part"]
     apart = f"{found['difference']:.1e}" if "difference" in found else ""
-    return (
-        f"| {shape} | {size} | {found.get('tokens', '')} | {found['slow_seconds']:.4f} | {found['fast_seconds']:.4f} | "
-        f"{found['ratio']:.1f} | {found['edits_a_second']:,.0f} | {apart} |"
-    )
+    seconds = [f"{found['slow_seconds']:.4f}", f"{found['fast_seconds']:.4f}", f"{found['ratio']:.1f}"]
+    return [shape, size, str(found.get("tokens", "")), *seconds, f"{found['edits_a_second']:,.0f}", apart]
 
 
 def compared() -> list[str]:

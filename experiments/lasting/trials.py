@@ -103,7 +103,7 @@ def tried(found: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[str]
         unchanged, other = _cell(plain, trial.method, trial.model), _cell(plain, trial.other, other_model)
         point = mine.get("judged", {})
         said = point.get("said freely")
-        explains = _life(mine) >= _life(other) and said is not None and said[0] >= min(0.5, _said(other))
+        explains = _lived(mine) >= _lived(other) and said is not None and said[0] >= min(0.5, _said(other))
         at_model = f" on {other_model}" if trial.other_model else ""
         rows.append(
             [
@@ -135,7 +135,7 @@ def _said(cell: dict[str, Any]) -> float:
     return share
 
 
-def _life(row: dict[str, Any]) -> float:
+def _lived(row: dict[str, Any]) -> float:
     """Edits until it broke; without end where it did not."""
     return float("inf") if row["broken"] is None else row["broken"]
 

@@ -3,8 +3,8 @@
     python experiments/lasting/why.py run FOLDER       # goes on where it stopped
     python experiments/lasting/why.py results FOLDER   # why.json, and README.md's table
 
-If it is the number of edits, or the norm that they add, a stream over 100 facts breaks where one over
-1,000 does. If it is the number of different keys that W must hold, it lives longer.
+If it is the number of edits, or the norm that they add, a stream over 100 facts breaks where one over 1,000 does. If it
+is the number of different keys that W must hold, it lives longer.
 
 The facts of the atlas share subjects, and facts of one subject have nearly one key. AlphaEdit and MEMIT-Seq hold the
 keys of earlier steps where they are, so a later step that must move such a key works against them. One stream has one
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from lasting import DESCENT
+from lasting import DESCENT, ENDS
 from marked import between
 from marked import table as in_markdown
 from transformers import GPT2Config
@@ -76,8 +76,7 @@ def run_cell(path: Path, keys: list[str]) -> None:
     if (path / names.RECORD).exists():
         return
     keys = ["task=lifelong", *keys, f"task.step={BATCH}", "task.every=null", "task.at=[100,200,300,400,500,1000]"]
-    keys += ["task.keep=1", "task.alarm.every=1", "task.alarm.growth=null", "task.alarm.per_fact=null"]
-    keys += ["task.on_collapse=stop", "task.measure.distracted=false", f"hydra.run.dir={path}"]
+    keys += ["task.keep=1", "task.alarm.every=1", *ENDS, f"hydra.run.dir={path}"]
     resume = ["resume=true"] if (path / names.POINT_LINES).exists() else []
     print(path.name, flush=True)
     if code := subprocess.call([sys.executable, "-m", "editkit.run", *keys, *resume]):
